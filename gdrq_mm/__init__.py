@@ -1,0 +1,3 @@
+"""GDRQ low-bit quantization for OpenMMLab models."""
+
+__version__ = '0.1.0'

@@ -1,0 +1,106 @@
+"""Read checkpoints without running code in them, and write them whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from mmengine.fileio import get as fetch
+from mmengine.logging.history_buffer import HistoryBuffer
+
+from .errors import UserError
+
+
+def _history_method(owner: Any, name: str) -> Any:
+    """Stands for `getattr` in a pickle: resolves the statistics of a HistoryBuffer and nothing else."""
+    if owner is not HistoryBuffer or name not in ('max', 'min', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'Unsupported attribute {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
+_ALLOWED: list[Any] = [
+    (_history_method, 'builtins.getattr'),
+    HistoryBuffer,  # what mmengine's message hub keeps in a training checkpoint
+    OrderedDict,
+    np.ndarray,
+    np.dtype,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    *[type(np.dtype(t)) for t in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')],
+]
+
+
+def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = False) -> dict[str, Any]:
+    """A checkpoint as a dict; its tensors and plain data only.
+
+    Args:
+        filename: a local path or an http(s) address.
+        unsafe: unpickle anything. That runs whatever code the file holds.
+
+    Raises:
+        UserError: missing, empty, truncated, not a checkpoint, or with anything in it but tensors and plain data.
+    """
+    if '://' in filename:
+        source: Any = io.BytesIO(fetch(filename))
+    else:
+        source = filename
+        if not os.path.isfile(filename):
+            raise UserError(f'checkpoint {filename} does not exist{_neighbours(filename)}')
+        if os.path.getsize(filename) == 0:
+            raise UserError(f'checkpoint {filename} is empty')
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            checkpoint = torch.load(source, map_location=map_location, weights_only=not unsafe)
+    except pickle.UnpicklingError as error:
+        if 'weights_only' in str(error).lower() or 'Unsupported' in str(error):
+            reason = next((line.strip() for line in str(error).splitlines() if 'GLOBAL' in line), '')
+            raise UserError(
+                f'checkpoint {filename} holds more than tensors and plain data and was not loaded'
+                f'{": " + reason.split(" was not")[0] if reason else ""} (--unsafe-load runs what it holds)'
+            ) from None
+        raise UserError(f'checkpoint {filename} is damaged: {str(error).splitlines()[0]}') from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise UserError(f'checkpoint {filename} is truncated or damaged: {str(error).splitlines()[0]}') from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f'checkpoint {filename} holds a {type(checkpoint).__name__}, not a dict')
+    return checkpoint
+
+
+def check_fits(model: nn.Module, checkpoint: dict[str, Any], filename: str, share: float) -> None:
+    """Raise UserError if less than `share` of the model's parameters are in the checkpoint, with their shape."""
+    state = checkpoint.get('state_dict', checkpoint)
+    state = {k.removeprefix('module.'): v for k, v in state.items()}
+    parameters = dict(model.named_parameters())
+    wrong = [n for n, p in parameters.items() if n not in state or getattr(state[n], 'shape', None) != p.shape]
+    if len(parameters) - len(wrong) < share * len(parameters):
+        raise UserError(
+            f'checkpoint {filename} is of another model: {len(parameters) - len(wrong)} of {len(parameters)} '
+            f'parameters match by name and shape; the first that does not is {wrong[0]}'
+        )
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write to a temporary name beside `path`, sync, and move into place."""
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _neighbours(filename: str) -> str:
+    folder = Path(filename).parent
+    found = sorted(p.name for p in folder.glob('*.pth')) if folder.is_dir() else []
+    return f'; {folder} has {", ".join(found[:5])}' if found else ''

@@ -1,0 +1,119 @@
+"""What the command-line tools share: config options, and errors as one line without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from .environment import check_environment
+from .errors import UserError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """OpenMMLab's common options."""
+    parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='override settings: key=value, a.b=value, a=[1,2]'
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--unsafe-load', action='store_true', help='unpickle anything a checkpoint holds; that runs its code'
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config of the command line, with its options merged in.
+
+    Raises:
+        UserError: the file does not exist or cannot be parsed, or the work directory cannot be written.
+    """
+    path = Path(args.config)
+    if not path.is_file():
+        raise UserError(f'config {path} does not exist{_near_files(path)}')
+    mend_mmseg_bases()
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # a config is Python code: anything can go wrong in it
+        raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}'.splitlines()[0]) from error
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / path.stem)
+    check_writable(Path(cfg.work_dir))
+    check_data(cfg)
+    return cfg
+
+
+def mend_mmseg_bases() -> None:
+    """Make `_base_ = 'mmseg::...'` work: mmengine 0.10.12 maps it to a package name that is no longer used."""
+    MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
+    """The runner that the config asks for."""
+    check_environment()
+    runner_class = RUNNERS.get(cfg.get('runner_type', 'Runner'))
+    if hasattr(runner_class, 'unsafe_load'):
+        runner_class.unsafe_load = args.unsafe_load
+    return runner_class.from_cfg(cfg)
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder, or say why that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f'.{os.getpid()}.probe'
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f'work directory {folder} cannot be written: {error.strerror}') from None
+
+
+def check_data(cfg: Config) -> None:
+    """Say which command prepares the data that is missing."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        dataset = (cfg.get(name) or {}).get('dataset') or {}
+        while 'dataset' in dataset:
+            dataset = dataset['dataset']
+        root = dataset.get('data_root')
+        if root and '://' not in root and not Path(root).is_dir():
+            known = next((n for n in PREPARED if n in Path(root).parts), None)
+            how = f'; prepare it with: {PREPARED[known]}' if known else ''
+            raise UserError(f'{name}: the data folder {root} does not exist{how}')
+
+
+PREPARED = {
+    'digits': 'python tools/prepare_data.py digits',
+    'cifar10': 'python tools/prepare_data.py cifar10 --source PATH',
+}
+"""Folder name below data/ -> the command that makes it."""
+
+
+def _near_files(path: Path) -> str:
+    import difflib
+
+    folder = path.parent if path.parent.is_dir() else Path('configs')
+    names = [str(p) for p in folder.rglob('*.py')]
+    close = difflib.get_close_matches(str(path), names, n=3, cutoff=0.5)
+    return f'; nearest: {", ".join(close)}' if close else ''
+
+
+def main(command: Callable[[], None]) -> None:
+    """Run a tool; a UserError, a missing file or an interruption ends it with one line."""
+    try:
+        command()
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    except FileNotFoundError as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('interrupted')

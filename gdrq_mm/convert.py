@@ -1,0 +1,178 @@
+"""Turn a float model into a quantized one, and tell what was done to each layer."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from .config import FLOAT_BITS, Activation, Quantization
+from .errors import UserError
+from .layers import QUANTIZED, QuantLayer, make_activation_quantizer
+from .quantizers import ActivationQuantizer
+from .topology import Topology
+
+LAST_LAYERS: dict[str, tuple[str, ...]] = {
+    'ClsHead': ('fc', 'fc.*', 'layers.head', 'head', 'classifier'),
+}
+"""Head class -> patterns of its last layers, relative to the head; a subclass inherits them (METHOD: section 5)."""
+
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A row of the layer table."""
+
+    name: str
+    kind: str
+    weights: int
+    """Number of weights."""
+    macs: int
+    """Multiply-accumulates for one image; 0 if it was not recorded."""
+    note: str = ''
+    """Why the layer stayed float, or what is special about it."""
+
+
+@dataclass
+class Report:
+    """What became of each layer."""
+
+    layers: list[LayerReport]
+    additions: list[tuple[str, str]]
+    """Module whose output is quantized for an addition, or a place with the reason why it is not."""
+
+
+def quant_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> quantized layer, each layer once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Name -> activation quantizer, each once: inputs of layers and operands of additions."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+
+
+def quantize_model(model: nn.Module, config: Quantization, topology: Topology | None = None) -> Report:
+    """Replace layers in place.
+
+    Args:
+        model: any module; its Parameters stay the same objects.
+        config: see gdrq_mm/config.py.
+        topology: record of a prediction (gdrq_mm/topology.py). Without it first and last layers are taken by the order
+            of the modules, and nothing is shared or added for `deployable`.
+
+    Raises:
+        UserError: a pattern that matches no layer.
+    """
+    named = {name: m for name, m in model.named_modules() if isinstance(m, _KINDS)}
+    config.check_patterns(named)
+    edges = _first_and_last(model, [n for n in named if type(named[n]) in QUANTIZED], topology)
+    rows, replaced = [], {}
+    for name, layer in named.items():
+        note = _reason_to_skip(name, layer, config, topology)
+        if not note:
+            weight, activation = config.for_layer(name, name in edges)
+            new = QUANTIZED[type(layer)].from_float(layer, weight, activation)  # type: ignore[attr-defined]
+            new.reached = topology is not None and name in topology.calls
+            replaced[layer] = new
+            note = edges.get(name, '')
+            if weight.bits == activation.bits == FLOAT_BITS:
+                note = 'float by config'
+        macs = topology.macs.get(name, 0) if topology else 0
+        rows.append(LayerReport(name, type(layer).__name__, layer.weight.numel(), macs, note))
+    for parent in list(model.modules()):  # every alias of a shared module
+        for child_name, child in list(parent._modules.items()):
+            if child in replaced:
+                parent._modules[child_name] = replaced[child]
+    additions: list[tuple[str, str]] = []
+    if config.deployable and topology is not None:
+        _share_inputs(model, topology)
+        additions = _quantize_additions(model, config, topology)
+    for name, quantizer in activation_quantizers(model).items():
+        quantizer.name = name.removesuffix('.own_input_quant')
+    for name, layer in quant_layers(model).items():
+        if layer.weight_quant is not None:
+            layer.weight_quant.name = name
+    return Report(rows, additions)
+
+
+def _reason_to_skip(name: str, layer: nn.Module, config: Quantization, topology: Topology | None) -> str:
+    if config.skipped(name):
+        return 'float: skipped by config'
+    if type(layer) not in QUANTIZED:
+        module = type(layer).__module__.split('.')[0]
+        return f'float: {module} {type(layer).__name__} has a forward of its own'
+    return ''
+
+
+def _first_and_last(model: nn.Module, names: list[str], topology: Topology | None) -> dict[str, str]:
+    """First and last layers: name -> 'first' or 'last'."""
+    executed = [n for n in (topology.calls if topology else names) if n in set(names)] or names
+    if not executed:
+        raise UserError('the model has no convolution or linear layer to quantize')
+    first = executed[0]
+    edges = {first: 'first'}
+    if topology is not None:
+        image = topology.inputs[first]
+        edges.update({n: 'first' for n in executed if topology.inputs.get(n) == image})
+    last = set(_last_by_head(model, names)) or {executed[-1]}
+    edges.update(dict.fromkeys(last, 'last'))
+    return edges
+
+
+def _last_by_head(model: nn.Module, names: list[str]) -> Iterator[str]:
+    for head_name, head in model.named_modules():
+        patterns = [p for cls in type(head).__mro__ for p in LAST_LAYERS.get(cls.__name__, ())]
+        prefix = f'{head_name}.' if head_name else ''
+        for name in names:
+            if name.startswith(prefix) and any(fnmatch.fnmatchcase(name[len(prefix) :], p) for p in patterns):
+                yield name
+
+
+def _share_inputs(model: nn.Module, topology: Topology) -> None:
+    """Readers of one tensor with equal settings share the quantizer of the first reader."""
+    owners: dict[Any, QuantLayer] = {}
+    layers = quant_layers(model)
+    for name in topology.calls:
+        layer = layers.get(name)
+        if layer is None or layer.input_quant is None or name not in topology.inputs:
+            continue
+        quant = layer.input_quant
+        owner = owners.setdefault((topology.inputs[name], type(quant), quant.bits, quant.range), layer)
+        if owner is not layer:
+            layer.share_input_quant(owner)
+
+
+def quantize_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """Forward hook of a module whose output is an operand of an addition."""
+    return module.output_quant(out)  # type: ignore[operator]
+
+
+def _quantize_additions(model: nn.Module, config: Quantization, topology: Topology) -> list[tuple[str, str]]:
+    """Put an 8-bit quantizer behind each module that makes an operand of an addition."""
+    if config.activation.bits == FLOAT_BITS:
+        return []
+    # The method of the activations at 8 bits; a k given for few bits would clip too much.
+    options = {key: value for key, value in config.activation.options.items() if key != 'k'}
+    settings = Activation(config.activation.method, 8, 'auto', options)
+    modules = dict(model.named_modules())
+    rows: list[tuple[str, str]] = []
+    done: set[str] = set()
+    for addition in topology.additions:
+        for side, producers in enumerate(addition.operands):
+            usable = [p for p in producers if topology.calls[p] == 1 and not isinstance(modules[p], _CONTAINERS)]
+            if not usable:
+                why = 'made by a function' if not producers else 'made by a module that is called several times'
+                rows.append((f'{addition.module or "model"}, operand {side}', f'float: {why}'))
+            elif not done.intersection(producers):
+                done.add(usable[0])
+                modules[usable[0]].add_module('output_quant', make_activation_quantizer(settings))
+                modules[usable[0]].register_forward_hook(quantize_output)
+                rows.append((usable[0], '8 bits'))
+    return rows

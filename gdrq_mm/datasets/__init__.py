@@ -1,0 +1,1 @@
+"""Data: builds the embedded default data set and prepares the real ones in their standard layouts."""

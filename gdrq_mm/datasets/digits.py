@@ -1,0 +1,135 @@
+"""The embedded data set: scenes of real handwritten digits on textured backgrounds.
+
+The digits are those that scikit-learn ships (UCI Optical Recognition of Handwritten Digits, 8x8, 1,797 images). Scenes
+are drawn with a fixed seed, so every machine gets the same pixels. Training and test scenes share no digit image.
+
+    cls/{train,test}/<digit>/*.png            32x32, one digit a picture         (mmpretrain: CustomDataset)
+    scenes/{train,test}/*.png                 96x96, 2 to 5 digits a picture
+    scenes/annotations/{train,test}.json      boxes, COCO JSON                   (mmdet: CocoDataset)
+    scenes/masks/{train,test}/*.png           0 background, 1 + digit            (mmseg: BaseSegDataset)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.progress import track
+from sklearn.datasets import load_digits
+
+SEED = 1797
+TEST_DIGITS = 500
+COUNTS = {'cls': {'train': 6000, 'test': 1000}, 'scenes': {'train': 600, 'test': 150}}
+SIZES = {'cls': 32, 'scenes': 96}
+CLASSES = tuple(str(digit) for digit in range(10))
+
+
+def texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A background (size, size, 3) of smooth colours, stripes and noise, values about 0 to 255."""
+    coarse = rng.uniform(20, 160, (4, 4, 3)).astype(np.float32)
+    picture = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    y, x = np.mgrid[:size, :size]
+    angle, period = rng.uniform(0, np.pi), rng.uniform(4, 16)
+    stripes = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)
+    picture += (rng.uniform(0, 25) * stripes)[..., None] + rng.normal(0, 8, picture.shape)
+    return picture
+
+
+def draw(picture: np.ndarray, digit: np.ndarray, x: int, y: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Paint a digit (8, 8, values 0 to 16) into the picture; returns the mask of its pixels, (H, W) bool."""
+    strength = cv2.resize(digit.astype(np.float32) / 16, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    turn = cv2.getRotationMatrix2D((size / 2 - 0.5, size / 2 - 0.5), rng.uniform(-12, 12), 1)
+    strength = cv2.warpAffine(strength, turn, (size, size))[..., None]
+    place = picture[y : y + size, x : x + size]
+    colour = rng.uniform(130, 255, 3)
+    place[:] = place * (1 - strength) + colour * strength
+    mask = np.zeros(picture.shape[:2], bool)
+    mask[y : y + size, x : x + size] = strength[..., 0] > 0.35
+    return mask
+
+
+def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Digit images (N, 8, 8) and labels (N,) of the training and the test split."""
+    digits = load_digits()
+    order = np.random.default_rng(SEED).permutation(len(digits.images))
+    parts = {'test': order[:TEST_DIGITS], 'train': order[TEST_DIGITS:]}
+    return {name: (digits.images[index], digits.target[index]) for name, index in parts.items()}
+
+
+def build(root: str | Path, show_progress: bool = True) -> Path:
+    """Write the whole data set below `root`; a finished one is left as it is.
+
+    Returns:
+        `root`. The file `complete.json` is written last and holds the counts.
+    """
+    root = Path(root)
+    wanted = {'seed': SEED, 'counts': COUNTS, 'sizes': SIZES}
+    done = root / 'complete.json'
+    if done.is_file() and json.loads(done.read_text()) == wanted:
+        return root
+    for split, (images, labels) in split_digits().items():
+        _build_cls(root, split, images, labels, show_progress)
+        _build_scenes(root, split, images, labels, show_progress)
+    done.write_text(json.dumps(wanted))
+    return root
+
+
+def _write(path: Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if picture.dtype != np.uint8:
+        picture = np.round(picture.clip(0, 255)).astype(np.uint8)
+    if not cv2.imwrite(str(path), picture):
+        raise OSError(f'cannot write {path}')
+
+
+def _build_cls(root: Path, split: str, images: np.ndarray, labels: np.ndarray, show: bool) -> None:
+    rng = np.random.default_rng([SEED, split == 'test', 0])
+    size = SIZES['cls']
+    for number in track(range(COUNTS['cls'][split]), f'digits, {split} pictures', disable=not show):
+        index = number % len(images)
+        picture = texture(rng, size)
+        side = int(rng.integers(20, 29))
+        x, y = rng.integers(0, size - side + 1, 2)
+        draw(picture, images[index], int(x), int(y), side, rng)
+        _write(root / 'cls' / split / str(labels[index]) / f'{number:05}.png', picture)
+
+
+def _build_scenes(root: Path, split: str, images: np.ndarray, labels: np.ndarray, show: bool) -> None:
+    rng = np.random.default_rng([SEED, split == 'test', 1])
+    size = SIZES['scenes']
+    pictures: list[dict] = []
+    boxes: list[dict] = []
+    for number in track(range(COUNTS['scenes'][split]), f'digits, {split} scenes', disable=not show):
+        picture, classes = texture(rng, size), np.zeros((size, size), np.uint8)
+        taken = np.zeros((size, size), bool)
+        for _ in range(int(rng.integers(2, 6))):
+            side = int(rng.integers(22, 41))
+            x, y = (int(v) for v in rng.integers(0, size - side + 1, 2))
+            if taken[y : y + side, x : x + side].any():
+                continue  # digits do not overlap
+            taken[y : y + side, x : x + side] = True
+            index = int(rng.integers(len(images)))
+            mask = draw(picture, images[index], x, y, side, rng)
+            classes[mask] = labels[index] + 1
+            rows, columns = np.nonzero(mask)
+            left, top = int(columns.min()), int(rows.min())
+            width, height = int(columns.max()) - left + 1, int(rows.max()) - top + 1
+            boxes.append(
+                dict(
+                    id=len(boxes) + 1,
+                    image_id=number,
+                    category_id=int(labels[index]),
+                    bbox=[left, top, width, height],
+                    area=width * height,
+                    iscrowd=0,
+                )
+            )
+        pictures.append(dict(id=number, file_name=f'{number:05}.png', width=size, height=size))
+        _write(root / 'scenes' / split / f'{number:05}.png', picture)
+        _write(root / 'scenes' / 'masks' / split / f'{number:05}.png', classes)
+    categories = [dict(id=digit, name=name) for digit, name in enumerate(CLASSES)]
+    annotations = root / 'scenes' / 'annotations' / f'{split}.json'
+    annotations.parent.mkdir(parents=True, exist_ok=True)
+    annotations.write_text(json.dumps(dict(images=pictures, annotations=boxes, categories=categories)))

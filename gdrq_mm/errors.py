@@ -1,0 +1,8 @@
+"""The one exception that users see as a message, without a traceback."""
+
+
+class UserError(ValueError):
+    """Something in a config, checkpoint, data folder or command line that its author can mend.
+
+    The message is one line: what is wrong, with its value, and what is allowed. tools/ print it and exit with 1.
+    """

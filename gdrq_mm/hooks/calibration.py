@@ -1,0 +1,78 @@
+"""Start thresholds from training batches, after the weights are loaded."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from mmengine.dataset import DefaultSampler
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from ..convert import activation_quantizers, quant_layers
+from ..quantizers import Quantizer, Stage
+from ..seeding import kept_random_state
+
+
+@HOOKS.register_module()
+class CalibrationHook(Hook):
+    """Run `batches` training batches in float, then decide ranges and start thresholds, the same on every rank.
+
+    Nothing is done if the checkpoint held thresholds. A layer that no batch reaches stays uncalibrated: it starts from
+    its first training batch, if one ever comes.
+
+    Example:
+        custom_hooks = [dict(type='CalibrationHook', batches=8)]   # QuantRunner adds it by itself
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, batches: int = 8) -> None:
+        self.batches = batches
+
+    def before_train(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+        if any(q.calibrated for q in quantizers):
+            return
+        runner.logger.info(f'Calibrating thresholds on {self.batches} training batches.')
+        training = {m: m.training for m in model.modules()}
+        model.eval()
+        for quantizer in quantizers:
+            quantizer.set_state(stage=Stage.OBSERVE)
+        with kept_random_state(), torch.no_grad():
+            for number, batch in enumerate(_own_loader(runner)):
+                if number == self.batches:
+                    break
+                data = model.data_preprocessor(batch, training=True)
+                model(**data, mode='loss')
+        for module, flag in training.items():
+            module.training = flag
+        finish_calibration(model)
+        for quantizer in quantizers:
+            quantizer.set_state(stage=Stage.QUANTIZE)
+
+
+def _own_loader(runner: Runner) -> DataLoader:
+    """The training data once more, so that the sampler of the run is not moved by calibration."""
+    loader = runner.train_dataloader
+    batch_size = loader.batch_size or loader.batch_sampler.batch_size
+    sampler = DefaultSampler(loader.dataset, shuffle=True, seed=runner.seed)
+    return DataLoader(loader.dataset, batch_size, sampler=sampler, collate_fn=loader.collate_fn)
+
+
+@torch.no_grad()
+def finish_calibration(model: nn.Module) -> None:
+    """Turn what the activation quantizers observed into ranges and thresholds, and start those of the weights."""
+    for quantizer in activation_quantizers(model).values():
+        observed = quantizer.observed()
+        sums, extremes = observed[:3].contiguous(), observed[3:].contiguous()
+        all_reduce(sums, 'sum')
+        all_reduce(extremes, 'max')
+        quantizer.calibrate(torch.cat([sums, extremes]))
+    for layer in quant_layers(model).values():
+        if layer.weight_quant is not None and layer.reached:
+            layer.weight_quant.calibrate(layer.filters())

@@ -1,0 +1,75 @@
+"""Move the model through the stages reshape, quantize and freeze."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..convert import quant_layers
+from ..quantizers import Quantizer, Stage
+
+
+@HOOKS.register_module()
+class StageHook(Hook):
+    """Set the stage of all quantizers from the progress of training (METHOD: section 5).
+
+    Args:
+        reshape: fraction of the training length until which nothing is rounded; 0 leaves the stage out.
+        freeze: fraction from which thresholds and BN statistics stand still; 1 leaves the stage out.
+
+    When rounding begins, the best score so far is forgotten: it belongs to a model that was not quantized.
+
+    Example:
+        custom_hooks = [dict(type='StageHook', reshape=0.3, freeze=0.9)]   # QuantRunner adds it by itself
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, reshape: float = 0.0, freeze: float = 1.0) -> None:
+        self.reshape, self.freeze = reshape, freeze
+        self.stage: Stage | None = None
+
+    def stage_at(self, progress: float) -> Stage:
+        """Stage at a fraction of the training length."""
+        if progress < self.reshape:
+            return Stage.RESHAPE
+        return Stage.FREEZE if progress >= self.freeze else Stage.QUANTIZE
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        stage = self.stage_at(runner.iter / runner.max_iters)
+        if stage != self.stage:
+            runner.logger.info(f'Stage {stage.name.lower()} from iteration {runner.iter} of {runner.max_iters}.')
+            set_stage(model, stage)
+            if self.stage == Stage.RESHAPE:
+                _forget_best(runner)
+            self.stage = stage
+        if stage == Stage.FREEZE:
+            for module in model.modules():  # model.train() of the next epoch would start the statistics again
+                if isinstance(module, _BatchNorm) and module.training:
+                    module.eval()
+
+
+@torch.no_grad()
+def set_stage(model: nn.Module, stage: Stage) -> None:
+    """Set the stage of every quantizer; freezing keeps the thresholds of this moment."""
+    for layer in quant_layers(model).values():
+        quant = layer.weight_quant
+        if stage == Stage.FREEZE and quant is not None and quant.calibrated and quant.stage != Stage.FREEZE:
+            quant.threshold.copy_(quant.threshold_of(layer.filters()))
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.set_state(stage=stage)
+
+
+def _forget_best(runner: Runner) -> None:
+    runner.message_hub.pop_info('best_score', None)
+    runner.message_hub.pop_info('best_ckpt', None)
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook) and hook.save_best:
+            hook.best_ckpt_path = None

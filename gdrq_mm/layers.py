@@ -1,0 +1,156 @@
+"""Convolution and linear layers with a quantized weight and input.
+
+A layer is a direct child of its torch class and shares the Parameter objects of the layer it came from, so checkpoint
+names, initializers and optimizers see an ordinary layer. Quantizers: `weight_quant` (None: float) and `input_quant`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn as nn
+from mmcv.cnn.bricks import wrappers
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from .config import FLOAT_BITS, Activation, Quantization, Weight
+from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, WeightQuantizer
+
+
+def make_weight_quantizer(cfg: Weight, channels: int) -> WeightQuantizer | None:
+    """The quantizer of a layer's weight, or None for float."""
+    if cfg.bits == FLOAT_BITS:
+        return None
+    return WEIGHT_METHODS[cfg.method](cfg.bits, channels, cfg.groups, **cfg.options)
+
+
+def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
+    """The quantizer of a layer's input, or None for float."""
+    if cfg.bits == FLOAT_BITS:
+        return None
+    return ACTIVATION_METHODS[cfg.method](cfg.bits, cfg.range, **cfg.options)
+
+
+class QuantLayer:
+    """What the quantized layers share; mixed into a torch layer."""
+
+    weight_quant: WeightQuantizer | None
+    _shared: tuple[ActivationQuantizer, ...]
+    reached: bool
+    weight: Tensor
+
+    @property
+    def input_quant(self) -> ActivationQuantizer | None:
+        """The quantizer of the input: this layer's own, or that of the first reader of the same tensor."""
+        return self._shared[0] if self._shared else self.own_input_quant  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, weight: Weight, activation: Activation) -> Any:
+        """A quantized layer that takes over the Parameters, hooks and attributes of `layer`."""
+        new = cls.__new__(cls)  # type: ignore[type-var]
+        new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+        new._attach(weight, activation)
+        return new
+
+    def _attach(self, weight: Weight, activation: Activation) -> None:
+        self.reached = False
+        self._shared = ()
+        self.weight_quant = make_weight_quantizer(weight, len(self.filters()))
+        self.own_input_quant = make_activation_quantizer(activation)
+
+    def share_input_quant(self, owner: QuantLayer) -> None:
+        """Use the input quantizer of another reader of the same tensor. It is saved under the owner's name only."""
+        self.own_input_quant = None
+        assert owner.input_quant is not None
+        self._shared = (owner.input_quant,)  # a tuple, so that torch does not register it a second time
+
+    def filters(self) -> Tensor:
+        """The weight as filters, (C_out, ...)."""
+        return self.weight
+
+    def set_filters(self, filters: Tensor) -> Tensor:
+        """The inverse of :meth:`filters`: (C_out, ...) in the layout of the weight."""
+        return filters
+
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized input and weight."""
+        self.reached = True
+        quant = self.input_quant
+        weight = self.weight if self.weight_quant is None else self.set_filters(self.weight_quant(self.filters()))
+        return (x if quant is None else quant(x)), weight
+
+
+def _init(self: Any, torch_class: type, args: Any, quantization: Mapping[str, Any] | None, kwargs: Any) -> None:
+    torch_class.__init__(self, *args, **kwargs)  # type: ignore[misc]
+    cfg = Quantization.from_dict(quantization or {})
+    self._attach(*cfg.for_layer(torch_class.__name__))
+
+
+@MODELS.register_module(name='GDRQConv2d')
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """nn.Conv2d with quantized weight and input: any stride, dilation, groups (depthwise too), padding, bias.
+
+    In a hand-written model: `conv_cfg=dict(type='GDRQConv2d', quantization=dict(weight=dict(bits=4)))`; see
+    gdrq_mm/config.py for the dict. Outside QuantRunner thresholds start from the first training batch and follow only
+    with `custom_hooks=[dict(type='ThresholdHook')]`; evaluating an uncalibrated layer is an error.
+    """
+
+    def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        _init(self, nn.Conv2d, args, quantization, kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W')."""
+        x, weight = self.quantized(x)
+        return self._conv_forward(x, weight, self.bias)
+
+
+@MODELS.register_module(name='GDRQConvTranspose2d')
+class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d with quantized weight and input; its weight is (C_in, C_out / groups, kH, kW)."""
+
+    def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        _init(self, nn.ConvTranspose2d, args, quantization, kwargs)
+
+    def filters(self) -> Tensor:
+        c_in, c_out, *kernel = self.weight.shape
+        split = self.weight.view(self.groups, c_in // self.groups, c_out, *kernel)
+        return split.transpose(1, 2).reshape(self.groups * c_out, c_in // self.groups, *kernel)
+
+    def set_filters(self, filters: Tensor) -> Tensor:
+        c_in, c_out, *kernel = self.weight.shape
+        split = filters.view(self.groups, c_out, c_in // self.groups, *kernel)
+        return split.transpose(1, 2).reshape(c_in, c_out, *kernel)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W')."""
+        x, weight = self.quantized(x)
+        conv: Any = self  # torch annotates these attributes more narrowly than its own calls take them
+        stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+        extra = conv._output_padding(x, output_size, stride, padding, conv.kernel_size, 2, dilation)
+        return nn.functional.conv_transpose2d(x, weight, self.bias, stride, padding, extra, self.groups, dilation)
+
+
+@MODELS.register_module(name='GDRQLinear')
+class QuantLinear(QuantLayer, nn.Linear):
+    """nn.Linear with quantized weight and input."""
+
+    def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        _init(self, nn.Linear, args, quantization, kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        x, weight = self.quantized(x)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+QUANTIZED: dict[type, type] = {
+    nn.Conv2d: QuantConv2d,
+    wrappers.Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    wrappers.ConvTranspose2d: QuantConvTranspose2d,
+    nn.Linear: QuantLinear,
+    wrappers.Linear: QuantLinear,
+}
+"""The exact float classes that are quantized. mmcv's wrappers differ from torch's only for very old torch."""

@@ -1,0 +1,312 @@
+"""What every method shares: stages, saved state, calibration, the integer view that deployment reads.
+
+A method is a subclass of WeightQuantizer, of ActivationQuantizer, or one of each, and an entry in __init__.py. It
+overrides `threshold_of`, `reshape` or `quantize`; everything else here stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import functional as F
+from ..errors import UserError
+
+
+class Stage(IntEnum):
+    """What a quantizer does (METHOD: section 5). The stage hook moves all quantizers of a model together."""
+
+    OBSERVE = 0
+    """Calibration: pass values through unchanged, collect statistics."""
+    RESHAPE = 1
+    """Scale-Clip in float, no rounding."""
+    QUANTIZE = 2
+    """Round; thresholds follow."""
+    FREEZE = 3
+    """Round; thresholds and BN statistics stand still."""
+
+
+Check = Callable[[Any], str]
+"""Checks the value of an option: returns '' or what it should have been."""
+
+
+def one_of(*choices: Any) -> Check:
+    """Check for an option that names a choice."""
+    return lambda v: '' if v in choices else 'one of ' + ', '.join(repr(c) for c in choices)
+
+
+def number(low: float, high: float, none: bool = False) -> Check:
+    """Check for a number above `low` and at most `high`, or None where that stands for a default."""
+
+    def check(value: Any) -> str:
+        if none and value is None:
+            return ''
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and low < value <= high
+        return '' if good else f'a number above {low:g} and at most {high:g}' + (' or None' if none else '')
+
+    return check
+
+
+class Quantizer(nn.Module):
+    """A quantizer with stage, calibration flag and code range, all saved in the checkpoint.
+
+    They are needed by Python control flow, so they are mirrored: `state` is the saved copy, (stage, calibrated, lo,
+    hi). Reading a tensor in `forward` would make a GPU wait.
+    """
+
+    state: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.stage = Stage.QUANTIZE
+        self.calibrated = False
+        self.lo, self.hi = 0, 0
+        self.name = '?'
+        """Name of the layer, for messages; set by convert.py."""
+        self.register_buffer('state', torch.zeros(4, dtype=torch.int32))
+
+    @classmethod
+    def options(cls) -> dict[str, Check]:
+        """The method's own options with a check each; their defaults stand in `__init__`."""
+        return {}
+
+    def set_state(self, **values: Any) -> None:
+        """Change stage, calibrated, lo or hi, and the saved copy."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        state = [int(self.stage), int(self.calibrated), self.lo, self.hi]
+        self.state.copy_(torch.tensor(state, dtype=torch.int32))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        known = len(args[2])  # local_metadata, strict, missing_keys, ...
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + 'state' not in state_dict:  # a float checkpoint: thresholds start from calibration
+            del args[2][known:]
+        else:
+            stage, calibrated, lo, hi = self.state.tolist()
+            self.set_state(stage=Stage(stage), calibrated=bool(calibrated), lo=lo, hi=hi)
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes filters in groups; signed codes.
+
+    Args:
+        bits: 2 to 8.
+        channels: C_out, the number of filters.
+        groups: thresholds; a number of contiguous groups (at most C_out are used), or 'channel'.
+        narrow_range: leave out the code -2^(n-1).
+    """
+
+    threshold: Tensor
+    sizes: Tensor
+
+    def __init__(self, bits: int, channels: int, groups: int | str = 1, narrow_range: bool = True) -> None:
+        super().__init__(bits)
+        count = channels if groups == 'channel' else min(int(groups), channels)
+        self.set_state(lo=F.code_range(bits, True, narrow_range)[0], hi=F.code_range(bits, True)[1])
+        self.register_buffer('sizes', torch.tensor(F.group_sizes(channels, count)), persistent=False)
+        self.register_buffer('threshold', torch.zeros(count))
+
+    @property
+    def groups(self) -> int:
+        """Number of thresholds."""
+        return len(self.sizes)
+
+    def threshold_of(self, weight: Tensor) -> Tensor:
+        """T of each group for these filters: (C, ...) gives (G,). Not called when thresholds are frozen."""
+        raise NotImplementedError
+
+    def reshape(self, weight: Tensor, threshold: Tensor) -> Tensor:
+        """The reshape stage: the weight in float, clipped or not."""
+        return weight
+
+    def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Fake quantization with a step that broadcasts against the weight."""
+        return F.fake_quantize(weight, step, self.lo, self.hi)
+
+    def calibrate(self, weight: Tensor) -> None:
+        """Set what must be known before training, from the loaded weight."""
+        self.threshold.copy_(self.threshold_of(weight))
+        self.set_state(calibrated=True)
+
+    def after_step(self, weight: Tensor) -> Tensor | None:
+        """Called once after each optimizer step, before EMA. Returns the projected filters if they are to be stored."""
+        return None
+
+    def current_threshold(self, weight: Tensor) -> Tensor:
+        """T of each group, (G,), as `forward` uses it now."""
+        return self.threshold if self.stage == Stage.FREEZE else self.threshold_of(weight)
+
+    def step(self, weight: Tensor) -> Tensor:
+        """Step of each filter, shaped to broadcast against the weight: (C, 1, ...)."""
+        step = F.step_size(self.current_threshold(weight), self.lo, self.hi)
+        return F.per_channel(step, self.sizes, weight.dim())
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Integer weights, (C, ...) int8: `codes * step` is what `forward` returns in evaluation."""
+        step = self.step(weight)
+        return (weight / torch.where(step > 0, step, 1)).round().clamp(self.lo, self.hi).to(torch.int8)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Filters (C, ...) to filters of the same shape."""
+        if self.stage == Stage.OBSERVE:
+            return weight
+        if not self.calibrated:
+            if not self.training:
+                raise UserError(_uncalibrated(self.name))
+            self.calibrate(weight.detach())
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.stage == Stage.RESHAPE:
+                return self.reshape(weight, F.per_channel(self.threshold_of(weight), self.sizes, weight.dim()))
+            return self.quantize(weight, self.step(weight))
+
+    def extra_repr(self) -> str:
+        return f'bits={self.bits}, groups={self.groups}'
+
+
+class ActivationQuantizer(Quantizer):
+    """Quantizes one tensor with one threshold.
+
+    Args:
+        bits: 2 to 8.
+        range: 'unsigned', 'signed', 'zero_point', or 'auto' to decide once, from calibration.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, bits: int, range: str = 'auto') -> None:
+        super().__init__(bits)
+        self.range = range
+        self.register_buffer('threshold', torch.zeros(()))
+        self._observed: list[Tensor] = []
+
+    def start_threshold(self, mean: Tensor, top: Tensor) -> Tensor:
+        """T from calibration: mean(|x|) and max(|x|), scalars."""
+        raise NotImplementedError
+
+    def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
+        """The reshape stage: the input in float, clipped or not."""
+        return x
+
+    def quantize(self, x: Tensor, step: Tensor) -> Tensor:
+        """Fake quantization with a scalar step."""
+        return F.fake_quantize(x, step, self.lo, self.hi)
+
+    follows = False
+    """Whether T follows statistics of the inputs: then `track`, `statistics` and `update` are there."""
+
+    def track(self, x: Tensor) -> None:
+        """Collect what moves the threshold; called with every training input while thresholds follow."""
+
+    def statistics(self) -> Tensor:
+        """What was collected since the last update, as a vector that may be summed over ranks."""
+        raise NotImplementedError
+
+    def update(self, statistics: Tensor) -> None:
+        """Move T by the statistics of one optimizer step, summed over forwards and ranks, and start anew."""
+        raise NotImplementedError
+
+    def step(self) -> Tensor:
+        """The step d, a scalar."""
+        return F.step_size(self.threshold, self.lo, self.hi)
+
+    @property
+    def kind(self) -> str:
+        """'unsigned', 'signed', 'zero_point', or 'undecided' before calibration."""
+        if not self.calibrated:
+            return 'undecided'
+        if self.lo == 0:
+            return 'unsigned'
+        return 'signed' if -self.lo >= self.hi else 'zero_point'
+
+    def observe(self, x: Tensor) -> None:
+        """Collect statistics of a calibration batch: sum|x|, count, count of non-zeros, -min, max."""
+        x = x.detach().float()
+        low, high = torch.aminmax(x)
+        count = torch.tensor(float(x.numel()), device=x.device)
+        self._observed.append(torch.stack([x.abs().sum(), count, torch.count_nonzero(x).float(), -low, high]).double())
+
+    def observed(self) -> Tensor:
+        """(5,) float64 summary of the calibration so far; count 0 if nothing came through."""
+        if not self._observed:
+            return torch.tensor([0, 0, 0, -torch.inf, -torch.inf], dtype=torch.float64, device=self.threshold.device)
+        rows = torch.stack(self._observed)
+        return torch.cat([rows[:, :3].sum(0), rows[:, 3:].amax(0)])
+
+    def calibrate(self, observed: Tensor) -> None:
+        """Decide the range and start the threshold from a summary like `observed`, the same on every rank."""
+        self._observed = []
+        total, count, nonzero, negative, high = observed.tolist()
+        if count == 0:
+            return
+        mean = total / max(nonzero if self.mean_of == 'nonzero' else count, 1)
+        kind = self.range if self.range != 'auto' else decide_range(-negative, high)
+        self.set_range(kind)
+        start = self.start_threshold(*(self.threshold.new_tensor(v) for v in (mean, max(negative, high, 0.0))))
+        if kind == 'zero_point':
+            self.set_range(kind, zero_point_of(float(start), -negative, self.bits))
+        self.threshold.copy_(start)
+        self.set_state(calibrated=True)
+
+    mean_of = 'all'
+    """Whether mean(|x|) is over 'all' elements or the 'nonzero' ones; a method may make it an option."""
+
+    def set_range(self, kind: str, zero_point: int = 1) -> None:
+        """Fix the smallest and largest code."""
+        zero_point = zero_point if kind == 'zero_point' else 0
+        lo, hi = F.code_range(self.bits, kind == 'signed', zero_point=zero_point)
+        self.set_state(lo=lo, hi=hi)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same shape; an empty tensor passes."""
+        if x.numel() == 0:
+            return x
+        if self.stage == Stage.OBSERVE:
+            self.observe(x)
+            return x
+        if not self.calibrated:
+            if not self.training:
+                raise UserError(_uncalibrated(self.name))
+            self.observe(x)
+            self.calibrate(self.observed())
+        if self.training and self.stage != Stage.FREEZE and torch._C._current_graph_task_id() == -1:
+            self.track(x.detach())  # a graph task is a backward pass, where a checkpointed segment runs a second time
+        with torch.autocast(x.device.type, enabled=False):
+            if self.stage == Stage.RESHAPE:
+                return self.reshape(x, self.threshold)
+            return self.quantize(x, self.step())
+
+    def extra_repr(self) -> str:
+        return f'bits={self.bits}, range={self.range}'
+
+
+def decide_range(low: float, high: float) -> str:
+    """The range of a tensor with these extremes (rule: ours).
+
+    No negative value: 'unsigned' (ReLU). A short negative tail, at least -0.3 and at most half of the maximum:
+    'zero_point' (SiLU ends at -0.278, GELU at -0.170). Otherwise 'signed'.
+    """
+    if low >= 0:
+        return 'unsigned'
+    return 'zero_point' if low >= -0.3 and -low <= high / 2 else 'signed'
+
+
+def zero_point_of(threshold: float, low: float, bits: int) -> int:
+    """Zero point z of an unsigned range that reaches from about `low` to T: at least 1, at most half the codes."""
+    levels = 2**bits - 1
+    if threshold <= 0:
+        return 1
+    return min(max(round(levels * -low / (threshold - low)), 1), levels // 2)
+
+
+def _uncalibrated(name: str) -> str:
+    return (
+        f'layer {name} has no threshold yet: train it first, or load a checkpoint of the quantized model '
+        '(a float checkpoint holds no thresholds)'
+    )

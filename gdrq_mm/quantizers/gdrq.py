@@ -1,0 +1,176 @@
+"""GDRQ: Scale-Clip and group-based quantization.
+
+Yu et al., "Low-bit Quantization Needs Good Distribution", CVPR Workshops 2020, arXiv:1908.01477.
+Scale-Clip: T = k * mean(|x|); weights in groups of filters with a threshold each; activations with a running average.
+Ours, not the paper's: the default k, the momentum, the symmetric signed range, the range of activations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from .base import ActivationQuantizer, Check, Stage, WeightQuantizer, number, one_of
+
+WEIGHT_K = {2: 2.0, 3: 3.0, 4: 3.5, 5: 4.5, 6: 5.5, 7: 6.0, 8: 7.0}
+"""Default k for weights by bits (ours; docs/defaults.md has the search)."""
+
+ACTIVATION_K = {
+    'unsigned': {2: 6.0, 3: 9.0, 4: 12.0, 5: 14.0, 6: 16.0, 7: 20.0, 8: 24.0},
+    'signed': {2: 1.6, 3: 2.4, 4: 3.2, 5: 3.8, 6: 4.4, 7: 4.8, 8: 5.4},
+    'zero_point': {2: 4.0, 3: 5.5, 4: 7.0, 5: 8.5, 6: 10.0, 7: 11.0, 8: 12.0},
+}
+"""Default k for activations by range and bits (ours; docs/defaults.md has the search)."""
+
+SEARCH_INTERVAL = 100
+"""Optimizer steps between two searches of the weight threshold (ours)."""
+
+
+class GDRQWeight(WeightQuantizer):
+    """Weights by Scale-Clip in groups (METHOD: sections 2 and 3).
+
+    Args:
+        k: T_g = k * mean(|w|) of the group. None: WEIGHT_K.
+        clip: 'forward', clipped on the way into the layer, or 'project', the stored weights are clipped after each
+            optimizer step.
+        gradient: of a clipped weight: 'masked' (0) or 'straight_through' (1).
+        threshold: 'scale_clip'; 'search', the T of least quantized loss; 'learned', by gradient, as LSQ does.
+        narrow_range: leave out the code -2^(n-1).
+    """
+
+    @classmethod
+    def options(cls) -> dict[str, Check]:
+        return dict(
+            k=number(0, 1000, none=True),
+            clip=one_of('forward', 'project'),
+            gradient=one_of('masked', 'straight_through'),
+            threshold=one_of('scale_clip', 'search', 'learned'),
+            narrow_range=one_of(True, False),
+        )
+
+    def __init__(
+        self,
+        bits: int,
+        channels: int,
+        groups: int | str = 1,
+        k: float | None = None,
+        clip: str = 'forward',
+        gradient: str = 'masked',
+        threshold: str = 'scale_clip',
+        narrow_range: bool = True,
+    ) -> None:
+        super().__init__(bits, channels, groups, narrow_range)
+        self.k = WEIGHT_K[bits] if k is None else k
+        self.clip, self.gradient, self.source = clip, gradient, threshold
+        self._steps = 0
+        if threshold == 'learned':
+            self.learned_threshold = nn.Parameter(torch.ones(self.groups))
+
+    def threshold_of(self, weight: Tensor) -> Tensor:
+        if self.source == 'learned':
+            return self.learned_threshold.clamp(min=0)
+        if self.source == 'search':
+            return self.threshold
+        return F.scale_clip_threshold(weight, self.k, self.sizes)
+
+    def calibrate(self, weight: Tensor) -> None:
+        start = F.scale_clip_threshold(weight, self.k, self.sizes)
+        if self.source == 'search':
+            start = F.search_threshold(weight, self.lo, self.hi, self.sizes)
+        elif self.source == 'learned':
+            self.learned_threshold.data.copy_(start)
+        self.threshold.copy_(start)
+        self.set_state(calibrated=True)
+
+    def reshape(self, weight: Tensor, threshold: Tensor) -> Tensor:
+        # Projection has already clipped the stored weight.
+        return weight if self.clip == 'project' else F.clip(weight, threshold, self.gradient)
+
+    def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
+        if self.source == 'learned' and self.stage != Stage.FREEZE:
+            scale = (weight.numel() / self.groups * self.hi) ** -0.5
+            return F.learned_step_quantize(weight, step, self.lo, self.hi, scale)
+        return F.fake_quantize(weight, step, self.lo, self.hi, self.gradient)
+
+    def after_step(self, weight: Tensor) -> Tensor | None:
+        if self.stage == Stage.FREEZE:
+            return None
+        self._steps += 1
+        if self.source == 'search' and self._steps % SEARCH_INTERVAL == 0:
+            self.threshold.copy_(F.search_threshold(weight, self.lo, self.hi, self.sizes))
+        threshold = self.threshold_of(weight).detach()
+        self.threshold.copy_(threshold)
+        if self.clip == 'forward':
+            return None
+        limit = F.per_channel(threshold, self.sizes, weight.dim())
+        return torch.clamp(weight, -limit, limit)
+
+
+class GDRQActivation(ActivationQuantizer):
+    """Activations by Scale-Clip with a running threshold, T <- T + m * (k * mean(|x|) - T) (METHOD: section 2).
+
+    Args:
+        k: None: ACTIVATION_K of the range and bits.
+        momentum: m of the running average.
+        mean: over 'all' elements, or over the 'nonzero' ones.
+        gradient: of a clipped activation: 'masked' (0) or 'straight_through' (1).
+    """
+
+    @classmethod
+    def options(cls) -> dict[str, Check]:
+        return dict(
+            k=number(0, 1000, none=True),
+            momentum=number(0, 1),
+            mean=one_of('all', 'nonzero'),
+            gradient=one_of('masked', 'straight_through'),
+        )
+
+    def __init__(
+        self,
+        bits: int,
+        range: str = 'auto',
+        k: float | None = None,
+        momentum: float = 0.01,
+        mean: str = 'all',
+        gradient: str = 'masked',
+    ) -> None:
+        super().__init__(bits, range)
+        self.fixed_k, self.momentum, self.mean_of, self.gradient = k, momentum, mean, gradient
+        self._sum: Any = 0.0
+        self._count: Any = 0
+
+    @property
+    def k(self) -> float:
+        """The k in use; without one given it depends on the range, so it is known after calibration."""
+        if self.fixed_k is not None:
+            return self.fixed_k
+        kind = 'unsigned' if self.lo == 0 else 'signed' if -self.lo >= self.hi else 'zero_point'
+        return ACTIVATION_K[kind][self.bits]
+
+    follows = True
+
+    def start_threshold(self, mean: Tensor, top: Tensor) -> Tensor:
+        return self.k * mean
+
+    def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
+        return F.clip(x, threshold.to(x.dtype), self.gradient)
+
+    def quantize(self, x: Tensor, step: Tensor) -> Tensor:
+        return F.fake_quantize(x, step, self.lo, self.hi, self.gradient)
+
+    def track(self, x: Tensor) -> None:
+        self._sum = self._sum + torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+        self._count = self._count + (torch.count_nonzero(x) if self.mean_of == 'nonzero' else x.numel())
+
+    def statistics(self) -> Tensor:
+        collected = (self._sum, self._count)  # sum|x| and count; 0 and 0 if nothing came through
+        return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.threshold.device) for v in collected])
+
+    def update(self, statistics: Tensor) -> None:
+        total, count = statistics[0], statistics[1]
+        moved = self.threshold + self.momentum * (self.k * total / count.clamp(min=1) - self.threshold)
+        self.threshold.copy_(torch.where(count > 0, moved, self.threshold))
+        self._sum, self._count = 0.0, 0

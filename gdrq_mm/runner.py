@@ -1,0 +1,140 @@
+"""The runner of a quantized config: mmengine's Runner, with layers replaced when the model is built."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.nn as nn
+from mmengine.config import Config
+from mmengine.dist import master_only
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from torch.utils.data import DataLoader
+
+from .checkpoint import check_fits, read_checkpoint
+from .config import Quantization
+from .convert import Report, quantize_model
+from .hooks import CalibrationHook, StageHook, StatisticsHook, ThresholdHook
+from .seeding import SeedHook, kept_random_state, seed_dataloader
+from .summary import layer_table
+from .topology import record
+
+
+@RUNNERS.register_module()
+class QuantRunner(Runner):
+    """Builds the model of a config, quantizes it by the config's `quantization` dict, trains and tests it.
+
+    A config names it by `runner_type = 'gdrq_mm.runner.QuantRunner'`. Layers are replaced in `build_model`, before DDP
+    and the optimizer see the model; thresholds start in `before_train`, after the weights are loaded.
+    """
+
+    quantization: Quantization
+    report: Report | None = None
+    unsafe_load = False
+    """Unpickle whatever a checkpoint holds (tools: --unsafe-load)."""
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> Runner:
+        """Build a runner; a pretrained init that `load_from` replaces is dropped, so it is not downloaded."""
+        Quantization.from_dict(cfg.get('quantization', {}))
+        if cfg.get('load_from') or cfg.get('resume'):
+            drop_pretrained(cfg.model)
+        return super().from_cfg(cfg)
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """The quantized model."""
+        built = super().build_model(model)
+        if not self.distributed:
+            built = revert_sync_batchnorm(built)  # wrap_model does it too, but then would drop what is attached to it
+        self.quantization = Quantization.from_dict(self.cfg.get('quantization', {}))
+        self.report = quantize_model(built, self.quantization, record(built, lambda: self._predict(built)))
+        return built.to(next(built.parameters()).device)
+
+    def _predict(self, model: nn.Module) -> None:
+        """One prediction on the first real sample that the config has; its loaders are kept for the loops."""
+        for name in ('_val_dataloader', '_test_dataloader', '_train_dataloader'):
+            if getattr(self, name, None) is None:
+                continue
+            loader = self._loader(name)
+            with kept_random_state():
+                batch = loader.collate_fn([loader.dataset[0]])
+                data = model.data_preprocessor(batch, training=False)  # type: ignore[operator]
+                model(**data, mode='loss' if name == '_train_dataloader' else 'predict')
+            return
+
+    def _loader(self, name: str) -> DataLoader:
+        """A data loader of the config, built once and handed to its loop."""
+        loader = getattr(self, name)
+        if isinstance(loader, dict):
+            diff = self._randomness_cfg.get('diff_rank_seed', False)
+            loader = self.build_dataloader(loader, seed=self.seed, diff_rank_seed=diff)
+            setattr(self, name, loader)
+        return loader
+
+    def build_train_loop(self, loop: Any) -> Any:
+        """The training loop on seeded data."""
+        if isinstance(loop, dict):
+            seed_dataloader(self._loader('_train_dataloader'), self.seed)
+        return super().build_train_loop(loop)
+
+    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
+        """The config's hooks and ours."""
+        super().register_hooks(default_hooks, custom_hooks)
+        schedule = self.quantization.schedule
+        ours = [
+            SeedHook(),
+            CalibrationHook(self.quantization.calibration_batches),
+            StageHook(schedule.reshape, schedule.freeze),
+            ThresholdHook(),
+            StatisticsHook(),
+        ]
+        for hook in ours:
+            self.register_hook(hook)
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = ((r'^module.', ''),)
+    ) -> dict:
+        """Load weights; nothing in the file is executed, and a checkpoint of another model is refused."""
+        checkpoint = read_checkpoint(str(filename), map_location, self.unsafe_load)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        check_fits(model, checkpoint, filename, share=0.5 if self._train_loop is not None else 1.0)
+        checkpoint = _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
+        self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
+        return checkpoint
+
+    @master_only
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Save under a temporary name, then move into place: the file is whole or not there."""
+        if '://' in out_dir:
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+            return
+        temporary = f'.{filename}.tmp'
+        super().save_checkpoint(out_dir, temporary, *args, **kwargs)
+        source = os.path.join(out_dir, temporary)
+        with open(source, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(source, os.path.join(out_dir, filename))
+
+    def log_layers(self) -> None:
+        """Log the table of layers with what became of each."""
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        if self.report is not None:
+            self.logger.info('Quantized layers:\n' + layer_table(model, self.report))
+
+
+def drop_pretrained(cfg: Any) -> None:
+    """Remove `init_cfg=dict(type='Pretrained', ...)` from a model config, at any depth."""
+    if isinstance(cfg, dict):
+        init = cfg.get('init_cfg')
+        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+            cfg['init_cfg'] = None
+        for value in cfg.values():
+            drop_pretrained(value)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            drop_pretrained(value)

@@ -1,0 +1,114 @@
+"""Random numbers that a resumed run draws again: mmengine saves no random state.
+
+Each sample is seeded by (seed, epoch, position in the epoch), in whichever process it is loaded; each iteration of the
+main process by (seed, rank, iteration). So neither the number of workers nor an interruption changes what is drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed Python, NumPy and torch from a few integers."""
+    seed = int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave the random state of Python, NumPy and torch as it was."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class _SeededIndex(int):
+    """A sample's index that carries the seed of its random transforms, into worker processes too."""
+
+    numbers: tuple[int, ...]
+
+    def __reduce__(self) -> Any:
+        return _seeded_index, (int(self), self.numbers)
+
+
+def _seeded_index(index: int, numbers: tuple[int, ...]) -> _SeededIndex:
+    new = _SeededIndex(index)
+    new.numbers = numbers
+    return new
+
+
+class _SeededSampler:
+    """Yields the indices of a sampler, each with its seed; everything else is the sampler's."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+        self.start = 0
+        if hasattr(sampler, 'skip'):  # mmengine asks for it when an iteration-based run is resumed
+            self.skip = self._skip
+
+    def _skip(self, samples: int) -> None:
+        self.sampler.skip(samples)
+        self.start = samples
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'sampler':
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        for position, index in enumerate(self.sampler, self.start):
+            yield _seeded_index(index, (self.seed, get_rank(), getattr(self.sampler, 'epoch', 0), position))
+
+
+def _seeded_class(cls: type) -> type:
+    """A subclass of a data set's class that seeds before it loads a sample."""
+
+    def getitem(self: Any, index: int) -> Any:
+        if isinstance(index, _SeededIndex):
+            seed_all(*index.numbers)
+        return cls.__getitem__(self, int(index))  # type: ignore[attr-defined]
+
+    # No slots, or the memory layout differs and Python refuses to change the class of an object.
+    return type(cls.__name__, (cls,), {'__getitem__': getitem, '__module__': cls.__module__, '__slots__': ()})
+
+
+def seed_dataloader(loader: DataLoader, seed: int) -> None:
+    """Make what a data loader draws depend on seed, epoch and position only. Twice is the same as once."""
+    if isinstance(loader.sampler, _SeededSampler):
+        return
+    sampler = _SeededSampler(loader.sampler, seed)
+    if loader.batch_sampler is not None and hasattr(loader.batch_sampler, 'sampler'):
+        loader.batch_sampler.sampler = sampler  # type: ignore[attr-defined]
+    object.__setattr__(loader, 'sampler', sampler)  # DataLoader forbids plain assignment
+    loader.dataset.__class__ = _seeded_class(type(loader.dataset))
+
+
+@HOOKS.register_module()
+class SeedHook(Hook):
+    """Seed each iteration of the main process. QuantRunner adds it by itself, and seeds the training data."""
+
+    priority = 'VERY_HIGH'
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        seed_all(runner.seed, get_rank(), runner.iter)

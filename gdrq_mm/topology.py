@@ -1,0 +1,123 @@
+"""What feeds what in a model, recorded during one eager prediction: no torch.fx, no tracing.
+
+Forward hooks tell which module reads and returns which tensor; a TorchFunctionMode tells the operands of additions. A
+tensor is known by its identity and version, so an in-place ReLU makes a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Key = tuple[int, int]
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass
+class Addition:
+    """One addition of two tensors of the same shape."""
+
+    module: str
+    """Module whose forward adds."""
+    operands: tuple[tuple[str, ...], tuple[str, ...]]
+    """For each operand the modules that returned it, innermost first; empty if a function made it."""
+
+
+@dataclass
+class Topology:
+    """The record of one prediction. Names are those of `named_modules()`, the first one of a shared module."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often each module was called, in the order of the first call."""
+    inputs: dict[str, Key] = field(default_factory=dict)
+    """The tensor that a module read at its first call."""
+    macs: dict[str, int] = field(default_factory=dict)
+    """Multiply-accumulates of each convolution and linear layer for one image."""
+    norms: dict[str, str] = field(default_factory=dict)
+    """Convolution -> the batch normalization that reads its output."""
+    additions: list[Addition] = field(default_factory=list)
+
+
+def _key(tensor: Tensor) -> Key:
+    return id(tensor), tensor._version
+
+
+def _macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
+    if isinstance(module, nn.ConvTranspose2d):
+        return x.numel() // len(x) * module.weight[0].numel()
+    if isinstance(module, nn.Linear):
+        return out.numel() // len(x) * module.in_features if len(x) else 0
+    return out.numel() // max(len(x), 1) * module.weight[0].numel()  # type: ignore[operator, union-attr, index]
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.topology = Topology()
+        self.stack: list[str] = []
+        self.producers: dict[Key, list[str]] = {}
+        self.alive: list[Tensor] = []  # keeps identities from being used again
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ADDITIONS and len(args) > 1 and all(isinstance(a, Tensor) for a in args[:2]):
+            a, b = args[:2]
+            if a.shape == b.shape and a.dim() > 2 and a.is_floating_point():
+                operands = tuple(self.producers.get(_key(t), [])[:] for t in (a, b))
+                name = self.stack[-1] if self.stack else ''
+                self.topology.additions.append(Addition(name, (tuple(operands[0]), tuple(operands[1]))))
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.alive.append(out)
+        return out
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        name = self.names[module]
+        self.stack.append(name)
+        self.topology.calls[name] = self.topology.calls.get(name, 0) + 1
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if tensors:
+            self.alive.append(tensors[0])
+            self.topology.inputs.setdefault(name, _key(tensors[0]))
+            if isinstance(module, _NORMS):
+                for producer in self.producers.get(_key(tensors[0]), [])[:1]:
+                    self.topology.norms.setdefault(producer, name)
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        name = self.names[module]
+        self.stack.pop()
+        if isinstance(out, Tensor):
+            self.alive.append(out)
+            self.producers.setdefault(_key(out), []).append(name)
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and isinstance(args[0], Tensor):
+                self.topology.macs[name] = self.topology.macs.get(name, 0) + _macs(module, args[0], out)
+
+
+def record(model: nn.Module, predict: Callable[[], Any]) -> Topology:
+    """Run `predict` once, in evaluation mode and without gradients, and tell what feeds what in `model`.
+
+    The model's training flags and random state are left as they were.
+    """
+    recorder = _Recorder(model)
+    training = {module: module.training for module in model.modules()}
+    handles = []
+    for module in recorder.names:
+        handles.append(module.register_forward_pre_hook(recorder.enter))
+        handles.append(module.register_forward_hook(recorder.leave))
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(), recorder:
+            predict()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+    return recorder.topology
