@@ -33,7 +33,7 @@ _ALLOWED: list[Any] = [
     np.dtype,
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
     np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    *[type(np.dtype(t)) for t in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')],
+    *(type(np.dtype(t)) for t in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')),
 ]
 
 

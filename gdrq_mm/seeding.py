@@ -87,7 +87,7 @@ def _seeded_class(cls: type) -> type:
     def getitem(self: Any, index: int) -> Any:
         if isinstance(index, _SeededIndex):
             seed_all(*index.numbers)
-        return cls.__getitem__(self, int(index))  # type: ignore[attr-defined]
+        return cls.__getitem__(self, int(index))  # type: ignore[attr-defined, index]
 
     # No slots, or the memory layout differs and Python refuses to change the class of an object.
     return type(cls.__name__, (cls,), {'__getitem__': getitem, '__module__': cls.__module__, '__slots__': ()})
@@ -99,7 +99,7 @@ def seed_dataloader(loader: DataLoader, seed: int) -> None:
         return
     sampler = _SeededSampler(loader.sampler, seed)
     if loader.batch_sampler is not None and hasattr(loader.batch_sampler, 'sampler'):
-        loader.batch_sampler.sampler = sampler  # type: ignore[attr-defined]
+        loader.batch_sampler.sampler = sampler  # type: ignore[attr-defined, index]
     object.__setattr__(loader, 'sampler', sampler)  # DataLoader forbids plain assignment
     loader.dataset.__class__ = _seeded_class(type(loader.dataset))
 
