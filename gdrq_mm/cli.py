@@ -61,7 +61,7 @@ def mend_mmseg_bases() -> None:
 def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
     """The runner that the config asks for."""
     check_environment()
-    runner_class = RUNNERS.get(cfg.get('runner_type', 'Runner'))
+    runner_class = RUNNERS.get(cfg.get('runner_type', 'gdrq_mm.runner.QuantRunner'))
     if hasattr(runner_class, 'unsafe_load'):
         runner_class.unsafe_load = args.unsafe_load
     return runner_class.from_cfg(cfg)

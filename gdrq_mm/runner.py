@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.dist import master_only
@@ -27,11 +28,14 @@ from .topology import record
 class QuantRunner(Runner):
     """Builds the model of a config, quantizes it by the config's `quantization` dict, trains and tests it.
 
+    Without that dict the model stays float; seeding, exact resume and safe checkpoints are the same, so that a float
+    baseline differs in nothing else. `memory_format = 'channels_last'` in the config is faster on a CPU.
+
     A config names it by `runner_type = 'gdrq_mm.runner.QuantRunner'`. Layers are replaced in `build_model`, before DDP
     and the optimizer see the model; thresholds start in `before_train`, after the weights are loaded.
     """
 
-    quantization: Quantization
+    quantization: Quantization | None = None
     report: Report | None = None
     unsafe_load = False
     """Unpickle whatever a checkpoint holds (tools: --unsafe-load)."""
@@ -39,19 +43,24 @@ class QuantRunner(Runner):
     @classmethod
     def from_cfg(cls, cfg: Config) -> Runner:
         """Build a runner; a pretrained init that `load_from` replaces is dropped, so it is not downloaded."""
-        Quantization.from_dict(cfg.get('quantization', {}))
+        read_quantization(cfg)
         if cfg.get('load_from') or cfg.get('resume'):
             drop_pretrained(cfg.model)
         return super().from_cfg(cfg)
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """The quantized model."""
+        """The model of the config, quantized if the config says so."""
         built = super().build_model(model)
         if not self.distributed:
             built = revert_sync_batchnorm(built)  # wrap_model does it too, but then would drop what is attached to it
-        self.quantization = Quantization.from_dict(self.cfg.get('quantization', {}))
-        self.report = quantize_model(built, self.quantization, record(built, lambda: self._predict(built)))
-        return built.to(next(built.parameters()).device)
+        if self.cfg.get('memory_format') == 'channels_last':
+            built = built.to(memory_format=torch.channels_last)
+        self.quantization = read_quantization(self.cfg)
+        if self.quantization is not None:
+            topology = record(built, lambda: self._predict(built))
+            self.report = quantize_model(built, self.quantization, topology)
+            built.to(next(built.parameters()).device)
+        return built
 
     def _predict(self, model: nn.Module) -> None:
         """One prediction on the first real sample that the config has; its loaders are kept for the loops."""
@@ -83,16 +92,13 @@ class QuantRunner(Runner):
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """The config's hooks and ours."""
         super().register_hooks(default_hooks, custom_hooks)
-        schedule = self.quantization.schedule
-        ours = [
-            SeedHook(),
-            CalibrationHook(self.quantization.calibration_batches),
-            StageHook(schedule.reshape, schedule.freeze),
-            ThresholdHook(),
-            StatisticsHook(),
-        ]
-        for hook in ours:
-            self.register_hook(hook)
+        self.register_hook(SeedHook())
+        if self.quantization is not None:
+            schedule = self.quantization.schedule
+            self.register_hook(CalibrationHook(self.quantization.calibration_batches))
+            self.register_hook(StageHook(schedule.reshape, schedule.freeze))
+            self.register_hook(ThresholdHook())
+            self.register_hook(StatisticsHook())
 
     def load_checkpoint(
         self, filename: str, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = ((r'^module.', ''),)
@@ -125,6 +131,11 @@ class QuantRunner(Runner):
         model = self.model.module if is_model_wrapper(self.model) else self.model
         if self.report is not None:
             self.logger.info('Quantized layers:\n' + layer_table(model, self.report))
+
+
+def read_quantization(cfg: Config) -> Quantization | None:
+    """The validated `quantization` dict of a config; None if it has none."""
+    return Quantization.from_dict(cfg.quantization) if 'quantization' in cfg else None
 
 
 def drop_pretrained(cfg: Any) -> None:

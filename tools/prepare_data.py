@@ -4,15 +4,25 @@
 import argparse
 
 from gdrq_mm.cli import main
-from gdrq_mm.datasets import digits
+from gdrq_mm.datasets import cifar10, digits
+from gdrq_mm.errors import UserError
 
 
 def prepare() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('dataset', choices=['digits'])
+    parser.add_argument('dataset', choices=['digits', 'cifar10'])
+    parser.add_argument('--source', help='archive, or the folder that holds it (digits needs none)')
     parser.add_argument('--out', help='folder to write (default: data/<dataset>)')
     args = parser.parse_args()
-    print(digits.build(args.out or f'data/{args.dataset}'))
+    out = args.out or f'data/{args.dataset}'
+    if args.dataset == 'digits':
+        print(digits.build(out))
+    elif args.source is None:
+        raise UserError(
+            'cifar10 needs --source PATH: an archive with a folder per class, or the official python archive'
+        )
+    else:
+        print(cifar10.build(args.source, out))
 
 
 if __name__ == '__main__':

@@ -5,6 +5,8 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
+
 from gdrq_mm.cli import add_config_arguments, build_runner, load_config, main
 
 
@@ -32,8 +34,11 @@ def train() -> None:
     args = parse_args()
     cfg = load_config(args)
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        if torch.cuda.is_available():
+            cfg.optim_wrapper.type = 'AmpOptimWrapper'
+            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        else:
+            cfg.optim_wrapper.type = 'gdrq_mm.amp.CPUAmpOptimWrapper'
     if args.auto_scale_lr:
         cfg.setdefault('auto_scale_lr', {'base_batch_size': 256})
         cfg.auto_scale_lr.enable = True
