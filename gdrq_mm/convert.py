@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor
 
 from .config import FLOAT_BITS, Activation, Quantization
@@ -46,6 +47,13 @@ class Report:
     layers: list[LayerReport]
     additions: list[tuple[str, str]]
     """Module whose output is quantized for an addition, or a place with the reason why it is not."""
+
+
+def bare_model(model: nn.Module) -> Any:
+    """The model without a wrapper for several processes or for test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module  # type: ignore[assignment]
+    return model
 
 
 def quant_layers(model: nn.Module) -> dict[str, Any]:

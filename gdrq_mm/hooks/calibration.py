@@ -7,12 +7,11 @@ import torch.nn as nn
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ..convert import activation_quantizers, quant_layers
+from ..convert import activation_quantizers, bare_model, quant_layers
 from ..quantizers import Quantizer, Stage
 from ..seeding import kept_random_state
 
@@ -34,7 +33,7 @@ class CalibrationHook(Hook):
         self.batches = batches
 
     def before_train(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner.model)
         quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
         if any(q.calibrated for q in quantizers):
             return

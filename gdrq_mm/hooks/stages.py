@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..convert import quant_layers
+from ..convert import bare_model, quant_layers
 from ..quantizers import Quantizer, Stage
 
 
@@ -41,7 +40,7 @@ class StageHook(Hook):
         return Stage.FREEZE if progress >= self.freeze else Stage.QUANTIZE
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner.model)
         stage = self.stage_at(runner.iter / runner.max_iters)
         if stage != self.stage:
             runner.logger.info(f'Stage {stage.name.lower()} from iteration {runner.iter} of {runner.max_iters}.')

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend
 
 from .. import functional as F
-from ..convert import activation_quantizers, quant_layers
+from ..convert import activation_quantizers, bare_model, quant_layers
 
 
 @HOOKS.register_module()
@@ -42,7 +41,7 @@ class StatisticsHook(Hook):
     ) -> None:
         if not self.every_n_train_iters(runner, self.interval):
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner.model)
         scalars: dict[str, float] = {}
         for name, layer in quant_layers(model).items():
             quant = layer.weight_quant

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..convert import activation_quantizers, quant_layers
+from ..convert import activation_quantizers, bare_model, quant_layers
 from ..quantizers import Stage
 
 
@@ -32,7 +31,7 @@ class ThresholdHook(Hook):
     ) -> None:
         if not runner.optim_wrapper.should_update():
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner.model)
         for layer in quant_layers(model).values():
             if layer.weight_quant is not None and layer.weight_quant.calibrated:
                 projected = layer.weight_quant.after_step(layer.filters())
