@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from mmengine.fileio import get as fetch
 from mmengine.logging.history_buffer import HistoryBuffer
 
 from .errors import UserError
+from .quantizers import Quantizer
+
+_QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant)\.')
+"""Matches the names of what quantizers keep in a state dict."""
 
 
 def _history_method(owner: Any, name: str) -> Any:
@@ -73,17 +78,51 @@ def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = Fal
     return checkpoint
 
 
+def state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The state dict in a checkpoint, names without a 'module.' prefix."""
+    return {k.removeprefix('module.'): v for k, v in checkpoint.get('state_dict', checkpoint).items()}
+
+
 def check_fits(model: nn.Module, checkpoint: dict[str, Any], filename: str, share: float) -> None:
-    """Raise UserError if less than `share` of the model's parameters are in the checkpoint, with their shape."""
-    state = checkpoint.get('state_dict', checkpoint)
-    state = {k.removeprefix('module.'): v for k, v in state.items()}
-    parameters = dict(model.named_parameters())
+    """Raise UserError if less than `share` of the model's parameters are in the checkpoint, with their shape.
+
+    Parameters of quantizers do not count: a float checkpoint has none.
+    """
+    state = state_of(checkpoint)
+    ours = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    parameters = {n: p for n, p in model.named_parameters() if id(p) not in ours}
     wrong = [n for n, p in parameters.items() if n not in state or getattr(state[n], 'shape', None) != p.shape]
     if len(parameters) - len(wrong) < share * len(parameters):
         raise UserError(
             f'checkpoint {filename} is of another model: {len(parameters) - len(wrong)} of {len(parameters)} '
             f'parameters match by name and shape; the first that does not is {wrong[0]}'
         )
+
+
+def other_quantization(model: nn.Module, checkpoint: dict[str, Any]) -> str:
+    """Why the thresholds of a quantized checkpoint do not belong to this model; '' if they do or if it has none."""
+    state = state_of(checkpoint)
+    theirs = {name for name in state if _QUANTIZER_ENTRY.search(name)}
+    if not theirs:
+        return ''
+    prefixes = [(name, m) for name, m in model.named_modules() if isinstance(m, Quantizer)]
+    ours = {f'{name}.{key}': value for name, m in prefixes for key, value in m.state_dict().items()}
+    for name in sorted(theirs ^ set(ours)):
+        return f'{name} is in the {"checkpoint" if name in theirs else "config"} only'
+    for name, m in prefixes:
+        bits = int(state[f'{name}.state'][-1])
+        if bits != m.bits:
+            return f'{name} has {bits} bits in the checkpoint and {m.bits} in the config'
+    for name, value in ours.items():
+        if state[name].shape != value.shape:
+            return f'{name} has shape {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} in the config'
+    return ''
+
+
+def without_quantizers(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint as if it came from the float model."""
+    state = {k: v for k, v in state_of(checkpoint).items() if not _QUANTIZER_ENTRY.search(k)}
+    return {**checkpoint, 'state_dict': state}
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

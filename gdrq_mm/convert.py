@@ -66,6 +66,13 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
 
 
+def float_report(model: nn.Module, topology: Topology) -> Report:
+    """The report of a model that stays float."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _KINDS)}
+    rows = [LayerReport(n, type(m).__name__, m.weight.numel(), topology.macs.get(n, 0)) for n, m in layers.items()]
+    return Report(rows, [])
+
+
 def quantize_model(model: nn.Module, config: Quantization, topology: Topology | None = None) -> Report:
     """Replace layers in place.
 
@@ -87,7 +94,6 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
         if not note:
             weight, activation = config.for_layer(name, name in edges)
             new = QUANTIZED[type(layer)].from_float(layer, weight, activation)  # type: ignore[attr-defined]
-            new.reached = topology is not None and name in topology.calls
             replaced[layer] = new
             note = edges.get(name, '')
             if weight.bits == activation.bits == FLOAT_BITS:
@@ -111,6 +117,8 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
 
 
 def _reason_to_skip(name: str, layer: nn.Module, config: Quantization, topology: Topology | None) -> str:
+    if isinstance(layer, QuantLayer):
+        return 'quantized by the model config'
     if config.skipped(name):
         return 'float: skipped by config'
     if type(layer) not in QUANTIZED:

@@ -38,7 +38,8 @@ class QuantLayer:
 
     weight_quant: WeightQuantizer | None
     _shared: tuple[ActivationQuantizer, ...]
-    reached: bool
+    seen: bool
+    """Whether `forward` ran since this flag was cleared; calibration reads it."""
     weight: Tensor
 
     @property
@@ -55,7 +56,7 @@ class QuantLayer:
         return new
 
     def _attach(self, weight: Weight, activation: Activation) -> None:
-        self.reached = False
+        self.seen = False
         self._shared = ()
         self.weight_quant = make_weight_quantizer(weight, len(self.filters()))
         self.own_input_quant = make_activation_quantizer(activation)
@@ -65,6 +66,12 @@ class QuantLayer:
         self.own_input_quant = None
         assert owner.input_quant is not None
         self._shared = (owner.input_quant,)  # a tuple, so that torch does not register it a second time
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of the weight and of the input; 32 is float."""
+        weight, activation = self.weight_quant, self.input_quant
+        return weight.bits_in_use if weight else FLOAT_BITS, activation.bits_in_use if activation else FLOAT_BITS
 
     def filters(self) -> Tensor:
         """The weight as filters, (C_out, ...)."""
@@ -76,7 +83,7 @@ class QuantLayer:
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized input and weight."""
-        self.reached = True
+        self.seen = True
         quant = self.input_quant
         weight = self.weight if self.weight_quant is None else self.set_filters(self.weight_quant(self.filters()))
         return (x if quant is None else quant(x)), weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -9,18 +10,20 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.dist import master_only
-from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
-from .checkpoint import check_fits, read_checkpoint
-from .config import Quantization
-from .convert import Report, quantize_model
-from .hooks import CalibrationHook, StageHook, StatisticsHook, ThresholdHook
+from .checkpoint import check_fits, other_quantization, read_checkpoint, without_quantizers
+from .config import FLOAT_BITS, Quantization
+from .convert import Report, bare_model, float_report, quantize_model
+from .errors import UserError
+from .hooks import CalibrationHook, FiniteLossHook, StageHook, StatisticsHook, ThresholdHook
+from .quantizers import Quantizer, Stage
 from .seeding import SeedHook, kept_random_state, seed_dataloader
-from .summary import layer_table
+from .summary import layer_table, totals
 from .topology import record
 
 
@@ -56,9 +59,12 @@ class QuantRunner(Runner):
         if self.cfg.get('memory_format') == 'channels_last':
             built = built.to(memory_format=torch.channels_last)
         self.quantization = read_quantization(self.cfg)
-        if self.quantization is not None:
-            topology = record(built, lambda: self._predict(built))
-            self.report = quantize_model(built, self.quantization, topology)
+        bare = bare_model(built)
+        topology = record(bare, lambda: self._predict(built))
+        if self.quantization is None:
+            self.report = float_report(bare, topology)
+        else:
+            self.report = quantize_model(bare, self.quantization, topology)
             built.to(next(built.parameters()).device)
         return built
 
@@ -70,8 +76,13 @@ class QuantRunner(Runner):
             loader = self._loader(name)
             with kept_random_state():
                 batch = loader.collate_fn([loader.dataset[0]])
-                data = model.data_preprocessor(batch, training=False)  # type: ignore[operator]
-                model(**data, mode='loss' if name == '_train_dataloader' else 'predict')
+                if name == '_train_dataloader':
+                    data = model.data_preprocessor(batch, training=False)  # type: ignore[operator]
+                    model(**data, mode='loss')
+                else:
+                    if isinstance(model, BaseTTAModel):  # its loader gives a list with an entry for each augmentation
+                        batch = {key: value[0] for key, value in batch.items()}
+                    bare_model(model).test_step(batch)
             return
 
     def _loader(self, name: str) -> DataLoader:
@@ -93,6 +104,7 @@ class QuantRunner(Runner):
         """The config's hooks and ours."""
         super().register_hooks(default_hooks, custom_hooks)
         self.register_hook(SeedHook())
+        self.register_hook(FiniteLossHook())
         if self.quantization is not None:
             schedule = self.quantization.schedule
             self.register_hook(CalibrationHook(self.quantization.calibration_batches))
@@ -106,8 +118,15 @@ class QuantRunner(Runner):
         """Load weights; nothing in the file is executed, and a checkpoint of another model is refused."""
         checkpoint = read_checkpoint(str(filename), map_location, self.unsafe_load)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
-        check_fits(model, checkpoint, filename, share=0.5 if self._train_loop is not None else 1.0)
+        model = bare_model(self.model)
+        starting = self._train_loop is not None and not self._resume
+        check_fits(model, checkpoint, filename, share=0.5 if starting else 1.0)
+        mismatch = other_quantization(model, checkpoint)
+        if mismatch and not starting:
+            raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}')
+        if mismatch:
+            self.logger.info(f'Thresholds of {filename} are of another quantization ({mismatch}); ours start anew.')
+            checkpoint = without_quantizers(checkpoint)
         checkpoint = _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
@@ -128,9 +147,22 @@ class QuantRunner(Runner):
 
     def log_layers(self) -> None:
         """Log the table of layers with what became of each."""
-        model = self.model.module if is_model_wrapper(self.model) else self.model
         if self.report is not None:
-            self.logger.info('Quantized layers:\n' + layer_table(model, self.report))
+            self.logger.info('Layers:\n' + layer_table(bare_model(self.model), self.report))
+
+    def describe(self) -> dict[str, Any]:
+        """What a run record says of the model: methods, bits, stage, sizes."""
+        model, config = bare_model(self.model), self.quantization
+        stages = {m.stage for m in model.modules() if isinstance(m, Quantizer)} - {Stage.FLOAT}
+        assert self.report is not None
+        return dict(
+            methods=[config.weight.method, config.activation.method] if config else ['float', 'float'],
+            bits=[config.weight.bits, config.activation.bits] if config else [FLOAT_BITS, FLOAT_BITS],
+            first_last_bits=config.first_last_bits if config else FLOAT_BITS,
+            deployable=config.deployable if config else None,
+            stage=max(stages).name.lower() if stages else 'float',
+            **dataclasses.asdict(totals(model, self.report)),
+        )
 
 
 def read_quantization(cfg: Config) -> Quantization | None:

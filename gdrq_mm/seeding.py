@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 
 def seed_all(*numbers: int, devices: bool = True) -> None:
-    """Seed Python, NumPy and torch from a few integers; `devices=False` leaves accelerators out, which is 100 times faster."""
+    """Seed Python, NumPy and torch from a few integers; `devices=False` leaves accelerators out (100 times faster)."""
     seed = int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

@@ -20,8 +20,8 @@ from ..seeding import kept_random_state
 class CalibrationHook(Hook):
     """Run `batches` training batches in float, then decide ranges and start thresholds, the same on every rank.
 
-    Nothing is done if the checkpoint held thresholds. A layer that no batch reaches stays uncalibrated: it starts from
-    its first training batch, if one ever comes.
+    Nothing is done if the checkpoint held thresholds. A layer that no batch reaches stays float; the table of layers
+    says so.
 
     Example:
         custom_hooks = [dict(type='CalibrationHook', batches=8)]   # QuantRunner adds it by itself
@@ -42,6 +42,8 @@ class CalibrationHook(Hook):
         model.eval()
         for quantizer in quantizers:
             quantizer.set_state(stage=Stage.OBSERVE)
+        for layer in quant_layers(model).values():
+            layer.seen = False
         with kept_random_state(), torch.no_grad():
             for number, batch in enumerate(_own_loader(runner)):
                 if number == self.batches:
@@ -51,8 +53,6 @@ class CalibrationHook(Hook):
         for module, flag in training.items():
             module.training = flag
         finish_calibration(model)
-        for quantizer in quantizers:
-            quantizer.set_state(stage=Stage.QUANTIZE)
 
 
 def _own_loader(runner: Runner) -> DataLoader:
@@ -66,12 +66,19 @@ def _own_loader(runner: Runner) -> DataLoader:
 @torch.no_grad()
 def finish_calibration(model: nn.Module) -> None:
     """Turn what the activation quantizers observed into ranges and thresholds, and start those of the weights."""
-    for quantizer in activation_quantizers(model).values():
-        observed = quantizer.observed()
-        sums, extremes = observed[:3].contiguous(), observed[3:].contiguous()
+    activations, layers = activation_quantizers(model), quant_layers(model)
+    if activations:
+        observed = torch.stack([quantizer.observed() for quantizer in activations.values()])
+        sums, extremes = observed[:, :3].contiguous(), observed[:, 3:].contiguous()
         all_reduce(sums, 'sum')
         all_reduce(extremes, 'max')
-        quantizer.calibrate(torch.cat([sums, extremes]))
-    for layer in quant_layers(model).values():
-        if layer.weight_quant is not None and layer.reached:
-            layer.weight_quant.calibrate(layer.filters())
+        for quantizer, row in zip(activations.values(), torch.cat([sums, extremes], 1)):
+            quantizer.calibrate(row)
+            quantizer.set_state(stage=Stage.QUANTIZE if quantizer.calibrated else Stage.FLOAT)
+    seen = torch.tensor([layer.seen for layer in layers.values()], dtype=torch.int32)
+    all_reduce(seen, 'max')
+    for layer, reached in zip(layers.values(), seen.tolist()):
+        if layer.weight_quant is not None:
+            if reached:
+                layer.weight_quant.calibrate(layer.filters())
+            layer.weight_quant.set_state(stage=Stage.QUANTIZE if reached else Stage.FLOAT)

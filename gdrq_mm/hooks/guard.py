@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -26,7 +27,8 @@ class FiniteLossHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         # mmengine's RuntimeInfoHook has read these values already, so this does not make a GPU wait once more.
-        bad = {name: float(v) for name, v in (outputs or {}).items() if not math.isfinite(float(v))}
+        values = {name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items()}
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if bad:
             listed = ', '.join(f'{name}={value}' for name, value in bad.items())
             raise UserError(f'{listed} at iteration {runner.iter}; training stops, {_last_checkpoint(runner)}')

@@ -44,8 +44,7 @@ class StageHook(Hook):
         stage = self.stage_at(runner.iter / runner.max_iters)
         if stage != self.stage:
             runner.logger.info(f'Stage {stage.name.lower()} from iteration {runner.iter} of {runner.max_iters}.')
-            set_stage(model, stage)
-            if self.stage == Stage.RESHAPE:
+            if set_stage(model, stage) == Stage.RESHAPE:
                 _forget_best(runner)
             self.stage = stage
         if stage == Stage.FREEZE:
@@ -55,15 +54,22 @@ class StageHook(Hook):
 
 
 @torch.no_grad()
-def set_stage(model: nn.Module, stage: Stage) -> None:
-    """Set the stage of every quantizer; freezing keeps the thresholds of this moment."""
+def set_stage(model: nn.Module, stage: Stage) -> Stage | None:
+    """Set the stage of every quantizer that is in use; freezing keeps the thresholds of this moment.
+
+    Returns:
+        The stage before; None if the model has no quantizer.
+    """
     for layer in quant_layers(model).values():
         quant = layer.weight_quant
         if stage == Stage.FREEZE and quant is not None and quant.calibrated and quant.stage != Stage.FREEZE:
             quant.threshold.copy_(quant.threshold_of(layer.filters()))
+    before = None
     for module in model.modules():
-        if isinstance(module, Quantizer):
+        if isinstance(module, Quantizer) and module.stage != Stage.FLOAT:
+            before = module.stage
             module.set_state(stage=stage)
+    return before
 
 
 def _forget_best(runner: Runner) -> None:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend
+from torch import Tensor
 
 from .. import functional as F
 from ..convert import activation_quantizers, bare_model, quant_layers
+from ..quantizers import Quantizer
+from ..results.plots import Distribution, distribution_sheet
+
+SAMPLES = 1 << 16
+"""Values of an activation that are looked at; evenly spaced ones of the tensor (ours)."""
 
 
 @HOOKS.register_module()
 class StatisticsHook(Hook):
-    """Every `interval` iterations write threshold, clip ratio, quantized loss and distance to uniform of each layer.
+    """Every `interval` iterations write what the quantizers see, for each layer's weight and each activation.
 
-    Scalars go to every backend of the visualizer, histograms of weights to TensorBoard if it is one of them.
+    Scalars `quant/<name>/{threshold, clip_ratio, quantized_loss, distance_to_uniform}` and a picture of all histograms
+    go to every backend of the visualizer, the histograms themselves to TensorBoard if it is one of them. The table of
+    layers is logged before training and testing.
 
     Example:
         custom_hooks = [dict(type='StatisticsHook', interval=500)]   # QuantRunner adds it by itself
@@ -26,14 +37,25 @@ class StatisticsHook(Hook):
 
     def __init__(self, interval: int = 500) -> None:
         self.interval = interval
+        self._samples: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
 
     def before_train(self, runner: Runner) -> None:
         if hasattr(runner, 'log_layers'):
             runner.log_layers()
 
-    def before_test(self, runner: Runner) -> None:
-        if hasattr(runner, 'log_layers'):
-            runner.log_layers()
+    before_test = before_train
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        for name, quantizer in activation_quantizers(bare_model(runner.model)).items():
+
+            def keep(module: Any, args: Any, name: str = name) -> None:
+                values = args[0].detach().flatten()
+                self._samples[name] = values[:: max(1, len(values) // SAMPLES)].float()
+
+            self._handles.append(quantizer.register_forward_pre_hook(keep))
 
     @torch.no_grad()
     def after_train_iter(
@@ -41,24 +63,49 @@ class StatisticsHook(Hook):
     ) -> None:
         if not self.every_n_train_iters(runner, self.interval):
             return
-        model = bare_model(runner.model)
-        scalars: dict[str, float] = {}
+        for handle in self._handles:
+            handle.remove()
+        samples, self._samples, self._handles = self._samples, {}, []
+        self._write(runner, self._distributions(bare_model(runner.model), samples))
+
+    @staticmethod
+    def _distributions(model: Any, samples: dict[str, Tensor]) -> list[Distribution]:
+        found = []
         for name, layer in quant_layers(model).items():
             quant = layer.weight_quant
-            if quant is None or not quant.calibrated:
-                continue
-            weight = layer.filters()
-            threshold = quant.current_threshold(weight)
-            limit = F.per_channel(threshold, quant.sizes, weight.dim())
-            quantized = F.fake_quantize(weight, quant.step(weight), quant.lo, quant.hi)
-            scalars[f'quant/{name}.weight.threshold'] = float(threshold.mean())
-            scalars[f'quant/{name}.weight.clip_ratio'] = float((weight.abs() > limit).float().mean())
-            scalars[f'quant/{name}.weight.quantized_loss'] = float(F.quantized_loss(weight, quantized))
-            scalars[f'quant/{name}.weight.distance_to_uniform'] = float(F.distance_to_uniform(weight))
-            for backend in runner.visualizer._vis_backends.values():
-                if isinstance(backend, TensorboardVisBackend):
-                    backend.experiment.add_histogram(f'quant/{name}.weight', weight.float().cpu(), runner.iter)
-        for name, activation in activation_quantizers(model).items():
-            if activation.calibrated:
-                scalars[f'quant/{name}.threshold'] = float(activation.threshold)
+            if quant is not None and quant.calibrated:
+                weight = layer.filters()
+                threshold = F.per_channel(quant.current_threshold(weight), quant.sizes, weight.dim())
+                step = F.step_size(threshold, quant.lo, quant.hi)
+                found.append(_distribution(f'{name}.weight', weight, threshold, step, quant))
+        for name, quant in activation_quantizers(model).items():
+            if quant.calibrated and name in samples and samples[name].numel():
+                found.append(_distribution(name, samples[name], quant.threshold, quant.step(), quant))
+        return found
+
+    @master_only
+    def _write(self, runner: Runner, distributions: list[Distribution]) -> None:
+        if not distributions:
+            return
+        scalars = {f'quant/{d.name}/{key}': value for d in distributions for key, value in d.scalars().items()}
         runner.visualizer.add_scalars(scalars, step=runner.iter)
+        runner.visualizer.add_image('distributions', distribution_sheet(distributions), step=runner.iter)
+        for backend in runner.visualizer._vis_backends.values():
+            if isinstance(backend, TensorboardVisBackend):
+                for d in distributions:
+                    backend.experiment.add_histogram(f'quant/{d.name}', d.values, runner.iter)
+
+
+def _distribution(name: str, x: Tensor, threshold: Tensor, step: Tensor, quant: Quantizer) -> Distribution:
+    quantized = F.fake_quantize(x, step, quant.lo, quant.hi)
+    low = quant.lo * step
+    clipped = (x > quant.hi * step) | (x < low)
+    return Distribution(
+        name=name.removesuffix('.own_input_quant'),
+        values=x.float().flatten().cpu().numpy(),
+        low=float(low.mean()),
+        threshold=float(threshold.mean()),
+        clip_ratio=float(clipped.float().mean()),
+        quantized_loss=float(F.quantized_loss(x, quantized)),
+        distance_to_uniform=float(F.distance_to_uniform(x)),
+    )

@@ -32,12 +32,13 @@ class ThresholdHook(Hook):
         if not runner.optim_wrapper.should_update():
             return
         model = bare_model(runner.model)
+        step = runner.iter // getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         for layer in quant_layers(model).values():
             if layer.weight_quant is not None and layer.weight_quant.calibrated:
-                projected = layer.weight_quant.after_step(layer.filters())
+                projected = layer.weight_quant.after_step(layer.filters(), step)
                 if projected is not None:
                     layer.weight.copy_(layer.set_filters(projected))
-        moving = [q for q in activation_quantizers(model).values() if q.follows and q.stage != Stage.FREEZE]
+        moving = [q for q in activation_quantizers(model).values() if q.follows and q.stage < Stage.FREEZE]
         if moving:
             statistics = torch.stack([q.statistics() for q in moving])
             all_reduce(statistics, 'sum')

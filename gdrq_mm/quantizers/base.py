@@ -29,6 +29,8 @@ class Stage(IntEnum):
     """Round; thresholds follow."""
     FREEZE = 3
     """Round; thresholds and BN statistics stand still."""
+    FLOAT = 4
+    """Pass values through for good: calibration did not reach the layer."""
 
 
 Check = Callable[[Any], str]
@@ -56,7 +58,7 @@ class Quantizer(nn.Module):
     """A quantizer with stage, calibration flag and code range, all saved in the checkpoint.
 
     They are needed by Python control flow, so they are mirrored: `state` is the saved copy, (stage, calibrated, lo,
-    hi). Reading a tensor in `forward` would make a GPU wait.
+    hi, bits). Reading a tensor in `forward` would make a GPU wait.
     """
 
     state: Tensor
@@ -69,18 +71,23 @@ class Quantizer(nn.Module):
         self.lo, self.hi = 0, 0
         self.name = '?'
         """Name of the layer, for messages; set by convert.py."""
-        self.register_buffer('state', torch.zeros(4, dtype=torch.int32))
+        self.register_buffer('state', torch.tensor([self.stage, 0, 0, 0, bits], dtype=torch.int32))
 
     @classmethod
     def options(cls) -> dict[str, Check]:
         """The method's own options with a check each; their defaults stand in `__init__`."""
         return {}
 
+    @property
+    def bits_in_use(self) -> int:
+        """`bits`, or 32 if calibration did not reach the layer, so that it stayed float."""
+        return 32 if self.stage == Stage.FLOAT else self.bits
+
     def set_state(self, **values: Any) -> None:
         """Change stage, calibrated, lo or hi, and the saved copy."""
         for name, value in values.items():
             setattr(self, name, value)
-        state = [int(self.stage), int(self.calibrated), self.lo, self.hi]
+        state = [int(self.stage), int(self.calibrated), self.lo, self.hi, self.bits]
         self.state.copy_(torch.tensor(state, dtype=torch.int32))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -89,7 +96,7 @@ class Quantizer(nn.Module):
         if prefix + 'state' not in state_dict:  # a float checkpoint: thresholds start from calibration
             del args[2][known:]
         else:
-            stage, calibrated, lo, hi = self.state.tolist()
+            stage, calibrated, lo, hi, _ = self.state.tolist()
             self.set_state(stage=Stage(stage), calibrated=bool(calibrated), lo=lo, hi=hi)
 
 
@@ -135,8 +142,8 @@ class WeightQuantizer(Quantizer):
         self.threshold.copy_(self.threshold_of(weight))
         self.set_state(calibrated=True)
 
-    def after_step(self, weight: Tensor) -> Tensor | None:
-        """Called once after each optimizer step, before EMA. Returns the projected filters if they are to be stored."""
+    def after_step(self, weight: Tensor, step: int) -> Tensor | None:
+        """Called once after optimizer step `step`, before EMA. Returns the filters to store, or None to keep them."""
         return None
 
     def current_threshold(self, weight: Tensor) -> Tensor:
@@ -155,7 +162,7 @@ class WeightQuantizer(Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Filters (C, ...) to filters of the same shape."""
-        if self.stage == Stage.OBSERVE:
+        if self.stage in (Stage.OBSERVE, Stage.FLOAT):
             return weight
         if not self.calibrated:
             if not self.training:
@@ -218,9 +225,7 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def kind(self) -> str:
-        """'unsigned', 'signed', 'zero_point', or 'undecided' before calibration."""
-        if not self.calibrated:
-            return 'undecided'
+        """'unsigned', 'signed' or 'zero_point', as the range of the codes says; meaningless before calibration."""
         if self.lo == 0:
             return 'unsigned'
         return 'signed' if -self.lo >= self.hi else 'zero_point'
@@ -265,7 +270,7 @@ class ActivationQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same shape; an empty tensor passes."""
-        if x.numel() == 0:
+        if x.numel() == 0 or self.stage == Stage.FLOAT:
             return x
         if self.stage == Stage.OBSERVE:
             self.observe(x)

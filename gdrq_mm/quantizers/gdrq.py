@@ -20,7 +20,7 @@ WEIGHT_K = {2: 2.0, 3: 3.0, 4: 3.5, 5: 4.5, 6: 5.5, 7: 6.0, 8: 7.0}
 
 ACTIVATION_K = {
     'unsigned': {2: 6.0, 3: 9.0, 4: 12.0, 5: 14.0, 6: 16.0, 7: 20.0, 8: 24.0},
-    'signed': {2: 1.6, 3: 2.4, 4: 3.2, 5: 3.8, 6: 4.4, 7: 4.8, 8: 5.4},
+    'signed': {2: 1.6, 3: 2.4, 4: 3.2, 5: 4.2, 6: 5.6, 7: 7.5, 8: 10.0},
     'zero_point': {2: 4.0, 3: 5.5, 4: 7.0, 5: 8.5, 6: 10.0, 7: 11.0, 8: 12.0},
 }
 """Default k for activations by range and bits (ours; docs/defaults.md has the search)."""
@@ -65,7 +65,6 @@ class GDRQWeight(WeightQuantizer):
         super().__init__(bits, channels, groups, narrow_range)
         self.k = WEIGHT_K[bits] if k is None else k
         self.clip, self.gradient, self.source = clip, gradient, threshold
-        self._steps = 0
         if threshold == 'learned':
             self.learned_threshold = nn.Parameter(torch.ones(self.groups))
 
@@ -95,11 +94,10 @@ class GDRQWeight(WeightQuantizer):
             return F.learned_step_quantize(weight, step, self.lo, self.hi, scale)
         return F.fake_quantize(weight, step, self.lo, self.hi, self.gradient)
 
-    def after_step(self, weight: Tensor) -> Tensor | None:
-        if self.stage == Stage.FREEZE:
+    def after_step(self, weight: Tensor, step: int) -> Tensor | None:
+        if self.stage not in (Stage.RESHAPE, Stage.QUANTIZE):
             return None
-        self._steps += 1
-        if self.source == 'search' and self._steps % SEARCH_INTERVAL == 0:
+        if self.source == 'search' and (step + 1) % SEARCH_INTERVAL == 0:
             self.threshold.copy_(F.search_threshold(weight, self.lo, self.hi, self.sizes))
         threshold = self.threshold_of(weight).detach()
         self.threshold.copy_(threshold)
@@ -113,11 +111,13 @@ class GDRQActivation(ActivationQuantizer):
     """Activations by Scale-Clip with a running threshold, T <- T + m * (k * mean(|x|) - T) (METHOD: section 2).
 
     Args:
-        k: None: ACTIVATION_K of the range and bits.
+        k: None: ACTIVATION_K of the range and bits, but at most max|x| / mean(|x|) of the calibration (ours).
         momentum: m of the running average.
         mean: over 'all' elements, or over the 'nonzero' ones.
         gradient: of a clipped activation: 'masked' (0) or 'straight_through' (1).
     """
+
+    k: Tensor
 
     @classmethod
     def options(cls) -> dict[str, Check]:
@@ -138,21 +138,17 @@ class GDRQActivation(ActivationQuantizer):
         gradient: str = 'masked',
     ) -> None:
         super().__init__(bits, range)
-        self.fixed_k, self.momentum, self.mean_of, self.gradient = k, momentum, mean, gradient
+        self.given_k, self.momentum, self.mean_of, self.gradient = k, momentum, mean, gradient
+        self.register_buffer('k', torch.zeros(()))
         self._sum: Any = 0.0
         self._count: Any = 0
-
-    @property
-    def k(self) -> float:
-        """The k in use; without one given it depends on the range, so it is known after calibration."""
-        if self.fixed_k is not None:
-            return self.fixed_k
-        kind = 'unsigned' if self.lo == 0 else 'signed' if -self.lo >= self.hi else 'zero_point'
-        return ACTIVATION_K[kind][self.bits]
 
     follows = True
 
     def start_threshold(self, mean: Tensor, top: Tensor) -> Tensor:
+        self.k.fill_(ACTIVATION_K[self.kind][self.bits] if self.given_k is None else self.given_k)
+        if self.given_k is None and mean > 0:  # beyond the largest value there is nothing to clip: images, ReLU6
+            self.k.clamp_(max=top / mean)
         return self.k * mean
 
     def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:

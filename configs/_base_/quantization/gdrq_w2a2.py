@@ -5,5 +5,5 @@ quantization = dict(
     activation=dict(method='gdrq', bits=2, range='auto'),
     first_last_bits=8,
     deployable=True,
-    schedule=dict(reshape=0.0, freeze=0.9),
+    schedule=dict(reshape=0.0, freeze=1.0),
 )

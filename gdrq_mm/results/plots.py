@@ -1,0 +1,56 @@
+"""Pictures of distributions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The values that a quantizer sees and what it does to them."""
+
+    name: str
+    values: np.ndarray
+    """(N,) float32."""
+    low: float
+    """Lower end of the range, the mean over groups."""
+    threshold: float
+    """T, the mean over groups."""
+    clip_ratio: float
+    """Share of the values outside the range."""
+    quantized_loss: float
+    """The paper's Eq. 3 with p = 1."""
+    distance_to_uniform: float
+    """Kolmogorov-Smirnov distance of |x| / max|x| to the uniform distribution."""
+
+    def scalars(self) -> dict[str, float]:
+        """What is written as curves."""
+        names = ('threshold', 'clip_ratio', 'quantized_loss', 'distance_to_uniform')
+        return {name: getattr(self, name) for name in names}
+
+
+def distribution_sheet(distributions: Sequence[Distribution], columns: int = 6) -> np.ndarray:
+    """One picture with a histogram each; dashed lines are the ends of the range. Returns (H, W, 3) uint8, RGB."""
+    rows = math.ceil(len(distributions) / columns)
+    figure = Figure(figsize=(2.4 * columns, 1.7 * rows), dpi=72, layout='constrained')
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for d, axis in zip(distributions, axes):
+        axis.hist(d.values, bins=60, log=True, color='tab:blue' if d.name.endswith('.weight') else 'tab:orange')
+        for end in (d.low, d.threshold):
+            axis.axvline(end, color='black', linestyle='--', linewidth=0.8)
+        axis.set_title(d.name[-38:], fontsize=6, pad=2)
+        axis.set_xlabel(f'clipped {d.clip_ratio:.1%}, loss {d.quantized_loss:.3f}', fontsize=6, labelpad=1)
+        axis.tick_params(labelsize=5, length=2, pad=1)
+        axis.set_yticks([])
+        axis.minorticks_off()
+    for axis in list(axes):
+        axis.remove()
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,183 @@
+"""The run record: one JSON file that says what was tested, with what, and what came out."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from ..checkpoint import write_whole
+from ..errors import UserError
+from ..tasks import dataset_of, task_of
+
+VERSION = 1
+"""Version of the record's layout."""
+
+PACKAGES = (
+    'gdrq-mm',
+    'torch',
+    'torchvision',
+    'onedl-mmengine',
+    'onedl-mmcv',
+    'onedl-mmdetection',
+    'onedl-mmsegmentation',
+    'onedl-mmpretrain',
+    'numpy',
+)
+
+
+def make_record(cfg: Config, checkpoint: str, metrics: Mapping[str, Any], seed: int, model: Mapping[str, Any]) -> dict:
+    """A record of one test run.
+
+    Args:
+        cfg: the config that was run.
+        checkpoint: path or address of the checkpoint that was tested.
+        metrics: what the evaluator returned.
+        seed: the seed of the run.
+        model: what QuantRunner.describe() says of the model: sizes in bytes, bits, methods.
+    """
+    return dict(
+        record_version=VERSION,
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        task=task_of(cfg),
+        model=dict(name=model_name(cfg), config_sha256=_digest(_architecture(_bare(cfg.model))), **model),
+        data=_data(cfg),
+        metrics={key: float(value) for key, value in metrics.items()},
+        quantization=cfg.quantization.to_dict() if 'quantization' in cfg else None,
+        config=dict(file=_relative(cfg.filename), text=_config_text(cfg)),
+        checkpoint=dict(file=_relative(checkpoint), sha256=_file_digest(checkpoint)),
+        seed=seed,
+        git=git_revision(),
+        versions=versions(),
+        hardware=hardware(),
+    )
+
+
+def write_record(record: Mapping[str, Any], path: str | Path) -> None:
+    """Write a record whole or not at all."""
+    write_whole(path, (json.dumps(record, indent=1) + '\n').encode())
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        UserError: not JSON, not a record, or a record of another version.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f'record {path} cannot be read: {error}') from None
+    found = record.get('record_version') if isinstance(record, dict) else None
+    if found != VERSION:
+        raise UserError(f'{path} is not a run record of version {VERSION} (record_version={found!r})')
+    return record
+
+
+def model_name(cfg: Config) -> str:
+    """A short name such as 'ResNet_CIFAR-18' or 'FasterRCNN ResNet-50'."""
+    model = _bare(cfg.model)
+    backbone = model.get('backbone') or {}
+    name = str(backbone.get('type', '')).split('.')[-1]
+    size = backbone.get('depth') or backbone.get('arch')
+    name = f'{name}-{size}' if isinstance(size, (int, str)) else name
+    whole = str(model.type).split('.')[-1]
+    return name if whole == 'ImageClassifier' else f'{whole} {name}'.strip()
+
+
+def git_revision() -> dict[str, Any]:
+    """Commit of the package's checkout and whether it has uncommitted changes; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--untracked-files=no')))
+    except (OSError, subprocess.CalledProcessError):
+        return dict(commit=None, dirty=None)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a result."""
+    found: dict[str, str | None] = {'python': platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, threads of torch, and accelerator."""
+    name = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as file:
+            name = next((line.split(':', 1)[1].strip() for line in file if line.startswith('model name')), name)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return dict(cpu=name or platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpus=gpus)
+
+
+def _data(cfg: Config) -> dict[str, Any]:
+    """What decides whether two records can be compared: data set, split and evaluation settings."""
+    dataset = dataset_of(cfg.test_dataloader)
+    root = str(dataset.get('data_root') or '')
+    plain = {k: v for k, v in dataset.to_dict().items() if k not in ('data_root', '_scope_')}
+    evaluator = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    return dict(
+        name=Path(root).name or str(dataset.type),
+        type=str(dataset.type),
+        root=root,
+        evaluation_sha256=_digest([plain, [dict(e) for e in evaluator]]),
+    )
+
+
+def _bare(model: Any) -> Any:
+    """The model config inside that of test-time augmentation."""
+    while 'module' in model:
+        model = model['module']
+    return model
+
+
+def _config_text(cfg: Config) -> str:
+    shown = copy.deepcopy(cfg)
+    shown.work_dir, shown.load_from = _relative(cfg.get('work_dir')), _relative(cfg.get('load_from'))
+    return shown.pretty_text
+
+
+def _architecture(model: Any) -> Any:
+    """A model config without what does not change the architecture: where its first weights came from."""
+    if isinstance(model, Mapping):
+        return {k: _architecture(v) for k, v in model.items() if k not in ('init_cfg', '_scope_', 'train_cfg')}
+    return [_architecture(v) for v in model] if isinstance(model, (list, tuple)) else model
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _file_digest(path: str) -> str | None:
+    if not os.path.isfile(path):
+        return None
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _relative(path: str | None) -> str | None:
+    """A path as seen from the working directory, so that a record does not hold the folders of a machine."""
+    if path is None or '://' in path:
+        return path
+    relative = os.path.relpath(path)
+    return Path(path).name if relative.startswith('..') else relative

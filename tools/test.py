@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Test a float or a quantized checkpoint of any task, and write a run record."""
+
+import argparse
+import os
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+
+from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main
+from gdrq_mm.results.record import make_record, write_record
+from gdrq_mm.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument('checkpoint', help='path or address of the checkpoint')
+    add_config_arguments(parser)
+    parser.add_argument('--out', help='predictions: a .pkl file, for segmentation a folder of index PNGs')
+    parser.add_argument('--show', action='store_true', help='show predictions in a window')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds a picture is shown')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument('--record', help='run record (default: WORK_DIR/record.json)')
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def test() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    record = Path(args.record or Path(cfg.work_dir) / 'record.json')
+    check_writable(record.parent)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    # Only the test loop is needed; a runner refuses a training loop without its optimizer.
+    for name in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'auto_scale_lr', 'param_scheduler'):
+        cfg[name] = None
+    for name in ('val_dataloader', 'val_cfg', 'val_evaluator'):
+        cfg[name] = None
+    if args.show or args.show_dir:
+        show_predictions(cfg, args.show, args.show_dir, args.wait_time)
+    if args.tta:
+        use_tta(cfg)
+    if args.out:
+        dump_before_build(cfg, args.out)
+    runner = build_runner(cfg, args)
+    if args.out:
+        dump_after_build(cfg, runner, args.out)
+    metrics = runner.test()
+    if is_main_process():
+        write_record(make_record(cfg, args.checkpoint, metrics, runner.seed, runner.describe()), record)
+        runner.logger.info(f'Wrote the run record {record}')
+
+
+if __name__ == '__main__':
+    main(test)
