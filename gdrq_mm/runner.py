@@ -90,7 +90,10 @@ class QuantRunner(Runner):
         loader = getattr(self, name)
         if isinstance(loader, dict):
             diff = self._randomness_cfg.get('diff_rank_seed', False)
-            loader = self.build_dataloader(loader, seed=self.seed, diff_rank_seed=diff)
+            try:
+                loader = self.build_dataloader(loader, seed=self.seed, diff_rank_seed=diff)
+            except (AssertionError, FileNotFoundError) as error:  # how the libraries speak of missing or wrong data
+                raise UserError(f'{name[1:]}: the data set cannot be read: {error}') from None
             setattr(self, name, loader)
         return loader
 
