@@ -67,6 +67,15 @@ def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
     return runner_class.from_cfg(cfg)
 
 
+def prepare_test(cfg: Config, checkpoint: str) -> None:
+    """Leave only what a test of `checkpoint` needs: mmengine refuses a training loop without its optimizer."""
+    cfg.load_from, cfg.resume = checkpoint, False
+    for name in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'auto_scale_lr', 'param_scheduler'):
+        cfg[name] = None
+    for name in ('val_dataloader', 'val_cfg', 'val_evaluator'):
+        cfg[name] = None
+
+
 def check_writable(folder: Path) -> None:
     """Create a folder, or say why that is impossible."""
     try:

@@ -44,6 +44,10 @@ class Weight:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's own options (written under the method's name)."""
 
+    def with_bits(self, bits: int) -> Weight:
+        """The same with other bits; options that suit the old bits only are left out."""
+        return dataclasses.replace(self, bits=bits, options=_fitting(self, WEIGHT_METHODS, bits))
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -57,6 +61,10 @@ class Activation:
     """'unsigned', 'signed', 'zero_point' (unsigned with a zero point), or 'auto': decided once, from calibration."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's own options (written under the method's name)."""
+
+    def with_bits(self, bits: int) -> Activation:
+        """The same with other bits; options that suit the old bits only are left out."""
+        return dataclasses.replace(self, bits=bits, options=_fitting(self, ACTIVATION_METHODS, bits))
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,11 @@ class Quantization:
         overrides = _mapping(cfg.get('overrides', {}), f'{path}.overrides')
         for pattern, override in overrides.items():
             place = f'{path}.overrides[{pattern!r}]'
+            if not isinstance(pattern, str):
+                raise UserError(f'{place}: the pattern is not a string')
             _known_keys(_mapping(override, place), ['weight', 'activation'], place)
         skip = cfg.get('skip', ())
-        if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in skip):
+        if not isinstance(skip, (list, tuple)) or not all(isinstance(pattern, str) for pattern in skip):
             raise UserError(f'{path}.skip={skip!r} is not a list of patterns')
         checked = Quantization(
             weight=_weight(cfg.get('weight', {}), f'{path}.weight'),
@@ -141,8 +151,8 @@ class Quantization:
         weight, activation = self.weight, self.activation
         if first_or_last:
             bits = self.first_last_bits
-            weight = weight if weight.bits == FLOAT_BITS else dataclasses.replace(weight, bits=bits)
-            activation = activation if activation.bits == FLOAT_BITS else dataclasses.replace(activation, bits=bits)
+            weight = weight if weight.bits == FLOAT_BITS else weight.with_bits(bits)
+            activation = activation if activation.bits == FLOAT_BITS else activation.with_bits(bits)
         return self._merged(name, matching, f' (layer {name})', weight, activation)
 
     def skipped(self, name: str) -> bool:
@@ -204,10 +214,15 @@ def _check_bits(bits: Any, path: str, layer: str = '') -> None:
         raise UserError(f'{path}={bits!r} is not an integer from 2 to 8, nor {FLOAT_BITS} for float{layer}')
 
 
+def _fitting(side: Weight | Activation, methods: Mapping[str, Any], bits: int) -> dict[str, Any]:
+    left_out = methods[side.method].bits_options if bits != side.bits else ()
+    return {name: value for name, value in side.options.items() if name not in left_out}
+
+
 def _options(
     cfg: Mapping[str, Any], methods: Mapping[str, Any], method: str, base: Mapping[str, Any], path: str, layer: str
 ) -> dict[str, Any]:
-    """The options of the method in use, checked; those of other methods are checked for their keys only."""
+    """The options of the method in use; those of the others are checked and ignored."""
     for name in methods:
         allowed = methods[name].options()
         given = _mapping(cfg.get(name, {}), f'{path}.{name}')
@@ -224,10 +239,11 @@ def _side(cfg: Any, path: str, base: Any, methods: Mapping[str, Any], extra: str
     cfg = _mapping(cfg, path)
     _known_keys(cfg, ['method', 'bits', extra, *methods], path)
     method, bits = cfg.get('method', base.method), cfg.get('bits', base.bits)
-    if method not in methods:
+    if not isinstance(method, str) or method not in methods:
         raise UserError(f'{path}.method={method!r} is unknown{near(method, methods)}{layer}')
     _check_bits(bits, f'{path}.bits', layer)
-    options = _options(cfg, methods, method, base.options if method == base.method else {}, path, layer)
+    inherited = base.with_bits(bits).options if method == base.method else {}
+    options = _options(cfg, methods, method, inherited, path, layer)
     return dict(method=method, bits=bits, options=options, **{extra: cfg.get(extra, getattr(base, extra))})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch.nn as nn
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor
 
-from .config import FLOAT_BITS, Activation, Quantization
+from .config import FLOAT_BITS, Quantization
 from .errors import UserError
 from .layers import QUANTIZED, QuantLayer, make_activation_quantizer
 from .quantizers import ActivationQuantizer
@@ -68,7 +69,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 def float_report(model: nn.Module, topology: Topology) -> Report:
     """The report of a model that stays float."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _KINDS)}
+    layers = {name: m for name, m in model.named_modules() if _has_filters(m)}
     rows = [LayerReport(n, type(m).__name__, m.weight.numel(), topology.macs.get(n, 0)) for n, m in layers.items()]
     return Report(rows, [])
 
@@ -85,12 +86,12 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
     Raises:
         UserError: a pattern that matches no layer.
     """
-    named = {name: m for name, m in model.named_modules() if isinstance(m, _KINDS)}
+    named = {name: m for name, m in model.named_modules() if _has_filters(m)}
     config.check_patterns(named)
     edges = _first_and_last(model, [n for n in named if type(named[n]) in QUANTIZED], topology)
     rows, replaced = [], {}
     for name, layer in named.items():
-        note = _reason_to_skip(name, layer, config, topology)
+        note = _reason_to_skip(name, layer, config)
         if not note:
             weight, activation = config.for_layer(name, name in edges)
             new = QUANTIZED[type(layer)].from_float(layer, weight, activation)  # type: ignore[attr-defined]
@@ -100,6 +101,8 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
                 note = 'float by config'
         macs = topology.macs.get(name, 0) if topology else 0
         rows.append(LayerReport(name, type(layer).__name__, layer.weight.numel(), macs, note))
+    if model in replaced:
+        raise UserError('the model is a single layer; put it into an nn.Sequential')
     for parent in list(model.modules()):  # every alias of a shared module
         for child_name, child in list(parent._modules.items()):
             if child in replaced:
@@ -116,7 +119,13 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
     return Report(rows, additions)
 
 
-def _reason_to_skip(name: str, layer: nn.Module, config: Quantization, topology: Topology | None) -> str:
+def _has_filters(module: nn.Module) -> bool:
+    """Convolutions and linear layers, those of other packages too (mmcv's deformable ones)."""
+    weight = getattr(module, 'weight', None)
+    return isinstance(module, _KINDS) or (isinstance(weight, nn.Parameter) and weight.dim() > 2)
+
+
+def _reason_to_skip(name: str, layer: nn.Module, config: Quantization) -> str:
     if isinstance(layer, QuantLayer):
         return 'quantized by the model config'
     if config.skipped(name):
@@ -159,8 +168,7 @@ def _share_inputs(model: nn.Module, topology: Topology) -> None:
         layer = layers.get(name)
         if layer is None or layer.input_quant is None or name not in topology.inputs:
             continue
-        quant = layer.input_quant
-        owner = owners.setdefault((topology.inputs[name], type(quant), quant.bits, quant.range), layer)
+        owner = owners.setdefault((topology.inputs[name], repr(layer.activation_settings)), layer)
         if owner is not layer:
             layer.share_input_quant(owner)
 
@@ -174,9 +182,7 @@ def _quantize_additions(model: nn.Module, config: Quantization, topology: Topolo
     """Put an 8-bit quantizer behind each module that makes an operand of an addition."""
     if config.activation.bits == FLOAT_BITS:
         return []
-    # The method of the activations at 8 bits; a k given for few bits would clip too much.
-    options = {key: value for key, value in config.activation.options.items() if key != 'k'}
-    settings = Activation(config.activation.method, 8, 'auto', options)
+    settings = dataclasses.replace(config.activation.with_bits(8), range='auto')
     modules = dict(model.named_modules())
     rows: list[tuple[str, str]] = []
     done: set[str] = set()

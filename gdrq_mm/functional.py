@@ -98,14 +98,14 @@ def scale_clip_threshold(weight: Tensor, k: float, sizes: Tensor) -> Tensor:
     return k * mean_abs(weight, sizes)
 
 
-def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', signed: bool = True) -> Tensor:
-    """min(max(x, -T), T), or min(max(x, 0), T) if unsigned; T takes no gradient.
+def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | None = None) -> Tensor:
+    """min(max(x, low), T), where low is -T if it is not given; neither takes a gradient.
 
     Args:
         gradient: 'masked', a clipped value has gradient 0, or 'straight_through', it has gradient 1.
     """
     threshold = threshold.detach()
-    low = -threshold if signed else torch.zeros_like(threshold)
+    low = -threshold if low is None else low.detach()
     clipped = torch.minimum(torch.maximum(x.detach(), low), threshold) if gradient == 'straight_through' else None
     if clipped is not None:
         return x + (clipped - x.detach())
@@ -157,9 +157,31 @@ class _FakeQuantize(torch.autograd.Function):
         if step.dim() == 0 and x.device.type == 'cpu' and grad.stride() == x.stride() and grad.dtype == x.dtype:
             out = torch.empty_like(grad)
             for a, g, o in _chunks(x, grad, out):
+                a = a if a.dtype == torch.float64 else a.float()
                 torch.mul(g, torch.ge(a, low).logical_and_(torch.le(a, high)), out=o)
             return out, None, None, None, None
+        x = x if x.dtype == torch.float64 else x.float()
         return grad * ((x >= low) & (x <= high)), None, None, None, None
+
+
+class _LearnedStep(torch.autograd.Function):
+    """The same values as _FakeQuantize, and a gradient for the step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, scale: Any) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, step)
+        ctx.args = lo, hi, scale
+        return ((x / torch.where(step > 0, step, 1)).round().clamp(lo, hi) * step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, step = ctx.saved_tensors
+        lo, hi, scale = ctx.args
+        v = x / torch.where(step > 0, step, 1)
+        each = torch.where(v <= lo, lo, torch.where(v >= hi, hi, v.round() - v))
+        inside = (v >= lo) & (v <= hi) & (step > 0)
+        step_grad = (grad * each * scale * (step > 0)).sum_to_size(step.shape)
+        return grad * inside, step_grad, None, None, None
 
 
 def fake_quantize(x: Tensor, step: Tensor, lo: int, hi: int, gradient: str = 'masked') -> Tensor:
@@ -185,10 +207,7 @@ def learned_step_quantize(x: Tensor, step: Tensor, lo: int, hi: int, scale: Tens
     dQ/dd = lo below the range, hi above it, round(x/d) - x/d inside; times `scale`, LSQ's 1 / sqrt(N * Qp).
     dQ/dx = 1 inside the range, 0 outside.
     """
-    step = step * scale + (step - step * scale).detach()
-    safe = torch.where(step > 0, step, torch.ones_like(step))
-    codes = round_ste(torch.clamp(x.float() / safe, lo, hi))
-    return (codes * safe * (step > 0)).to(x.dtype)
+    return _LearnedStep.apply(x, step, lo, hi, scale)
 
 
 # ---- quantized loss -----------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ class QuantLayer:
     def _attach(self, weight: Weight, activation: Activation) -> None:
         self.seen = False
         self._shared = ()
+        self.activation_settings = activation
         self.weight_quant = make_weight_quantizer(weight, len(self.filters()))
         self.own_input_quant = make_activation_quantizer(activation)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from typing import Any
@@ -102,6 +103,20 @@ class QuantRunner(Runner):
         if isinstance(loop, dict):
             seed_dataloader(self._loader('_train_dataloader'), self.seed)
         return super().build_train_loop(loop)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """The optimizer; what quantizers learn takes no weight decay, as in LSQ."""
+        learned = [
+            f'{name}.{key}'
+            for name, module in bare_model(self.model).named_modules()
+            if isinstance(module, Quantizer)
+            for key, _ in module.named_parameters(recurse=False)
+        ]
+        if learned and isinstance(optim_wrapper, dict) and 'optimizer' in optim_wrapper:
+            optim_wrapper = copy.deepcopy(optim_wrapper)
+            keys = optim_wrapper.setdefault('paramwise_cfg', {}).setdefault('custom_keys', {})
+            keys.update({name: dict(decay_mult=0.0) for name in learned})
+        return super().build_optim_wrapper(optim_wrapper)
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """The config's hooks and ours."""

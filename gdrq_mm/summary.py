@@ -44,8 +44,10 @@ def totals(model: nn.Module, report: Report) -> Totals:
         if name != 'num_batches_tracked'
     )
     quantized, saved = 0, 0.0
+    counted = set()  # two layers may share a Parameter
     for layer in layers.values():
-        if layer.bits[0] != FLOAT_BITS:
+        if layer.bits[0] != FLOAT_BITS and id(layer.weight) not in counted:
+            counted.add(id(layer.weight))
             quantized += layer.weight.numel()
             saved += layer.weight.numel() * (FLOAT_BYTES - layer.bits[0] / 8)
             saved -= layer.weight_quant.groups * FLOAT_BYTES

@@ -49,12 +49,9 @@ def _key(tensor: Tensor) -> Key:
     return id(tensor), tensor._version
 
 
-def _macs(module: nn.Module, x: Tensor, out: Tensor) -> int:
-    if isinstance(module, nn.ConvTranspose2d):
-        return x.numel() // len(x) * module.weight[0].numel()
-    if isinstance(module, nn.Linear):
-        return out.numel() // len(x) * module.in_features if len(x) else 0
-    return out.numel() // max(len(x), 1) * module.weight[0].numel()  # type: ignore[operator, union-attr, index]
+def _macs(module: nn.Module, x: Tensor, out: Tensor, images: int) -> int:
+    each = x if isinstance(module, nn.ConvTranspose2d) else out
+    return each.numel() * module.weight[0].numel() // images  # type: ignore[operator, union-attr, index]
 
 
 class _Recorder(TorchFunctionMode):
@@ -62,13 +59,16 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.names = {module: name for name, module in model.named_modules()}
         self.topology = Topology()
+        self.images = 0
+        self.convs = {n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
         self.stack: list[str] = []
         self.producers: dict[Key, list[str]] = {}
         self.alive: list[Tensor] = []  # keeps identities from being used again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ADDITIONS and len(args) > 1 and all(isinstance(a, Tensor) for a in args[:2]):
-            a, b = args[:2]
+        pair = [*args, *((kwargs or {}).get(key) for key in ('input', 'other') if key in (kwargs or {}))][:2]
+        if func in _ADDITIONS and len(pair) > 1 and all(isinstance(a, Tensor) for a in pair):
+            a, b = pair
             if a.shape == b.shape and a.dim() > 2 and a.is_floating_point():
                 operands = tuple(self.producers.get(_key(t), [])[:] for t in (a, b))
                 name = self.stack[-1] if self.stack else ''
@@ -78,26 +78,29 @@ class _Recorder(TorchFunctionMode):
             self.alive.append(out)
         return out
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self.names[module]
         self.stack.append(name)
         self.topology.calls[name] = self.topology.calls.get(name, 0) + 1
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if tensors:
             self.alive.append(tensors[0])
             self.topology.inputs.setdefault(name, _key(tensors[0]))
             if isinstance(module, _NORMS):
                 for producer in self.producers.get(_key(tensors[0]), [])[:1]:
-                    self.topology.norms.setdefault(producer, name)
+                    if producer in self.convs:
+                        self.topology.norms.setdefault(producer, name)
 
-    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = self.names[module]
         self.stack.pop()
         if isinstance(out, Tensor):
             self.alive.append(out)
             self.producers.setdefault(_key(out), []).append(name)
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and isinstance(args[0], Tensor):
-                self.topology.macs[name] = self.topology.macs.get(name, 0) + _macs(module, args[0], out)
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                x = (*args, *kwargs.values())[0]
+                self.images = self.images or max(len(x), 1)
+                self.topology.macs[name] = self.topology.macs.get(name, 0) + _macs(module, x, out, self.images)
 
 
 def record(model: nn.Module, predict: Callable[[], Any]) -> Topology:
@@ -109,8 +112,8 @@ def record(model: nn.Module, predict: Callable[[], Any]) -> Topology:
     training = {module: module.training for module in model.modules()}
     handles = []
     for module in recorder.names:
-        handles.append(module.register_forward_pre_hook(recorder.enter))
-        handles.append(module.register_forward_hook(recorder.leave))
+        handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(), recorder:

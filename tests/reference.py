@@ -32,3 +32,73 @@ def scale_clip_threshold(weight, k, groups):
 def quantized_loss(weight, quantized, p):
     norm = (np.abs(weight) ** p).sum() ** (1 / p)
     return 0.0 if norm == 0 else (np.abs(weight - quantized) ** p).sum() ** (1 / p) / norm
+
+
+def quantize_groups(weight, thresholds, bits, narrow=True):
+    """Each group of filters with its own threshold."""
+    index = groups_of(len(weight), len(thresholds))
+    return np.stack([quantize(filters, thresholds[g], bits, True, narrow) for filters, g in zip(weight, index)])
+
+
+def inside_range(x, threshold, bits, signed=True, narrow=True, zero_point=0):
+    """1 where x is between the smallest and the largest level: the gradient of the straight-through estimator."""
+    lo, hi = code_range(bits, signed, narrow, zero_point)
+    step = threshold / (-lo if signed else hi)
+    return ((x >= lo * step) & (x <= hi * step)).astype(x.dtype)
+
+
+def search_threshold(weight, bits, candidates, p=2):
+    """The threshold of least quantized loss on an even grid up to max|w|."""
+    grid = np.abs(weight).max() * np.arange(1, candidates + 1) / candidates
+    return grid[np.argmin([quantized_loss(weight, quantize(weight, t, bits), p) for t in grid])]
+
+
+def lsq_step_gradient(w, step, bits, upstream):
+    """LSQ (arXiv:1902.08153): Eq. 3 summed over the tensor, times the scale 1 / sqrt(N * Qp)."""
+    lo, hi = code_range(bits, True)
+    v = w / step
+    each = np.where(v <= lo, lo, np.where(v >= hi, hi, np.rint(v) - v))
+    return (upstream * each).sum() / np.sqrt(w.size * hi)
+
+
+def running_threshold(threshold, k, momentum, values):
+    """T + m * (k * mean(|x|) - T), the mean over all elements of the forwards of one optimizer step."""
+    together = np.concatenate([np.abs(v).ravel() for v in values])
+    return threshold + momentum * (k * together.mean() - threshold)
+
+
+def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """Cross-correlation of (N, C, H, W) with (C_out, C / groups, kH, kW), zeros around it."""
+    x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    c_out, c_in, kh, kw = weight.shape
+    height = (x.shape[2] - dilation * (kh - 1) - 1) // stride + 1
+    width = (x.shape[3] - dilation * (kw - 1) - 1) // stride + 1
+    out = np.zeros((len(x), c_out, height, width))
+    for o in range(c_out):
+        first = o // (c_out // groups) * c_in
+        for i in range(kh):
+            for j in range(kw):
+                rows = slice(i * dilation, i * dilation + stride * (height - 1) + 1, stride)
+                columns = slice(j * dilation, j * dilation + stride * (width - 1) + 1, stride)
+                patch = x[:, first : first + c_in, rows, columns]
+                out[:, o] += (patch * weight[o, :, i, j][None, :, None, None]).sum(1)
+    return out if bias is None else out + bias[None, :, None, None]
+
+
+def conv_transpose2d(x, weight, bias=None, stride=1, padding=0, output_padding=0, dilation=1, groups=1):
+    """Each input value spreads its kernel: (N, C, H, W) and (C, C_out / groups, kH, kW)."""
+    n, c_in, height, width = x.shape
+    _, c_out, kh, kw = weight.shape
+    full_height = (height - 1) * stride + dilation * (kh - 1) + 1 + output_padding
+    full_width = (width - 1) * stride + dilation * (kw - 1) + 1 + output_padding
+    full = np.zeros((n, c_out * groups, full_height, full_width))
+    for c in range(c_in):
+        first = c // (c_in // groups) * c_out
+        for y in range(height):
+            for z in range(width):
+                for i in range(kh):
+                    for j in range(kw):
+                        spread = x[:, c, y, z][:, None] * weight[c, :, i, j][None]
+                        full[:, first : first + c_out, y * stride + i * dilation, z * stride + j * dilation] += spread
+    out = full[:, :, padding : full_height - padding, padding : full_width - padding]
+    return out if bias is None else out + bias[None, :, None, None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 
-from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main
+from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
 from gdrq_mm.results.record import make_record, write_record
 from gdrq_mm.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
 
@@ -33,12 +33,7 @@ def test() -> None:
     cfg = load_config(args)
     record = Path(args.record or Path(cfg.work_dir) / 'record.json')
     check_writable(record.parent)
-    cfg.load_from, cfg.resume = args.checkpoint, False
-    # Only the test loop is needed; a runner refuses a training loop without its optimizer.
-    for name in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'auto_scale_lr', 'param_scheduler'):
-        cfg[name] = None
-    for name in ('val_dataloader', 'val_cfg', 'val_evaluator'):
-        cfg[name] = None
+    prepare_test(cfg, args.checkpoint)
     if args.show or args.show_dir:
         show_predictions(cfg, args.show, args.show_dir, args.wait_time)
     if args.tta:

@@ -39,7 +39,8 @@ Check = Callable[[Any], str]
 
 def one_of(*choices: Any) -> Check:
     """Check for an option that names a choice."""
-    return lambda v: '' if v in choices else 'one of ' + ', '.join(repr(c) for c in choices)
+    listed = ', '.join(repr(c) for c in choices)
+    return lambda v: '' if any(type(v) is type(c) and v == c for c in choices) else f'one of {listed}'
 
 
 def number(low: float, high: float, none: bool = False) -> Check:
@@ -77,6 +78,9 @@ class Quantizer(nn.Module):
     def options(cls) -> dict[str, Check]:
         """The method's own options with a check each; their defaults stand in `__init__`."""
         return {}
+
+    bits_options: tuple[str, ...] = ()
+    """Options whose value suits the bits beside it only: a layer with other bits takes their default."""
 
     @property
     def bits_in_use(self) -> int:
@@ -304,7 +308,7 @@ def decide_range(low: float, high: float) -> str:
 
 def zero_point_of(threshold: float, low: float, bits: int) -> int:
     """Zero point z of an unsigned range that reaches from about `low` to T: at least 1, at most half the codes."""
-    levels = 2**bits - 1
+    levels, low = 2**bits - 1, min(low, 0.0)
     if threshold <= 0:
         return 1
     return min(max(round(levels * -low / (threshold - low)), 1), levels // 2)

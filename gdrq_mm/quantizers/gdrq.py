@@ -37,9 +37,11 @@ class GDRQWeight(WeightQuantizer):
         clip: 'forward', clipped on the way into the layer, or 'project', the stored weights are clipped after each
             optimizer step.
         gradient: of a clipped weight: 'masked' (0) or 'straight_through' (1).
-        threshold: 'scale_clip'; 'search', the T of least quantized loss; 'learned', by gradient, as LSQ does.
+        threshold: 'scale_clip'; 'search', the T of least quantized loss; 'learned', the step by gradient, as LSQ does.
         narrow_range: leave out the code -2^(n-1).
     """
+
+    bits_options = ('k',)
 
     @classmethod
     def options(cls) -> dict[str, Check]:
@@ -66,11 +68,11 @@ class GDRQWeight(WeightQuantizer):
         self.k = WEIGHT_K[bits] if k is None else k
         self.clip, self.gradient, self.source = clip, gradient, threshold
         if threshold == 'learned':
-            self.learned_threshold = nn.Parameter(torch.ones(self.groups))
+            self.learned_step = nn.Parameter(torch.ones(self.groups))
 
     def threshold_of(self, weight: Tensor) -> Tensor:
         if self.source == 'learned':
-            return self.learned_threshold.clamp(min=0)
+            return self.learned_step.abs() * max(-self.lo, self.hi)  # abs: a step that crosses 0 goes on learning
         if self.source == 'search':
             return self.threshold
         return F.scale_clip_threshold(weight, self.k, self.sizes)
@@ -80,7 +82,7 @@ class GDRQWeight(WeightQuantizer):
         if self.source == 'search':
             start = F.search_threshold(weight, self.lo, self.hi, self.sizes)
         elif self.source == 'learned':
-            self.learned_threshold.data.copy_(start)
+            self.learned_step.data.copy_(F.step_size(start, self.lo, self.hi))
         self.threshold.copy_(start)
         self.set_state(calibrated=True)
 
@@ -90,7 +92,8 @@ class GDRQWeight(WeightQuantizer):
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         if self.source == 'learned' and self.stage != Stage.FREEZE:
-            scale = (weight.numel() / self.groups * self.hi) ** -0.5
+            scale = (self.sizes * weight[0].numel() * self.hi) ** -0.5  # LSQ's 1 / sqrt(N * Qp), N of each group
+            scale = F.per_channel(scale, self.sizes, weight.dim())
             return F.learned_step_quantize(weight, step, self.lo, self.hi, scale)
         return F.fake_quantize(weight, step, self.lo, self.hi, self.gradient)
 
@@ -118,6 +121,8 @@ class GDRQActivation(ActivationQuantizer):
     """
 
     k: Tensor
+
+    bits_options = ('k',)
 
     @classmethod
     def options(cls) -> dict[str, Check]:
@@ -152,7 +157,7 @@ class GDRQActivation(ActivationQuantizer):
         return self.k * mean
 
     def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
-        return F.clip(x, threshold.to(x.dtype), self.gradient)
+        return F.clip(x, (self.hi * self.step()).to(x.dtype), self.gradient, (self.lo * self.step()).to(x.dtype))
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         return F.fake_quantize(x, step, self.lo, self.hi, self.gradient)

@@ -136,10 +136,12 @@ def _data(cfg: Config) -> dict[str, Any]:
     root = str(dataset.get('data_root') or '')
     plain = {k: v for k, v in dataset.to_dict().items() if k not in ('data_root', '_scope_')}
     evaluator = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    parts = Path(root).parts
+    below = parts[len(parts) - parts[::-1].index('data') :] if 'data' in parts else parts[-1:]
     return dict(
-        name=Path(root).name or str(dataset.type),
+        name='/'.join(below) or str(dataset.type),
         type=str(dataset.type),
-        root=root,
+        root=_relative(root),
         evaluation_sha256=_digest([plain, [dict(e) for e in evaluator]]),
     )
 

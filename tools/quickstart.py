@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""The main job on the embedded data: train a float model, quantize it with GDRQ W4A4, test both, print one table."""
+
+import argparse
+import contextlib
+import copy
+import time
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gdrq_mm.cli import check_writable, main, prepare_test
+from gdrq_mm.datasets import digits
+from gdrq_mm.environment import check_environment
+from gdrq_mm.results.record import make_record, write_record
+from gdrq_mm.results.table import comparison_table
+from gdrq_mm.runner import QuantRunner
+
+CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
+JOBS = [('classification', 'cls/resnet18_w16_digits.py', 'cls/resnet18_w16_gdrq_w4a4_digits.py')]
+"""Task, float config, quantized config."""
+
+
+class ProgressHook(Hook):
+    """Moves a bar of rich by one an iteration."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self.progress, self.title = progress, title
+
+    def before_train(self, runner: Runner) -> None:
+        self.bar = self.progress.add_task(self.title, total=runner.max_iters)
+
+    def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
+        self.progress.advance(self.bar)
+
+
+def run(config: str, work_dir: Path, progress: Progress, title: str, load_from: str | None) -> tuple[str, dict]:
+    """Train and test one config; returns its last checkpoint and its run record."""
+    cfg = Config.fromfile(CONFIGS / config)
+    cfg.work_dir, cfg.load_from = str(work_dir / Path(config).stem), load_from
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = str(work_dir / loader.dataset.data_root)
+    test_cfg = copy.deepcopy(cfg)
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None  # validation on the way would cost time
+    runner = QuantRunner.from_cfg(cfg)
+    runner.register_hook(ProgressHook(progress, title))
+    runner.train()
+    checkpoint = (Path(cfg.work_dir) / 'last_checkpoint').read_text().strip()
+    prepare_test(test_cfg, checkpoint)
+    runner = QuantRunner.from_cfg(test_cfg)
+    record = make_record(test_cfg, checkpoint, runner.test(), runner.seed, runner.describe())
+    write_record(record, Path(cfg.work_dir) / 'record.json')
+    return checkpoint, record
+
+
+def quickstart() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--work-dir', default='work_dirs/quickstart', help='data, checkpoints, logs and records')
+    args = parser.parse_args()
+    check_environment()
+    work_dir, start, console = Path(args.work_dir), time.time(), Console()
+    check_writable(work_dir)
+    log = work_dir / 'log.txt'
+    console.print(f'Data, checkpoints, run records and the full log ({log.name}) go to {work_dir}')
+    digits.build(work_dir / 'data' / 'digits')
+    columns = (TextColumn('{task.description:<26}'), BarColumn(20), TextColumn('{task.completed}/{task.total}'))
+    times = (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
+    records = []
+    with (
+        Progress(*columns, *times, console=console, redirect_stdout=False, redirect_stderr=False) as progress,
+        open(log, 'w') as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        for task, float_config, quantized_config in JOBS:
+            checkpoint, record = run(float_config, work_dir, progress, f'{task}, float', None)
+            records.append(record)
+            _, record = run(quantized_config, work_dir, progress, f'{task}, GDRQ', checkpoint)
+            records.append(record)
+    console.print(comparison_table(records))
+    console.print(f'{time.time() - start:.0f} s')
+
+
+if __name__ == '__main__':
+    main(quickstart)
