@@ -9,12 +9,13 @@ Filters are dimension 0 of a weight: (C_out, ...). Everything is computed in flo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Elements a pass works on at once on a CPU: small enough that the next pass finds them in the cache (ours)."""
 
 
@@ -84,7 +85,17 @@ def per_channel(per_group: Tensor, sizes: Tensor, ndim: int) -> Tensor:
 def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
     """mean(|w|) of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
     flat = weight.detach().float().flatten(1)
-    return per_group(flat.abs().sum(1), sizes) / (sizes * flat.shape[1])
+    rows = max(1, _block_size() // max(1, flat.shape[1])) if flat.device.type == 'cpu' else len(flat)
+    sums = torch.cat([part.abs().sum(1) for part in flat.split(max(1, rows))])
+    return per_group(sums, sizes) / (sizes * flat.shape[1])
+
+
+def sum_abs(x: Tensor) -> Tensor:
+    """sum|x| of a dense tensor, a float32 scalar."""
+    blocks = _blocks((x,), (x.new_zeros(()),)) if torch.ops.aten.is_non_overlapping_and_dense(x) else None
+    if blocks is None:
+        return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+    return torch.stack([block[0].abs().sum(dtype=torch.float32) for block in blocks]).sum()
 
 
 # ---- Scale-Clip ---------------------------------------------------------------------------------------------------
@@ -115,16 +126,37 @@ def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | N
 # ---- uniform fake quantization ------------------------------------------------------------------------------------
 
 
-def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Matching flat pieces of dense tensors of one memory layout, small enough for the cache of a CPU core."""
-    flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
-    size = CHUNK * max(1, torch.get_num_threads())
-    return list(zip(*(f.split(size) for f in flat)))
-
-
 def _dense(x: Tensor) -> Tensor:
     """x itself if its elements fill its memory (contiguous, channels_last), else a contiguous copy."""
     return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
+
+
+def _block_size() -> int:
+    return CHUNK * torch.get_num_threads()
+
+
+def _blocks(tensors: tuple[Tensor, ...], steps: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]] | None:
+    """Cut dense tensors of one layout, and steps (scalars, or one a filter), into pieces that fit a CPU's cache.
+
+    Returns None where that is impossible or of no use: on an accelerator, for a layout without filters outermost.
+    """
+    x = tensors[0]
+    if x.device.type != 'cpu' or not x.numel() or any(t.stride() != x.stride() for t in tensors):
+        return None
+    if steps[0].dim() == 0:
+        pieces = zip(*(t.as_strided((t.numel(),), (1,)).split(_block_size()) for t in tensors))
+        return ((*piece, *steps) for piece in pieces)
+    filters, inner = len(x), x.numel() // len(x)
+    if steps[0].numel() != filters or x.stride(0) != inner:
+        return None
+    rows = max(1, _block_size() // inner)
+    flat = (t.as_strided((filters, inner), (inner, 1)).split(rows) for t in tensors)
+    return zip(*flat, *(s.reshape(-1, 1).split(rows) for s in steps))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 or better."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -135,17 +167,17 @@ class _FakeQuantize(torch.autograd.Function):
         x = _dense(x)
         ctx.save_for_backward(x, step)
         ctx.args = lo, hi, masked
-        out = torch.empty_like(x)
         divisor = torch.where(step > 0, step, 1)  # a step of 0 (dead group, empty batch) gives 0, never NaN
-        if step.dim() == 0 and x.device.type == 'cpu':
-            for a, b in _chunks(x, out):
-                if a.dtype in (torch.float32, torch.float64):
-                    torch.div(a, divisor, out=b).round_().clamp_(lo, hi).mul_(step)
-                else:
-                    b.copy_(torch.div(a.float(), divisor).round_().clamp_(lo, hi).mul_(step))
-            return out
-        codes = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x) / divisor
-        return codes.round_().clamp_(lo, hi).mul_(step).to(x.dtype)
+        out = torch.empty_like(x)
+        blocks = _blocks((x, out), (divisor, step))
+        if blocks is None:
+            return (_wide(x) / divisor).round_().clamp_(lo, hi).mul_(step).to(x.dtype)
+        for a, b, d, s in blocks:
+            if _wide(a) is a:
+                torch.div(a, d, out=b).round_().clamp_(lo, hi).mul_(s)
+            else:
+                b.copy_(torch.div(a.float(), d).round_().clamp_(lo, hi).mul_(s))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -154,14 +186,16 @@ class _FakeQuantize(torch.autograd.Function):
             return grad, None, None, None, None
         x, step = ctx.saved_tensors
         low, high = lo * step, hi * step
-        if step.dim() == 0 and x.device.type == 'cpu' and grad.stride() == x.stride() and grad.dtype == x.dtype:
-            out = torch.empty_like(grad)
-            for a, g, o in _chunks(x, grad, out):
-                a = a if a.dtype == torch.float64 else a.float()
-                torch.mul(g, torch.ge(a, low).logical_and_(torch.le(a, high)), out=o)
-            return out, None, None, None, None
-        x = x if x.dtype == torch.float64 else x.float()
-        return grad * ((x >= low) & (x <= high)), None, None, None, None
+        out = torch.empty_like(grad)
+        blocks = _blocks((x, grad, out), (low, high)) if _wide(x) is x and grad.dtype == x.dtype else None
+        if blocks is None:
+            x = _wide(x)
+            return grad * ((x >= low) & (x <= high)), None, None, None, None
+        for a, g, o, bottom, top in blocks:  # comparisons that write bool are far slower on a CPU than these
+            torch.minimum(a, top, out=o)
+            torch.maximum(o, bottom, out=o)
+            torch.eq(o, a, out=o).mul_(g)
+        return out, None, None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -98,8 +98,8 @@ class GDRQWeight(WeightQuantizer):
         return F.fake_quantize(weight, step, self.lo, self.hi, self.gradient)
 
     def after_step(self, weight: Tensor, step: int) -> Tensor | None:
-        if self.stage not in (Stage.RESHAPE, Stage.QUANTIZE):
-            return None
+        if self.stage not in (Stage.RESHAPE, Stage.QUANTIZE) or (self.clip == 'forward' and self.source != 'search'):
+            return None  # the next forward computes T itself
         if self.source == 'search' and (step + 1) % SEARCH_INTERVAL == 0:
             self.threshold.copy_(F.search_threshold(weight, self.lo, self.hi, self.sizes))
         threshold = self.threshold_of(weight).detach()
@@ -163,7 +163,7 @@ class GDRQActivation(ActivationQuantizer):
         return F.fake_quantize(x, step, self.lo, self.hi, self.gradient)
 
     def track(self, x: Tensor) -> None:
-        self._sum = self._sum + torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+        self._sum = self._sum + F.sum_abs(x)
         self._count = self._count + (torch.count_nonzero(x) if self.mean_of == 'nonzero' else x.numel())
 
     def statistics(self) -> Tensor:

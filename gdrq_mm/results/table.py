@@ -17,7 +17,13 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Task, model, data, float, quantized, drop, bits, size. A float model without a quantized one is not shown."""
     methods = sorted({m.upper() for r in records if r['quantization'] for m in r['model']['methods']})
     metrics = {MAIN_METRICS[r['task']][1]: None for r in records}
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=f'{", ".join(metrics)} in %', caption_justify='left')
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=f'{", ".join(metrics)} in %',
+        caption_justify='left',
+    )
     quantized = methods[0] if len(methods) == 1 else 'quantized'
     for column in ('task', 'model', 'data', 'float', quantized, 'drop', 'bits', 'size in MB'):
         justify = 'right' if column in ('float', quantized, 'drop', 'size in MB') else 'left'
