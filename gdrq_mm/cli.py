@@ -39,7 +39,7 @@ def load_config(args: argparse.Namespace) -> Config:
     path = Path(args.config)
     if not path.is_file():
         raise UserError(f'config {path} does not exist{_near_files(path)}')
-    mend_mmseg_bases()
+    mend_bases()
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python code: anything can go wrong in it
@@ -53,9 +53,12 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def mend_mmseg_bases() -> None:
-    """Make `_base_ = 'mmseg::...'` work: mmengine 0.10.12 maps it to a package name that is no longer used."""
-    MODULE2PACKAGE['mmseg'] = 'mmseg'
+def mend_bases() -> None:
+    """Make `_base_ = 'mmseg::...'` and `_base_ = 'gdrq_mm::...'` work.
+
+    mmengine 0.10.12 maps the former to a package name that is no longer used, and accepts no other packages.
+    """
+    MODULE2PACKAGE.update(mmseg='mmseg', gdrq_mm='gdrq_mm')
 
 
 def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:

@@ -1,0 +1,65 @@
+"""benchmarks/ as a user runs them, at a tiny setting: tables and files, no times."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script, *options):
+    # One thread: two wait for each other where other processes have the cores.
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
+    command = [sys.executable, ROOT / 'benchmarks' / script, *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def test_quantized_loss_reproduces_the_orders(tmp_path):
+    done = run('quantized_loss.py', '--samples', 20_000, '--out', tmp_path)
+    assert done.returncode == 0, done.stderr
+    for order in ('QL: Laplace > Gaussian > uniform', 'T*/sigma: Laplace > Gaussian > uniform'):
+        assert f'{order}: reproduced at 4 bits, p = 1' in done.stdout
+    found = json.loads((tmp_path / 'quantized_loss.json').read_text())
+    by_key = {(r['codes'], r['bits'], r['p'], r['distribution']): r for r in found['weights']}
+    # Exact for a uniform distribution: m levels leave 1/m, with T in the middle of the outermost cell.
+    assert by_key['narrow', 4, 1, 'uniform']['loss'] == pytest.approx(1 / 15, rel=0.01)
+    assert by_key['narrow', 4, 1, 'uniform']['threshold_over_max'] == pytest.approx(14 / 15, rel=0.01)
+    assert by_key['closed', 4, 1, 'uniform']['loss'] == pytest.approx(1 / 17, rel=0.01)
+    # Max (1960): the best three levels of a Gaussian are at +-1.224 sigma, with a squared error of 0.1902.
+    assert by_key['narrow', 2, 2, 'Gaussian']['threshold_over_sigma'] == pytest.approx(1.224, rel=0.02)
+    assert by_key['narrow', 2, 2, 'Gaussian']['loss'] == pytest.approx(0.1902**0.5, rel=0.01)
+    assert {(r['range'], r['bits']) for r in found['k']} == {
+        (kind, bits) for kind in ('weight', 'unsigned', 'signed', 'zero_point') for bits in range(2, 9)
+    }
+    assert all(r['error'] <= r['error_of_default'] * 1.001 for r in found['k'])
+    assert (tmp_path / 'quantized_loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_train_step_compares_with_float(tmp_path):
+    out = tmp_path / 'train_step.json'
+    tiny = ('--size', 64, '--batch', 2, '--rounds', 2, '--threads', 1, '--formats', 'channels_last')
+    done = run('train_step.py', *tiny, '--contestants', 'gdrq-deployable', 'torch.ao', '--out', out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [row['contestant'] for row in found['rows']] == ['float', 'gdrq-deployable', 'torch.ao']
+    for row in found['rows']:
+        assert row['contestant'] in done.stdout
+        assert len(row['seconds']) == 2 and row['peak_bytes'] > 0 and row['ratio'] > 0
+    assert found['rows'][0]['ratio'] == found['rows'][0]['memory_ratio'] == 1
+    assert found['versions']['torch'] and found['hardware']['cores'] and found['date']
+
+
+@pytest.mark.parametrize(
+    ('script', 'options', 'message'),
+    [
+        ('quantized_loss.py', ['--samples', 3], 'error: --samples 3 is too few for a distribution; at least 100'),
+        ('train_step.py', ['--rounds', 0], 'error: --rounds 0 is less than 1'),
+    ],
+)
+def test_a_wrong_option_is_one_line(script, options, message):
+    done = run(script, *options)
+    assert (done.returncode, done.stderr.strip()) == (1, message)
