@@ -13,10 +13,13 @@ def prepare() -> None:
     parser.add_argument('dataset', choices=['digits', 'cifar10'])
     parser.add_argument('--source', help='archive, or the folder that holds it (digits needs none)')
     parser.add_argument('--out', help='folder to write (default: data/<dataset>)')
+    parser.add_argument('--sheet', help='digits only: also draw a picture sheet into this PNG')
     args = parser.parse_args()
     out = args.out or f'data/{args.dataset}'
     if args.dataset == 'digits':
         print(digits.build(out))
+        if args.sheet:
+            digits.picture_sheet(out, args.sheet)
     elif args.source is None:
         raise UserError(
             'cifar10 needs --source PATH: an archive with a folder per class, or the official python archive'

@@ -38,12 +38,16 @@ class ProgressHook(Hook):
         self.progress.advance(self.bar)
 
 
-def run(config: str, work_dir: Path, progress: Progress, title: str, load_from: str | None) -> tuple[str, dict]:
+def run(
+    config: str, work_dir: Path, epochs: int | None, progress: Progress, title: str, load_from: str | None
+) -> tuple[str, dict]:
     """Train and test one config; returns its last checkpoint and its run record."""
     cfg = Config.fromfile(CONFIGS / config)
     cfg.work_dir, cfg.load_from = str(work_dir / Path(config).stem), load_from
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = str(work_dir / loader.dataset.data_root)
+    if epochs is not None:
+        cfg.train_cfg.max_epochs = cfg.param_scheduler.T_max = epochs
     test_cfg = copy.deepcopy(cfg)
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None  # validation on the way would cost time
     runner = QuantRunner.from_cfg(cfg)
@@ -60,12 +64,13 @@ def run(config: str, work_dir: Path, progress: Progress, title: str, load_from: 
 def quickstart() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--work-dir', default='work_dirs/quickstart', help='data, checkpoints, logs and records')
+    parser.add_argument('--epochs', type=int, help='train each model this short, to try the command only')
     args = parser.parse_args()
     check_environment()
     work_dir, start, console = Path(args.work_dir), time.time(), Console()
     check_writable(work_dir)
     log = work_dir / 'log.txt'
-    console.print(f'Data, checkpoints, run records and the full log ({log.name}) go to {work_dir}')
+    console.print(f'Data, checkpoints, run records and {log.name} with the full log: {work_dir}', soft_wrap=True)
     digits.build(work_dir / 'data' / 'digits')
     columns = (TextColumn('{task.description:<26}'), BarColumn(20), TextColumn('{task.completed}/{task.total}'))
     times = (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
@@ -77,9 +82,9 @@ def quickstart() -> None:
         contextlib.redirect_stderr(file),
     ):
         for task, float_config, quantized_config in JOBS:
-            checkpoint, record = run(float_config, work_dir, progress, f'{task}, float', None)
+            checkpoint, record = run(float_config, work_dir, args.epochs, progress, f'{task}, float', None)
             records.append(record)
-            _, record = run(quantized_config, work_dir, progress, f'{task}, GDRQ', checkpoint)
+            _, record = run(quantized_config, work_dir, args.epochs, progress, f'{task}, GDRQ', checkpoint)
             records.append(record)
     console.print(comparison_table(records))
     console.print(f'{time.time() - start:.0f} s')

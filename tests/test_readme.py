@@ -1,0 +1,65 @@
+"""The README's commands are run, its files exist, its settings are valid."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdrq_mm.config import Quantization
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / 'README.md').read_text()
+BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.DOTALL)
+
+
+def blocks(language):
+    return [text for name, text in BLOCKS if name == language]
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r'\]\((?!http)([^)]+)\)', README):
+        assert (ROOT / target).exists(), target
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / 'Makefile').read_text()
+    for target in re.findall(r'make (\w+)', '\n'.join(blocks('bash'))):
+        assert re.search(rf'^{target}:', makefile, re.MULTILINE), target
+
+
+def test_the_settings_are_valid():
+    (text,) = [t for t in blocks('python') if t.startswith('quantization')]
+    call = ast.parse(text).body[0].value
+    Quantization.from_dict(eval(compile(ast.Expression(call), 'README.md', 'eval')))
+
+
+def test_the_path_from_a_config_and_a_checkpoint(tmp_path):
+    """Every command of that section in its order, with one epoch instead of six."""
+    for folder in ('configs', 'tools'):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (config,) = [t for t in blocks('python') if '_base_' in t]
+    name = config.splitlines()[0].removeprefix('# ')
+    (tmp_path / name).write_text(config.replace('epoch_6', 'epoch_1'))
+    commands = [line for text in blocks('bash') for line in text.splitlines() if line.startswith('python tools/')]
+    assert len(commands) == 4
+    for command in commands:
+        words = command.replace('epoch_6', 'epoch_1').split()[1:]
+        if words[0] == 'tools/train.py':
+            words += ['--cfg-options', 'train_cfg.max_epochs=1', 'param_scheduler.T_max=1']
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / 'work_dirs/my_model_w4a4/record.json').is_file()
+
+
+def test_quickstart_prints_a_row(tmp_path):
+    command = [sys.executable, str(ROOT / 'tools/quickstart.py'), '--work-dir', str(tmp_path / 'work'), '--epochs', '1']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = next(line for line in done.stdout.splitlines() if line.startswith('classification '))
+    values = [float(v) for v in re.findall(r'-?\d+\.\d+', row)]
+    assert 'W4A4' in row and values[0] - values[1] == pytest.approx(values[2], abs=0.011)
+    assert values[1] > 50, 'four bits learn on this data'
