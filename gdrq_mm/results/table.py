@@ -17,7 +17,7 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
     methods = sorted({m.upper() for r in records if r['quantization'] for m in r['model']['methods']})
     metrics = {MAIN_METRICS[r['task']][1]: None for r in records}
     table = Table(
-        box=SIMPLE_HEAD,
+        box=None,
         pad_edge=False,
         padding=(0, 1, 0, 0),
         caption=f'{", ".join(metrics)} in %',
