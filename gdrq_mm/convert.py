@@ -19,7 +19,24 @@ from .quantizers import ActivationQuantizer
 from .topology import Topology
 
 LAST_LAYERS: dict[str, tuple[str, ...]] = {
+    # mmpretrain
     'ClsHead': ('fc', 'fc.*', 'layers.head', 'head', 'classifier'),
+    # mmdet, dense heads
+    'AnchorHead': ('conv_cls', 'conv_reg', 'rpn_cls', 'rpn_reg', 'retina_cls', 'retina_reg', 'atss_*', 'gfl_*'),
+    'AnchorFreeHead': ('conv_cls', 'conv_reg', 'conv_centerness', 'vfnet_cls', 'vfnet_reg*', 'tood_cls', 'tood_reg'),
+    'RepPointsHead': ('reppoints_cls_out', 'reppoints_pts_*_out'),
+    'RTMDetHead': ('rtm_cls*', 'rtm_reg*', 'rtm_obj*'),
+    'SSDHead': ('cls_convs.*', 'reg_convs.*'),
+    'YOLOV3Head': ('convs_pred.*',),
+    'YOLOXHead': ('multi_level_conv_cls.*', 'multi_level_conv_reg.*', 'multi_level_conv_obj.*'),
+    'YOLOFHead': ('cls_score', 'bbox_pred', 'object_pred'),
+    'CenterNetHead': ('heatmap_head.2', 'wh_head.2', 'offset_head.2'),
+    'DETRHead': ('fc_cls', 'fc_reg', 'cls_branches.*', 'reg_branches.*.4'),
+    # mmdet, heads of regions
+    'BBoxHead': ('fc_cls', 'fc_reg', 'fc_reg_cls', 'fc_reg_offset'),
+    'FCNMaskHead': ('conv_logits',),
+    # mmseg; auxiliary heads too
+    'BaseDecodeHead': ('conv_seg',),
 }
 """Head class -> patterns of its last layers, relative to the head; a subclass inherits them (METHOD: section 5)."""
 

@@ -16,14 +16,14 @@ from .. import functional as F
 from .base import ActivationQuantizer, Check, Stage, WeightQuantizer, number, one_of
 
 WEIGHT_K = {2: 2.0, 3: 3.0, 4: 3.5, 5: 4.5, 6: 5.5, 7: 6.0, 8: 7.0}
-"""Default k for weights by bits (ours; docs/defaults.md has the search)."""
+"""Default k for weights by bits (ours; docs/figures.md has the search)."""
 
 ACTIVATION_K = {
     'unsigned': {2: 6.0, 3: 9.0, 4: 12.0, 5: 14.0, 6: 16.0, 7: 20.0, 8: 24.0},
     'signed': {2: 2.0, 3: 3.2, 4: 4.2, 5: 5.2, 6: 6.4, 7: 8.0, 8: 10.0},
     'zero_point': {2: 4.0, 3: 5.5, 4: 7.0, 5: 8.5, 6: 10.0, 7: 11.0, 8: 12.0},
 }
-"""Default k for activations by range and bits (ours; docs/defaults.md has the search)."""
+"""Default k for activations by range and bits (ours; docs/figures.md has the search)."""
 
 SEARCH_INTERVAL = 100
 """Optimizer steps between two searches of the weight threshold (ours)."""
