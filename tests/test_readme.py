@@ -63,3 +63,9 @@ def test_quickstart_prints_a_row(tmp_path):
     values = [float(v) for v in re.findall(r'-?\d+\.\d+', row)]
     assert 'W4A4' in row and values[0] - values[1] == pytest.approx(values[2], abs=0.011)
     assert values[1] > 50, 'four bits learn on this data'
+
+
+def test_tables_are_what_the_records_give():
+    command = [sys.executable, str(ROOT / 'benchmarks/tables.py'), '--check']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -135,17 +135,24 @@ def _build_scenes(root: Path, split: str, images: np.ndarray, labels: np.ndarray
     annotations.write_text(json.dumps(dict(images=pictures, annotations=boxes, categories=categories)))
 
 
+def _read(path: Path) -> np.ndarray:
+    picture = cv2.imread(str(path))
+    if picture is None:
+        raise OSError(f'cannot read {path}')
+    return picture
+
+
 def picture_sheet(root: str | Path, path: str | Path, zoom: int = 2) -> None:
     """Draw what was built: a picture of each class, and test scenes with their boxes and masks, as one PNG."""
     root = Path(root)
-    singles = [cv2.imread(str(min((root / 'cls' / 'test' / name).iterdir()))) for name in CLASSES]
+    singles = [_read(min((root / 'cls' / 'test' / name).iterdir())) for name in CLASSES]
     found = json.loads((root / 'scenes' / 'annotations' / 'test.json').read_text())
     rows = [np.hstack([cv2.resize(p, None, fx=1.5, fy=1.5, interpolation=cv2.INTER_CUBIC) for p in singles])]
     palette = cv2.applyColorMap(np.linspace(0, 255, 11).astype(np.uint8), cv2.COLORMAP_TURBO).reshape(11, 3)
     scenes, masks = [], []
     for picture in found['images'][:5]:
-        scene = cv2.imread(str(root / 'scenes' / 'test' / picture['file_name']))
-        mask = cv2.imread(str(root / 'scenes' / 'masks' / 'test' / picture['file_name']), cv2.IMREAD_UNCHANGED)
+        scene = _read(root / 'scenes' / 'test' / picture['file_name'])
+        mask = _read(root / 'scenes' / 'masks' / 'test' / picture['file_name'])[..., 0]
         for box in found['annotations']:
             if box['image_id'] == picture['id']:
                 x, y, width, height = box['bbox']

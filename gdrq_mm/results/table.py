@@ -10,39 +10,58 @@ from rich.table import Table
 from ..tasks import MAIN_METRICS
 
 TASK_NAMES = {'cls': 'classification', 'det': 'detection', 'seg': 'segmentation'}
+COLUMNS = ('task', 'model', 'data', 'metric', 'float', 'method', 'quantized', 'drop', 'bits', 'size in MB')
 
 
-def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Task, model, data, float, quantized, drop, bits, size. A float model without a quantized one is not shown."""
-    methods = sorted({m.upper() for r in records if r['quantization'] for m in r['model']['methods']})
-    metrics = {MAIN_METRICS[r['task']][1]: None for r in records}
-    table = Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption=f'{", ".join(metrics)} in %',
-        caption_justify='left',
-    )
-    quantized = methods[0] if len(methods) == 1 else 'quantized'
-    for column in ('task', 'model', 'data', 'float', quantized, 'drop', 'bits', 'size in MB'):
-        justify = 'right' if column in ('float', quantized, 'drop', 'size in MB') else 'left'
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    baselines = {_identity(r): r for r in records if r['quantization'] is None}
+def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A dict by COLUMNS for each quantized record. A float record without a quantized one has no row."""
+    rows = []
+    baselines = {_identity(r): _metric(r) for r in records if r['quantization'] is None}
     for record in records:
         if record['quantization'] is None:
             continue
-        model, value, baseline = record['model'], _metric(record), baselines.get(_identity(record))
-        table.add_row(
+        model, value, before = record['model'], _metric(record), baselines.get(_identity(record))
+        cells = (
             TASK_NAMES[record['task']],
             model['name'],
             record['data']['name'],
-            f'{_metric(baseline):.2f}' if baseline else 'not run',
+            MAIN_METRICS[record['task']][1],
+            'not run' if before is None else f'{before:.2f}',
+            '/'.join(dict.fromkeys(m.upper() for m in model['methods'])),
             f'{value:.2f}',
-            f'{_metric(baseline) - value:.2f}' if baseline else '',
+            '' if before is None else f'{before - value:.2f}',
             'W{}A{}'.format(*model['bits']),
             f'{model["float_bytes"] / 1e6:.2f} → {model["bytes"] / 1e6:.2f}',
         )
+        rows.append(dict(zip(COLUMNS, cells)))
+    return rows
+
+
+def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows for a screen of 80 columns: the metrics stand below, a single method heads its column."""
+    rows = comparison_rows(records)
+    methods, metrics = ({row[key]: None for row in rows} for key in ('method', 'metric'))
+    titles = {'quantized': next(iter(methods))} if len(methods) == 1 else {}
+    caption = f'{", ".join(metrics)} in %'
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify='left')
+    shown = [c for c in COLUMNS if c != 'metric' and not (c == 'method' and titles)]
+    for column in shown:
+        justify = 'right' if column in ('float', 'quantized', 'drop') else 'left'
+        table.add_column(titles.get(column, column), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*(row[column] for column in shown))
     return table
+
+
+def comparison_markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    return markdown(COLUMNS, [[row[column] for column in COLUMNS] for row in comparison_rows(records)])
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ['---'] * len(columns), *rows]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
 def _metric(record: Mapping[str, Any]) -> float:

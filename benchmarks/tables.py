@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Write the tables of README.md and docs/figures.md anew from the committed records and figures.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written; a table that differs
+from what the files give is an error.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from gdrq_mm.checkpoint import write_whole
+from gdrq_mm.cli import main
+from gdrq_mm.errors import UserError
+from gdrq_mm.results.record import read_record
+from gdrq_mm.results.table import comparison_markdown, markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES, RECORDS = ROOT / 'docs/figures', ROOT / 'docs/records'
+PAGES = (ROOT / 'README.md', ROOT / 'docs/figures.md')
+
+
+def cifar10() -> str:
+    """Float and quantized records of CIFAR-10."""
+    return comparison_markdown([read_record(path) for path in sorted(RECORDS.glob('*cifar10*.json'))])
+
+
+def cifar10_search() -> str:
+    """The search for the default k."""
+    rows = json.loads((FIGURES / 'cifar10_search.json').read_text())
+    return markdown(
+        ('bits', 'setting', 'top-1 in %'),
+        [(r['bits'].upper(), r['setting'], 'failed' if r['top1'] is None else f'{r["top1"]:.2f}') for r in rows],
+    )
+
+
+def train_step() -> str:
+    """Time and memory of a training step over float."""
+    found = json.loads((FIGURES / 'train_step.json').read_text())
+    rows = [
+        (
+            r['memory_format'],
+            r['contestant'],
+            f'{1000 * r["median_seconds"]:.0f}',
+            f'{r["ratio"]:.3f}',
+            f'{r["memory_ratio"]:.2f}',
+        )
+        for r in found['rows']
+    ]
+    return markdown(('memory format', 'contestant', 'step in ms', 'over float', 'peak memory over float'), rows)
+
+
+def quantized_loss() -> str:
+    """The paper's Fig. 5 experiment at 4 bits, p = 1."""
+    found = json.loads((FIGURES / 'quantized_loss.json').read_text())
+    rows = [
+        (
+            f'{r["lo"]} .. {r["hi"]}',
+            r['distribution'],
+            f'{r["loss"]:.3f}',
+            f'{found["paper"]["loss"][r["distribution"]]:.3f}',
+            f'{r["threshold_over_max"]:.2f}',
+            f'{r["threshold_over_sigma"]:.2f}',
+            f'{r["k"]:.2f}',
+        )
+        for r in found['weights']
+        if (r['bits'], r['p']) == (found['paper']['bits'], found['paper']['p'])
+    ]
+    return markdown(('codes', 'distribution', 'ours', 'paper', 'T*/max', 'T*/sigma', 'k = T*/mean'), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (cifar10, cifar10_search, train_step, quantized_loss)}
+
+
+def filled(text: str) -> str:
+    """A page with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f'<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->'
+
+    return re.sub(r'<!-- table: (\w+) -->\n.*?<!-- end -->', table, text, flags=re.DOTALL)
+
+
+def write() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing, fail on a difference')
+    args = parser.parse_args()
+    for page in PAGES:
+        text = page.read_text()
+        new = filled(text)
+        if args.check and new != text:
+            raise UserError(f'{page.name} differs from its records; run python benchmarks/tables.py')
+        if not args.check:
+            write_whole(page, new.encode())
+
+
+if __name__ == '__main__':
+    main(write)
