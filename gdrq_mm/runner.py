@@ -189,8 +189,10 @@ def read_quantization(cfg: Config) -> Quantization | None:
 
 
 def drop_pretrained(cfg: Any) -> None:
-    """Remove `init_cfg=dict(type='Pretrained', ...)` from a model config, at any depth."""
+    """Remove `init_cfg=dict(type='Pretrained', ...)` and mmseg's `pretrained=...` from a model config, at any depth."""
     if isinstance(cfg, dict):
+        if isinstance(cfg.get('pretrained'), str):
+            cfg['pretrained'] = None
         init = cfg.get('init_cfg')
         if isinstance(init, dict) and init.get('type') == 'Pretrained':
             cfg['init_cfg'] = None
