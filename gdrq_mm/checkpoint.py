@@ -63,18 +63,21 @@ def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = Fal
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             checkpoint = torch.load(source, map_location=map_location, weights_only=not unsafe)
-    except pickle.UnpicklingError as error:
-        if 'weights_only' in str(error).lower() or 'Unsupported' in str(error):
-            reason = next((line.strip() for line in str(error).splitlines() if 'GLOBAL' in line), '')
+    except Exception as error:  # a damaged file can raise anything in the unpickler
+        refused = re.search(r'(GLOBAL [\w.]+|Unsupported (?:global|class|attribute)[^\n]*)', str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(
-                f'checkpoint {filename} holds more than tensors and plain data and was not loaded'
-                f'{": " + reason.split(" was not")[0] if reason else ""} (--unsafe-load runs what it holds)'
+                f'checkpoint {filename} holds more than tensors and plain data and was not loaded: '
+                f'{refused[1]} (--unsafe-load runs what it holds)'
             ) from None
-        raise UserError(f'checkpoint {filename} is damaged: {str(error).splitlines()[0]}') from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise UserError(f'checkpoint {filename} is truncated or damaged: {str(error).splitlines()[0]}') from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'checkpoint {filename} holds a {type(checkpoint).__name__}, not a dict')
+        reason = f'{type(error).__name__} {str(error)[:80]}'.splitlines()[0]
+        raise UserError(f'checkpoint {filename} is truncated or damaged: {reason}') from None
+    state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(state, dict):
+        raise UserError(f'checkpoint {filename} holds a {type(state).__name__}, not a dict of tensors')
+    for name in state:
+        if not isinstance(name, str):
+            raise UserError(f'checkpoint {filename} has the name {name!r}, which is not a string')
     return checkpoint
 
 

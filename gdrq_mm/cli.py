@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
@@ -14,20 +15,30 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .environment import check_environment
-from .errors import UserError
+from .errors import UserError, building
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """OpenMMLab's common options."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override settings: key=value, a.b=value, a=[1,2]'
+        '--cfg-options', nargs='+', action=_ConfigOptions, help='override settings: key=value, a.b=value, a=[1,2]'
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
         '--unsafe-load', action='store_true', help='unpickle anything a checkpoint holds; that runs its code'
     )
+
+
+class _ConfigOptions(DictAction):
+    """mmengine's, with a message that says what was expected."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if '=' not in value:
+                raise UserError(f'--cfg-options {value}: write key=value')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -44,8 +55,12 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python code: anything can go wrong in it
         raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}'.splitlines()[0]) from error
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    try:
+        cfg.merge_from_dict(args.cfg_options or {})
+    except (TypeError, KeyError, IndexError) as error:
+        raise UserError(f'--cfg-options do not fit the config: {error}'.splitlines()[0]) from None
+    if 'model' not in cfg:
+        raise UserError(f'config {path} has no model')
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / path.stem)
     check_writable(Path(cfg.work_dir))
@@ -64,10 +79,15 @@ def mend_bases() -> None:
 def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
     """The runner that the config asks for."""
     check_environment()
-    runner_class = RUNNERS.get(cfg.get('runner_type', 'gdrq_mm.runner.QuantRunner'))
+    name = cfg.get('runner_type', 'gdrq_mm.runner.QuantRunner')
+    with building(f'runner_type={name!r}'):
+        runner_class = RUNNERS.get(name)
+    if runner_class is None:
+        raise UserError(f'runner_type={name!r} is not a registered runner, nor the full path of one')
     if hasattr(runner_class, 'unsafe_load'):
         runner_class.unsafe_load = args.unsafe_load
-    return runner_class.from_cfg(cfg)
+    with building('the config'):
+        return runner_class.from_cfg(cfg)
 
 
 def prepare_test(cfg: Config, checkpoint: str) -> None:
@@ -123,9 +143,9 @@ def main(command: Callable[[], None]) -> None:
     """Run a tool; a UserError, a missing file or an interruption ends it with one line."""
     try:
         command()
-    except UserError as error:
-        sys.exit(f'error: {error}')
-    except FileNotFoundError as error:
+    except (UserError, OSError) as error:
+        if os.environ.get('GDRQ_DEBUG'):
+            raise
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit('interrupted')

@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 from .checkpoint import check_fits, other_quantization, read_checkpoint, without_quantizers
 from .config import FLOAT_BITS, Quantization
 from .convert import Report, bare_model, float_report, quantize_model
-from .errors import UserError
+from .errors import UserError, building
 from .hooks import CalibrationHook, FiniteLossHook, StageHook, StatisticsHook, ThresholdHook
 from .quantizers import Quantizer, Stage
 from .seeding import SeedHook, kept_random_state, seed_dataloader
 from .summary import layer_table, totals
+from .tasks import dataset_of
 from .topology import record
 
 
@@ -92,8 +93,9 @@ class QuantRunner(Runner):
         if isinstance(loader, dict):
             diff = self._randomness_cfg.get('diff_rank_seed', False)
             try:
-                loader = self.build_dataloader(loader, seed=self.seed, diff_rank_seed=diff)
-            except (AssertionError, FileNotFoundError) as error:  # how the libraries speak of missing or wrong data
+                with building(f'{name[1:]}.dataset={dataset_of(loader).get("type")!r}'):
+                    loader = self.build_dataloader(loader, seed=self.seed, diff_rank_seed=diff)
+            except FileNotFoundError as error:
                 raise UserError(f'{name[1:]}: the data set cannot be read: {error}') from None
             setattr(self, name, loader)
         return loader
@@ -102,7 +104,13 @@ class QuantRunner(Runner):
         """The training loop on seeded data."""
         if isinstance(loop, dict):
             seed_dataloader(self._loader('_train_dataloader'), self.seed)
-        return super().build_train_loop(loop)
+        with building('train_cfg'):
+            return super().build_train_loop(loop)
+
+    def build_evaluator(self, evaluator: Any) -> Any:
+        """The metrics."""
+        with building('the evaluator'):
+            return super().build_evaluator(evaluator)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """The optimizer; what quantizers learn takes no weight decay, as in LSQ."""
@@ -116,7 +124,8 @@ class QuantRunner(Runner):
             optim_wrapper = copy.deepcopy(optim_wrapper)
             keys = optim_wrapper.setdefault('paramwise_cfg', {}).setdefault('custom_keys', {})
             keys.update({name: dict(decay_mult=0.0) for name in learned})
-        return super().build_optim_wrapper(optim_wrapper)
+        with building(f'optim_wrapper={optim_wrapper}' if isinstance(optim_wrapper, dict) else 'optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """The config's hooks and ours."""

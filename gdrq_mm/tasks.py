@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: flo
     if task == 'cls':
         hook.enable, hook.out_dir, hook.interval = True, folder, 1
     elif task == 'det':
-        hook.draw, hook.test_out_dir = True, folder
+        hook.draw, hook.test_out_dir = True, folder and os.path.abspath(folder)  # else it lands below the work dir
     else:
         hook.draw, hook.interval = True, 1
         if folder is not None:

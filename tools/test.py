@@ -8,6 +8,7 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 
 from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
+from gdrq_mm.errors import UserError
 from gdrq_mm.results.record import make_record, write_record
 from gdrq_mm.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
 
@@ -33,6 +34,8 @@ def test() -> None:
     cfg = load_config(args)
     record = Path(args.record or Path(cfg.work_dir) / 'record.json')
     check_writable(record.parent)
+    if record.is_dir():
+        raise UserError(f'--record {record} is a folder: the run record cannot be written')
     prepare_test(cfg, args.checkpoint)
     if args.show or args.show_dir:
         show_predictions(cfg, args.show, args.show_dir, args.wait_time)

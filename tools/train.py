@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from gdrq_mm.cli import add_config_arguments, build_runner, load_config, main
+from gdrq_mm.errors import UserError
+from gdrq_mm.tasks import task_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +39,8 @@ def train() -> None:
         if torch.cuda.is_available():
             cfg.optim_wrapper.type = 'AmpOptimWrapper'
             cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        elif task_of(cfg) == 'det':
+            raise UserError("--amp needs a GPU for detection: mmcv's NMS on a CPU knows float32 only")
         else:
             cfg.optim_wrapper.type = 'gdrq_mm.amp.CPUAmpOptimWrapper'
     if args.auto_scale_lr:

@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import shutil
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,25 +67,48 @@ def build(source: str | Path, root: str | Path, show_progress: bool = True) -> P
         UserError: no archive there, or its counts are not CIFAR-10's.
     """
     source, root = Path(source), Path(root)
+    if root.is_dir() and _is_complete(root):
+        return root
     if source.is_dir():
         archives = sorted(source.glob('cifar*10*.tar.gz'))
         if not archives:
             raise UserError(f'{source} holds no CIFAR-10 archive (cifar*10*.tar.gz)')
         source = archives[0]
     counts = {split: dict.fromkeys(CLASSES, 0) for split in COUNTS}
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))  # a half-filled folder looks whole
     try:
         with tarfile.open(source) as archive:
             for place, name, data in track(
                 _pictures(archive), 'CIFAR-10', total=sum(COUNTS.values()), disable=not show_progress
             ):
-                folder = root / place
+                folder = unfinished / place
                 if not counts[place.split('/')[0]][folder.name]:
                     folder.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(data)
                 counts[place.split('/')[0]][folder.name] += 1
-    except (tarfile.TarError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
-        raise UserError(f'{source} is not a readable CIFAR-10 archive: {error}') from None
-    for split, expected in COUNTS.items():
-        if set(counts[split].values()) != {expected // len(CLASSES)}:
-            raise UserError(f'{source} has {sum(counts[split].values())} {split} pictures, CIFAR-10 has {expected}')
+        for split, expected in COUNTS.items():
+            if set(counts[split].values()) != {expected // len(CLASSES)}:
+                raise UserError(f'{source} has {sum(counts[split].values())} {split} pictures, CIFAR-10 has {expected}')
+        for split in COUNTS:
+            shutil.rmtree(root / split, ignore_errors=True)
+            os.replace(unfinished / split, root / split)
+    except UserError:
+        raise
+    # Everything a damaged archive or batch can raise on the way through tarfile, zlib, pickle and NumPy.
+    except (tarfile.TarError, zlib.error, EOFError, OSError, pickle.UnpicklingError, LookupError, ValueError) as error:
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        raise UserError(f'{source} is not a readable CIFAR-10 archive: {reason}') from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not any(root.iterdir()):
+            root.rmdir()
     return root
+
+
+def _is_complete(root: Path) -> bool:
+    return all(
+        (root / split / name).is_dir() and len(os.listdir(root / split / name)) == expected // len(CLASSES)
+        for split, expected in COUNTS.items()
+        for name in CLASSES
+    )

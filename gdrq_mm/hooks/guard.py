@@ -1,4 +1,4 @@
-"""Stop at a loss that is not finite."""
+"""Stop at a loss or a weight that is not finite."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..convert import bare_model
 from ..errors import UserError
 
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """End training with one message when a loss is NaN or infinite; checkpoints written before stay as they are.
+    """End training with one message when a loss is NaN or infinite, or a weight is when a checkpoint is to be written.
+
+    Checkpoints written before stay as they are.
 
     Example:
         custom_hooks = [dict(type='FiniteLossHook')]   # QuantRunner adds it by itself
@@ -30,12 +33,19 @@ class FiniteLossHook(Hook):
         values = {name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items()}
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if bad:
-            listed = ', '.join(f'{name}={value}' for name, value in bad.items())
-            raise UserError(f'{listed} at iteration {runner.iter}; training stops, {_last_checkpoint(runner)}')
+            _stop(runner, ', '.join(f'{name}={value}' for name, value in bad.items()))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        # A quantized model can have a finite loss with infinite weights: clipping hides them.
+        model = bare_model(runner.model)
+        statistics = [(n, b) for n, b in model.named_buffers() if n.endswith(('running_mean', 'running_var'))]
+        for name, value in [*model.named_parameters(), *statistics]:
+            if not bool(torch.isfinite(value).all()):
+                _stop(runner, f'{name} has values that are not finite')
 
 
-def _last_checkpoint(runner: Runner) -> str:
+def _stop(runner: Runner, what: str) -> None:
     pointer = Path(runner.work_dir) / 'last_checkpoint'
-    if not pointer.is_file():
-        return 'no checkpoint had been written yet'
-    return f'the last good checkpoint is {pointer.read_text().strip()}'
+    written = f'the last good checkpoint is {pointer.read_text().strip()}' if pointer.is_file() else ''
+    written = written or 'no checkpoint had been written yet'
+    raise UserError(f'{what} at iteration {runner.iter}; training stops, {written}')
