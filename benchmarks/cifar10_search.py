@@ -27,12 +27,14 @@ from gdrq_mm.results.record import read_record
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHT, ACTIVATION = 'quantization.weight.gdrq', 'quantization.activation.gdrq'
 SETTINGS: list[tuple[str, str, dict[str, object]]] = [
-    *(('w4a4', f'activation k = {k}', {f'{ACTIVATION}.k': k}) for k in (6, 9, 12, 16)),
-    *(('w4a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (2.0, 2.5, 3.5, 4.5)),
-    *(('w2a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (1.5, 2.0, 2.5)),
-    ('w2a4', 'weight k = 2.0, straight_through', {f'{WEIGHT}.k': 2.0, f'{WEIGHT}.gradient': 'straight_through'}),
-    ('w2a4', 'weight k = 2.0, project', {f'{WEIGHT}.k': 2.0, f'{WEIGHT}.clip': 'project'}),
-    ('w2a4', 'weight k = 2.0, not deployable', {f'{WEIGHT}.k': 2.0, 'quantization.deployable': False}),
+    ('w4a4', 'defaults', {}),
+    *(('w4a4', f'activation k = {k}', {f'{ACTIVATION}.k': k}) for k in (6, 9, 16)),
+    *(('w4a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (2.5, 4.5)),
+    ('w2a4', 'defaults', {}),
+    *(('w2a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (1.5, 2.5)),
+    ('w2a4', 'straight_through', {f'{WEIGHT}.gradient': 'straight_through'}),
+    ('w2a4', 'project', {f'{WEIGHT}.clip': 'project'}),
+    ('w2a4', 'not deployable', {'quantization.deployable': False}),
 ]
 """Bits, name, config options. What is not named has its default."""
 EPOCH = {'train_cfg.max_epochs': 1, 'param_scheduler.T_max': 1, 'default_hooks.checkpoint.max_keep_ckpts': 1}

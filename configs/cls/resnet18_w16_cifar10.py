@@ -1,7 +1,41 @@
 _base_ = ['../_base_/models/resnet18_w16.py', '../_base_/datasets/cifar10.py', '../_base_/default_runtime_cls.py']
 memory_format = 'channels_last'
-# CutMix on half of the batches: without it 30 epochs end at 92.7 on the training images and 86.5 on the test images.
-model = dict(train_cfg=dict(augments=dict(type='CutMix', alpha=1.0), probs=[0.5]))
+# With crops and flips alone, 30 epochs end at 92.7 on the training images and at 86.5 on the test images: more
+# augmentation and more epochs are what helps.
+policies = [
+    dict(type='AutoContrast'),
+    dict(type='Equalize'),
+    dict(type='Rotate', magnitude_range=(0, 30)),
+    dict(type='Posterize', magnitude_range=(8, 4)),
+    dict(type='ColorTransform', magnitude_range=(0, 0.5)),
+    dict(type='Contrast', magnitude_range=(0, 0.5)),
+    dict(type='Brightness', magnitude_range=(0, 0.5)),
+    dict(type='Sharpness', magnitude_range=(0, 0.5)),
+    dict(type='Shear', magnitude_range=(0, 0.3), direction='horizontal'),
+    dict(type='Shear', magnitude_range=(0, 0.3), direction='vertical'),
+    dict(type='Translate', magnitude_range=(0, 0.2), direction='horizontal'),
+    dict(type='Translate', magnitude_range=(0, 0.2), direction='vertical'),
+]
+augment = dict(
+    type='RandAugment', policies=policies, num_policies=1, total_level=10, magnitude_level=6, magnitude_std=0.5
+)
+erase = dict(
+    type='RandomErasing',
+    erase_prob=0.5,
+    mode='const',
+    min_area_ratio=0.05,
+    max_area_ratio=0.25,
+    fill_color=[125, 123, 114],
+)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='RandomCrop', crop_size=32, padding=4),
+    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+    augment,
+    erase,
+    dict(type='PackInputs'),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=2, convert_to_iter_based=True),
