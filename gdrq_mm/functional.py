@@ -187,14 +187,17 @@ class _FakeQuantize(torch.autograd.Function):
         x, step = ctx.saved_tensors
         low, high = lo * step, hi * step
         out = torch.empty_like(grad)
-        blocks = _blocks((x, grad, out), (low, high)) if _wide(x) is x and grad.dtype == x.dtype else None
+        blocks = _blocks((x, grad, out), (low, high)) if grad.dtype == x.dtype else None
         if blocks is None:
             x = _wide(x)
             return grad * ((x >= low) & (x <= high)), None, None, None, None
         for a, g, o, bottom, top in blocks:  # comparisons that write bool are far slower on a CPU than these
-            torch.minimum(a, top, out=o)
-            torch.maximum(o, bottom, out=o)
-            torch.eq(o, a, out=o).mul_(g)
+            wide = _wide(a)
+            inside = o if wide is a else torch.empty_like(wide)
+            torch.minimum(wide, top, out=inside)
+            torch.maximum(inside, bottom, out=inside)
+            torch.eq(inside, wide, out=inside)
+            torch.mul(inside, g, out=o)
         return out, None, None, None, None
 
 
