@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.dist import master_only
+from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -128,16 +129,17 @@ class QuantRunner(Runner):
             return super().build_optim_wrapper(optim_wrapper)
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
-        """The config's hooks and ours."""
+        """The config's hooks, and those of ours that it does not set itself."""
         super().register_hooks(default_hooks, custom_hooks)
-        self.register_hook(SeedHook())
-        self.register_hook(FiniteLossHook())
+        ours: list[Hook] = [SeedHook(), FiniteLossHook()]
         if self.quantization is not None:
             schedule = self.quantization.schedule
-            self.register_hook(CalibrationHook(self.quantization.calibration_batches))
-            self.register_hook(StageHook(schedule.reshape, schedule.freeze))
-            self.register_hook(ThresholdHook())
-            self.register_hook(StatisticsHook())
+            ours.append(CalibrationHook(self.quantization.calibration_batches))
+            ours.append(StageHook(schedule.reshape, schedule.freeze))
+            ours += [ThresholdHook(), StatisticsHook()]
+        for hook in ours:
+            if not any(isinstance(theirs, type(hook)) for theirs in self.hooks):
+                self.register_hook(hook)
 
     def load_checkpoint(
         self, filename: str, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = ((r'^module.', ''),)
