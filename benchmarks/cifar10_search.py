@@ -32,9 +32,6 @@ SETTINGS: list[tuple[str, str, dict[str, object]]] = [
     *(('w4a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (2.5, 4.5)),
     ('w2a4', 'defaults', {}),
     *(('w2a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (1.5, 2.5)),
-    ('w2a4', 'straight_through', {f'{WEIGHT}.gradient': 'straight_through'}),
-    ('w2a4', 'project', {f'{WEIGHT}.clip': 'project'}),
-    ('w2a4', 'not deployable', {'quantization.deployable': False}),
 ]
 """Bits, name, config options. What is not named has its default."""
 EPOCH = {'train_cfg.max_epochs': 1, 'param_scheduler.T_max': 1, 'default_hooks.checkpoint.max_keep_ckpts': 1}

@@ -126,6 +126,7 @@ def check_data(cfg: Config) -> None:
 PREPARED = {
     'digits': 'python tools/prepare_data.py digits',
     'cifar10': 'python tools/prepare_data.py cifar10 --source PATH',
+    'imagenet': 'put the folders train/ and val/ of ILSVRC 2012 there, a folder per class in each',
 }
 """Folder name below data/ -> the command that makes it."""
 

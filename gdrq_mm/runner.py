@@ -59,7 +59,10 @@ class QuantRunner(Runner):
         built = super().build_model(model)
         if not self.distributed:
             built = revert_sync_batchnorm(built)  # wrap_model does it too, but then would drop what is attached to it
-        if self.cfg.get('memory_format') == 'channels_last':
+        memory_format = self.cfg.get('memory_format', 'contiguous')
+        if memory_format not in ('contiguous', 'channels_last'):
+            raise UserError(f'memory_format={memory_format!r} is not one of contiguous, channels_last')
+        if memory_format == 'channels_last':
             built = built.to(memory_format=torch.channels_last)
         self.quantization = read_quantization(self.cfg)
         bare = bare_model(built)
@@ -112,6 +115,11 @@ class QuantRunner(Runner):
         """The metrics."""
         with building('the evaluator'):
             return super().build_evaluator(evaluator)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """The schedules of learning rate and momentum."""
+        with building('param_scheduler'):
+            return super().build_param_scheduler(scheduler)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """The optimizer; what quantizers learn takes no weight decay, as in LSQ."""

@@ -203,6 +203,9 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('optim_wrapper.optimizer.type=SDG', ['SDG']),
         ('val_evaluator.type=Acuracy', ['Acuracy']),
         ('runner_type=QuantRuner', ['QuantRuner']),
+        ('param_scheduler.type=CosineAnealingLR', ['CosineAnealingLR']),
+        ('train_cfg.max_epochs=0', ['end=0']),
+        ('memory_format=channel_last', ['memory_format', 'channel_last', 'channels_last']),
     ],
 )
 def test_a_wrong_option(home, error_of, option, fragments):
