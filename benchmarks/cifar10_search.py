@@ -59,18 +59,20 @@ def search() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--checkpoint', required=True, help='float checkpoint of resnet18_w16_cifar10')
     parser.add_argument('--jobs', type=int, default=1, help='runs at once, a thread each')
+    parser.add_argument('--bits', nargs='+', default=['w4a4', 'w2a4'], help='which of the settings')
     parser.add_argument('--work-dir', default='work_dirs/cifar10_search')
     parser.add_argument('--out', default=str(ROOT / 'docs/figures/cifar10_search.json'))
     args = parser.parse_args()
     if not Path(args.checkpoint).is_file():
         raise UserError(f'checkpoint {args.checkpoint} does not exist')
     os.environ['OMP_NUM_THREADS'] = '1'
+    settings = [setting for setting in SETTINGS if setting[0] in args.bits]
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run, *setting, args.checkpoint, Path(args.work_dir)) for setting in SETTINGS]
+        futures = [pool.submit(run, *setting, args.checkpoint, Path(args.work_dir)) for setting in settings]
         records = [future.result() for future in track(futures, 'settings')]
     rows = []
     table = Table('bits', 'setting', 'top-1 in %', title='CIFAR-10, ResNet-18 of width 16, one epoch from float')
-    for (bits, name, options), record in zip(SETTINGS, records):
+    for (bits, name, options), record in zip(settings, records):
         top1 = record and record['metrics']['accuracy/top1']
         table.add_row(bits.upper(), name, 'failed' if record is None else f'{top1:.2f}')
         row = dict(bits=bits, setting=name, options=options, top1=top1)
