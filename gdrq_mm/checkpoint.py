@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,11 @@ def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = Fal
         UserError: missing, empty, truncated, not a checkpoint, or with anything in it but tensors and plain data.
     """
     if '://' in filename:
-        source: Any = io.BytesIO(fetch(filename))
+        try:
+            source: Any = io.BytesIO(fetch(filename))
+        except Exception as error:  # each storage backend has errors of its own
+            reason = f'{type(error).__name__} {error}'.splitlines()[0]
+            raise UserError(f'checkpoint {filename} cannot be fetched: {reason}') from None
     else:
         source = filename
         if not os.path.isfile(filename):
@@ -61,6 +66,12 @@ def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = Fal
         if os.path.getsize(filename) == 0:
             raise UserError(f'checkpoint {filename} is empty')
     try:
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                if archive.testzip() is not None:  # torch does not look at the checksums that it writes
+                    raise ValueError('a checksum does not fit')
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
         with torch.serialization.safe_globals(_ALLOWED):
             checkpoint = torch.load(source, map_location=map_location, weights_only=not unsafe)
     except Exception as error:  # a damaged file can raise anything in the unpickler

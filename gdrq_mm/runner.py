@@ -154,6 +154,7 @@ class QuantRunner(Runner):
     ) -> dict:
         """Load weights; nothing in the file is executed, and a checkpoint of another model is refused."""
         checkpoint = read_checkpoint(str(filename), map_location, self.unsafe_load)
+        checkpoint = checkpoint if 'state_dict' in checkpoint else dict(state_dict=checkpoint)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model = bare_model(self.model)
         starting = self._train_loop is not None and not self._resume

@@ -1,19 +1,22 @@
-"""Run records and the comparison table, and files that are written whole or not at all."""
+"""Run records and the comparison table."""
 
 import copy
+import hashlib
+import io
 import json
-import subprocess
-import sys
+import re
 from importlib.metadata import version
 
 import pytest
 import torch
 from mmengine.config import Config
+from rich.console import Console
 
-from gdrq_mm.checkpoint import write_whole
+from gdrq_mm.checkpoint import read_checkpoint
 from gdrq_mm.errors import UserError
 from gdrq_mm.results.record import make_record, model_name, read_record, write_record
-from gdrq_mm.results.table import comparison_markdown, comparison_rows
+from gdrq_mm.results.table import comparison_markdown, comparison_rows, comparison_table
+from tests.helpers import QUANTIZATION, TEST_ONLY, checkpoint_of, train
 
 MODEL = dict(
     methods=['gdrq', 'gdrq'],
@@ -61,8 +64,6 @@ def record(checkpoint, top1, quantized, **changes):
 
 
 def test_a_record_says_what_was_tested_and_with_what(checkpoint, tmp_path):
-    import hashlib
-
     found = record(checkpoint, 91.5, quantized=True)
     assert found['checkpoint']['sha256'] == hashlib.sha256(open(checkpoint, 'rb').read()).hexdigest()
     assert (found['task'], found['seed'], found['metrics']) == ('cls', 3, {'accuracy/top1': 91.5})
@@ -128,21 +129,60 @@ def test_the_config_is_not_changed(checkpoint):
     assert cfg.to_dict() == before.to_dict()
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """A limit on the size of files stands for a full disk."""
-    path = tmp_path / 'file'
-    path.write_bytes(b'old')
-    code = (
-        'import resource, signal, sys; from gdrq_mm.checkpoint import write_whole\n'
-        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n'
-        'write_whole(sys.argv[1], bytes(5000))'
-    )
-    done = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and 'File too large' in done.stderr
-    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
+# ---- a real test run ------------------------------------------------------------------------------------------------
 
 
-def test_write_whole_replaces(tmp_path):
-    write_whole(tmp_path / 'file', b'one')
-    write_whole(tmp_path / 'file', b'two')
-    assert (tmp_path / 'file').read_bytes() == b'two' and len(list(tmp_path.iterdir())) == 1
+@pytest.fixture
+def tested(make):
+    """Runs what tools/test.py runs: (checkpoint, **changes) to the record."""
+
+    def test(checkpoint, **changes):
+        runner = make('test', load_from=checkpoint, **TEST_ONLY, **changes)
+        return make_record(runner.cfg, checkpoint, runner.test(), runner.seed, runner.describe())
+
+    return test
+
+
+@pytest.fixture
+def quantized_checkpoint(make):
+    runner = make(epochs=1)
+    train(runner)
+    return checkpoint_of(runner)
+
+
+def test_the_record_of_a_real_run(tested, quantized_checkpoint, tmp_path):
+    found = tested(quantized_checkpoint)
+    fields = 'record_version time task model data metrics quantization config checkpoint seed git versions hardware'
+    assert list(found) == fields.split()
+    assert found['quantization'] == QUANTIZATION and found['task'] == 'cls'
+    assert 0 <= found['metrics']['accuracy/top1'] <= 100
+    model = found['model']
+    assert (model['methods'], model['bits'], model['stage']) == (['gdrq', 'gdrq'], [4, 4], 'quantize')
+    state = read_checkpoint(quantized_checkpoint)['state_dict']
+    parameters = [value.numel() for name, value in state.items() if name.endswith(('.weight', '.bias'))]
+    assert model['parameters'] == sum(parameters) and model['float_bytes'] > 6 * model['bytes'] > 0
+    with open(quantized_checkpoint, 'rb') as file:
+        assert found['checkpoint'] == dict(file='epoch_1.pth', sha256=hashlib.sha256(file.read()).hexdigest())
+    write_record(found, tmp_path / 'record.json')
+    assert read_record(tmp_path / 'record.json') == found
+
+
+def test_a_record_holds_no_path_of_the_machine(tested, quantized_checkpoint):
+    text = json.dumps(tested(quantized_checkpoint))
+    assert re.findall(r'(?<![\w.:/])/[\w.-]+/[\w./-]+', text) == []
+
+
+def test_real_records_make_a_row(tested, float_checkpoint, quantized_checkpoint):
+    before, after = tested(float_checkpoint, quantization=None), tested(quantized_checkpoint)
+    assert before['quantization'] is None and before['model']['bits'] == [32, 32]
+    assert before['model']['float_bytes'] == before['model']['bytes'] == after['model']['float_bytes']
+    (row,) = comparison_rows([after, before])
+    scores = [record['metrics']['accuracy/top1'] for record in (before, after)]
+    assert [row[column] for column in ('float', 'quantized', 'drop')] == [
+        f'{score:.2f}' for score in (*scores, scores[0] - scores[1])
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(comparison_table([before, after]))
+    shown = console.file.getvalue()
+    assert 'ResNet_CIFAR-18' in shown and row['quantized'] in shown and 'top-1 in %' in shown
+    assert comparison_rows([before]) == []

@@ -1,116 +1,117 @@
 """QuantRunner on a small real model: stages, exact resume, EMA, accumulation, mixed precision, statistics."""
 
-import copy
 import json
+import math
+import os
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from gdrq_mm import functional as F
+from gdrq_mm.checkpoint import read_checkpoint
 from gdrq_mm.convert import activation_quantizers, quant_layers
 from gdrq_mm.errors import UserError
-from gdrq_mm.quantizers import Quantizer, Stage
-from gdrq_mm.runner import QuantRunner
+from gdrq_mm.quantizers import Quantizer, Stage, WeightQuantizer
+from gdrq_mm.quantizers import gdrq as gdrq_module
 from gdrq_mm.summary import layer_table
+from tests import reference
+from tests.helpers import QUANTIZATION, TEST_ONLY, At, checkpoint_of, same, train
 
-ROOT = Path(__file__).resolve().parents[1]
-QUANTIZATION = dict(weight=dict(bits=4, groups=4), activation=dict(bits=4), calibration_batches=2)
-
-
-@pytest.fixture
-def make(digits_root, tmp_path):
-    """Builds a runner: 64 training pictures, 4 iterations an epoch, width 4."""
-
-    def make(name='run', quantization=QUANTIZATION, epochs=3, **changes):
-        cfg = Config.fromfile(ROOT / 'configs/cls/resnet18_w16_digits.py')
-        cfg.merge_from_dict(
-            {
-                'model.backbone.stem_channels': 4,
-                'model.backbone.base_channels': 4,
-                'model.head.in_channels': 32,
-                'train_dataloader.batch_size': 16,
-                'train_dataloader.dataset.indices': 64,
-                'val_dataloader.dataset.indices': 32,
-                'test_dataloader.dataset.indices': 32,
-                'train_cfg.max_epochs': epochs,
-                'train_cfg.val_interval': 1,
-                'param_scheduler.T_max': 3,
-                'default_hooks.logger.interval': 1,
-                'default_hooks.checkpoint.max_keep_ckpts': -1,
-                'optim_wrapper.optimizer.lr': 0.02,
-                'log_level': 'ERROR',
-            }
-        )
-        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-            loader.dataset.data_root = str(digits_root / 'cls')
-        cfg.work_dir = str(tmp_path / name)
-        if quantization is not None:
-            cfg.quantization = copy.deepcopy(quantization)
-        for key in [key for key in ('train_cfg', 'param_scheduler') if key in changes]:
-            cfg[key] = changes.pop(key)
-        cfg.merge_from_dict(changes)
-        return QuantRunner.from_cfg(cfg)
-
-    return make
+STAGES = dict(reshape=0.3, freeze=0.6)
+"""Of 16 iterations 5 reshape, 5 quantize, 6 freeze; the three checkpoints before the last have one stage each."""
 
 
-class At(Hook):
-    """Calls a function after each training iteration, when our hooks are done."""
-
-    priority = 'LOWEST'
-
-    def __init__(self, function):
-        self.function = function
-
-    def after_train_iter(self, runner, *args, **kwargs):
-        self.function(runner)
+def quantization(**changes):
+    return {**QUANTIZATION, 'schedule': STAGES, **changes}
 
 
-def train(runner, function=None):
-    if function is not None:
-        runner.register_hook(At(function))
-    runner.train()
-    return runner.model.state_dict()
+def quantizers_of(runner):
+    return {name: m for name, m in runner.model.named_modules() if isinstance(m, Quantizer)}
 
 
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def scores_of(runner):
+    """A list that evaluation fills with what the classifier puts out, a tensor a batch."""
+    found = []
+    runner.model.head.fc.register_forward_hook(lambda m, args, out: None if m.training else found.append(out.clone()))
+    return found
+
+
+def contents(runner, name):
+    """What a checkpoint must hold to the last bit."""
+    checkpoint = read_checkpoint(checkpoint_of(runner, name))
+    parts = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
+    progress = {key: checkpoint['meta'][key] for key in ('epoch', 'iter', 'seed')}
+    return {**{part: checkpoint[part] for part in parts if part in checkpoint}, 'progress': progress}
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_stages_follow_each_other_and_do_what_they_say(make):
-    """12 iterations: 4 reshape, 4 quantize, 4 freeze."""
-    stages, ratios, frozen = [], [], []
-    quantization = dict(
-        weight=dict(bits=2, groups=2, gdrq=dict(k=2.0, clip='project')),
-        activation=dict(bits=4),
-        schedule=dict(reshape=0.33, freeze=0.66),
-        calibration_batches=1,
-    )
+    stages, ratios, kept, weights = [], [], [], []
+    config = quantization(weight=dict(bits=2, groups=2, gdrq=dict(k=2.0, clip='project')))
 
     def look(runner):
+        (stage,) = {q.stage for q in quantizers_of(runner).values()}
+        stages.append(stage)
+        for layer in quant_layers(runner.model).values():
+            quant = layer.weight_quant
+            limit = F.per_channel(quant.threshold, quant.sizes, layer.weight.dim())
+            assert stage == Stage.FREEZE or bool((layer.weight.abs() <= limit).all()), 'stored weights are within T'
         layer = quant_layers(runner.model)['backbone.layer2.0.conv1']
-        stages.append(layer.weight_quant.stage)
-        assert {m.stage for m in runner.model.modules() if isinstance(m, Quantizer)} == {stages[-1]}
         ratios.append(float(layer.weight.abs().max() / layer.weight.abs().mean()))
-        quantized = layer.weight_quant(layer.weight.detach())
-        levels = [len(torch.unique(part)) for part in quantized.chunk(2)]
-        assert max(levels) <= 3 or stages[-1] == Stage.RESHAPE
-        assert min(levels) > 3 or stages[-1] != Stage.RESHAPE
-        if stages[-1] == Stage.FREEZE:
-            kept = {n: v for n, v in runner.model.state_dict().items() if 'threshold' in n or 'running_' in n}
-            frozen.append({name: value.clone() for name, value in kept.items()})
+        weights.append(layer.weight.detach().clone())
+        state = runner.model.state_dict()
+        kept.append({n: v.clone() for n, v in state.items() if n.endswith(('threshold', '_mean', '_var', '_tracked'))})
 
-    train(make(quantization=quantization), look)
-    assert stages == [Stage.RESHAPE] * 4 + [Stage.QUANTIZE] * 4 + [Stage.FREEZE] * 4
-    assert ratios[3] < 2.8, 'projection reshapes the stored weights'
-    assert all(equal(frozen[0], later) for later in frozen)
+    runner = make(quantization=config, epochs=4)
+    end = train(runner, look)
+    assert stages == [Stage.RESHAPE] * 5 + [Stage.QUANTIZE] * 5 + [Stage.FREEZE] * 6
+    assert ratios[4] < 2.8, 'projection reshapes the stored weights'
+    assert not any(same(one, other) for one, other in pairwise(kept[:10]))
+    assert all(same(kept[10], later) for later in kept[10:]), 'frozen'
+    assert same(kept[10], {name: end[name] for name in kept[10]})
+    sizes = quant_layers(runner.model)['backbone.layer2.0.conv1'].weight_quant.sizes
+    expected = F.scale_clip_threshold(weights[9], 2.0, sizes)
+    assert torch.equal(kept[10]['backbone.layer2.0.conv1.weight_quant.threshold'], expected), 'those of this moment'
+    moved = {name for name in end if name in kept[9] and not torch.equal(kept[9][name], kept[10][name])}
+    assert all(name.endswith('weight_quant.threshold') for name in moved), 'the rest is that of the last rounded step'
+    assert not any(torch.equal(one, other) for one, other in pairwise(weights)), 'weights learn to the end'
+
+
+def test_evaluation_rounds_from_the_stage_quantize_on(make):
+    """Different values in a group of weights, and in an activation, in the validations after 1, 2, 3 and 4 epochs."""
+    runner = make(quantization=quantization(weight=dict(bits=2, groups=2), activation=dict(bits=3)), epochs=4)
+    counts = defaultdict(dict)
+
+    def count(quantizer, args, out):
+        if not quantizer.training:
+            parts = out.split(quantizer.sizes.tolist()) if isinstance(quantizer, WeightQuantizer) else [out]
+            counts[runner.epoch][quantizer] = max(len(part.unique()) for part in parts)
+
+    for quantizer in quantizers_of(runner).values():
+        quantizer.register_forward_hook(count)
+    train(runner)
+    for epoch in (2, 3, 4):
+        assert len(counts[epoch]) == len(quantizers_of(runner))
+        for quantizer, levels in counts[epoch].items():
+            assert levels <= 2**quantizer.bits - isinstance(quantizer, WeightQuantizer)
+    assert all(levels > 2**quantizer.bits for quantizer, levels in counts[1].items() if quantizer.bits < 8)
+
+
+def test_the_range_of_a_residual_branch_that_starts_at_zero_is_signed(make):
+    """OpenMMLab's ResNets start with such branches; calibration sees zeros only, later the values have both signs."""
+    runner = make(epochs=1, **{'model.backbone.zero_init_residual': True})
+    train(runner)
+    branches = {n: q for n, q in activation_quantizers(runner.model).items() if n.endswith('bn2.output_quant')}
+    assert len(branches) == 8
+    assert [name for name, quantizer in branches.items() if quantizer.kind == 'unsigned'] == []
 
 
 def test_thresholds_of_activations_move_in_training_and_not_in_evaluation(make):
@@ -120,122 +121,284 @@ def test_thresholds_of_activations_move_in_training_and_not_in_evaluation(make):
     assert len(set(seen)) == 4
     before = {name: value.clone() for name, value in runner.model.state_dict().items()}
     runner.val_loop.run()
-    assert equal(before, runner.model.state_dict())
+    assert same(before, dict(runner.model.state_dict()))
 
 
-# ---- resume ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('keys', ['accuracy/top1', ['accuracy/top1', 'accuracy/top5']])
+def test_the_best_checkpoint_is_a_quantized_one(make, keys):
+    """The score falls from epoch to epoch, so the float model of the reshape stage has the best one."""
+    saving = {'default_hooks.checkpoint.save_best': keys, 'default_hooks.checkpoint.rule': 'greater'}
+    config = quantization(schedule=dict(reshape=0.5))
+    runner = make(quantization=config, val_evaluator=dict(type='Accuracy', topk=(1, 5)), epochs=2, **saving)
+    falling = At(None, 'after_val_epoch', 'HIGHEST')
+    falling.after_val_epoch = lambda runner, metrics: metrics.update(dict.fromkeys(metrics, 50.0 - runner.epoch))
+    runner.register_hook(falling)
+    train(runner)
+    best = {key: value for key, value in runner.message_hub.runtime_info.items() if key.startswith('best_ckpt')}
+    assert len(best) == (1 if isinstance(keys, str) else 2)
+    assert all(path.endswith('epoch_2.pth') for path in best.values())
+
+
+# ---- resume and seeds -----------------------------------------------------------------------------------------------
+
+
+def weights_by(**options):
+    return dict(quantization=quantization(weight=dict(bits=3, groups=4, gdrq=options)))
+
 
 VARIANTS = {
-    'three stages': dict(quantization={**QUANTIZATION, 'schedule': dict(reshape=0.3, freeze=0.7)}),
-    'projected': dict(quantization={**QUANTIZATION, 'weight': dict(bits=2, gdrq=dict(clip='project'))}),
-    'searched': dict(quantization={**QUANTIZATION, 'weight': dict(bits=3, gdrq=dict(threshold='search'))}),
-    'learned': dict(quantization={**QUANTIZATION, 'weight': dict(bits=3, gdrq=dict(threshold='learned'))}),
-    'EMA': dict(custom_hooks=[dict(type='EMAHook', momentum=0.1)]),
-    'accumulation': {'optim_wrapper.accumulative_counts': 2},
-    'bfloat16': {'optim_wrapper.type': 'gdrq_mm.amp.CPUAmpOptimWrapper'},
-    'float': dict(quantization=None),
+    'clipped on the way in': dict(quantization=quantization()),
+    'projected': weights_by(clip='project'),
+    'searched': weights_by(threshold='search'),
+    'learned': weights_by(threshold='learned'),
+    'EMA': dict(quantization=quantization(), custom_hooks=[dict(type='EMAHook', momentum=0.1)]),
+    'EMA with buffers': dict(
+        quantization=quantization(), custom_hooks=[dict(type='EMAHook', momentum=0.1, update_buffers=True)]
+    ),
+    'accumulation': {'quantization': quantization(), 'optim_wrapper.accumulative_counts': 2},
+    'bfloat16': {'quantization': quantization(), 'optim_wrapper.type': 'gdrq_mm.amp.CPUAmpOptimWrapper'},
+    'float, random numbers in the main process': {
+        'quantization': None,
+        'model.train_cfg': dict(augments=dict(type='Mixup', alpha=0.8)),
+        'train_dataloader.num_workers': 1,
+    },
+    'seed of its own': dict(quantization=None, randomness=dict(seed=None)),
 }
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_a_resumed_run_equals_an_undisturbed_one(make, variant):
+OWN_SEED = pytest.mark.xfail(strict=True, reason='a resumed run without a seed draws a new one')
+
+
+@pytest.mark.parametrize(
+    'variant', [pytest.param(v, marks=OWN_SEED) if v == 'seed of its own' else v for v in VARIANTS]
+)
+def test_a_resumed_run_equals_an_undisturbed_one(make, variant, monkeypatch):
     """Interrupted after each epoch, so in every stage: weights, thresholds, losses and optimizer to the last bit."""
+    monkeypatch.setattr(gdrq_module, 'SEARCH_INTERVAL', 3)  # else no search falls into so short a run
     losses = []
-    changes = VARIANTS[variant]
+    changes = dict(VARIANTS[variant], epochs=4)
 
     def note(runner):
         losses.append((runner.iter, float(runner.message_hub.get_scalar('train/loss').current())))
 
     whole = make('whole', **changes)
-    end = train(whole, note)
-    optimizer = whole.optim_wrapper.state_dict()
+    train(whole, note)
     expected, losses[:] = list(losses), []
-    for epoch in (1, 2):
-        checkpoint = str(Path(whole.work_dir) / f'epoch_{epoch}.pth')
+    assert len(expected) == 16
+    for epoch in (1, 2, 3):
+        checkpoint = checkpoint_of(whole, f'epoch_{epoch}.pth')
         resumed = make(f'resumed{epoch}', **changes, resume=True, load_from=checkpoint)
-        assert equal(end, train(resumed, note)), epoch
-        assert losses == expected[4 * epoch :]
-        theirs = resumed.optim_wrapper.state_dict()['state']
-        for index, state in optimizer['state'].items():
-            assert torch.equal(state['momentum_buffer'], theirs[index]['momentum_buffer'])
+        train(resumed, note)
+        assert losses == expected[4 * epoch :], f'after {epoch} epochs'
+        assert same(contents(whole, 'epoch_4.pth'), contents(resumed, 'epoch_4.pth')), f'after {epoch} epochs'
         losses.clear()
 
 
-def test_an_iteration_based_run_resumes_in_the_middle_of_an_epoch(make):
+@pytest.mark.parametrize('sampler', ['DefaultSampler', 'InfiniteSampler'])
+def test_an_iteration_based_run_resumes_in_the_middle_of_an_epoch(make, sampler):
+    """Promised: the next batch comes, none is repeated or left out, and nothing differs, whatever number of workers."""
+    losses = []
     changes = {
-        'train_cfg': dict(type='IterBasedTrainLoop', max_iters=10, val_interval=100),
-        'param_scheduler': dict(type='CosineAnnealingLR', T_max=10, by_epoch=False),
-        'default_hooks.checkpoint': dict(type='CheckpointHook', interval=3, by_epoch=False),
+        'train_cfg': dict(type='IterBasedTrainLoop', max_iters=7, val_interval=100),
+        'param_scheduler': dict(type='CosineAnnealingLR', T_max=7, by_epoch=False),
+        'default_hooks.checkpoint': dict(type='CheckpointHook', interval=5, by_epoch=False),
+        'train_dataloader.sampler.type': sampler,
     }
+
+    def note(runner):
+        losses.append(float(runner.message_hub.get_scalar('train/loss').current()))
+
+    whole = make('whole', **changes)
+    train(whole, note)
+    workers = {'train_dataloader.num_workers': 2 if sampler == 'InfiniteSampler' else 0}
+    resumed = make('resumed', **changes, **workers, resume=True, load_from=checkpoint_of(whole, 'iter_5.pth'))
+    train(resumed, note)
+    assert len(losses) == 9 and losses[7:] == losses[5:7]
+    assert same(contents(whole, 'iter_7.pth'), contents(resumed, 'iter_7.pth'))
+
+
+@pytest.mark.xfail(strict=True, reason='mmengine starts that epoch anew and trains too many iterations')
+def test_an_epoch_based_run_resumes_in_the_middle_of_an_epoch(make):
+    """Either from there or from the last epoch boundary, but with as many iterations and the same end."""
+    changes = {'default_hooks.checkpoint': dict(type='CheckpointHook', interval=3, by_epoch=False)}
     whole = make('whole', **changes)
     end = train(whole)
-    checkpoint = str(Path(whole.work_dir) / 'iter_6.pth')
-    assert equal(end, train(make('resumed', **changes, resume=True, load_from=checkpoint)))
+    resumed = make('resumed', **changes, resume=True, load_from=checkpoint_of(whole, 'iter_6.pth'))
+    state = train(resumed)
+    assert (whole.iter, resumed.iter) == (12, 12)
+    assert same(dict(end), dict(state))
 
 
 def test_the_seed_decides(make):
-    one, two = train(make('one', epochs=1)), train(make('two', epochs=1))
-    three = train(make('three', epochs=1, randomness=dict(seed=1)))
-    assert equal(one, two) and not equal(one, three)
+    """Thresholds at the start, and all that follows."""
+    starts, ends = [], []
+
+    def look(runner):
+        if runner.iter == 0:
+            state = runner.model.state_dict()
+            starts.append({name: value.clone() for name, value in state.items() if name.endswith('threshold')})
+
+    for number, seed in enumerate((0, 0, 1)):
+        runner = make(f'{number}', epochs=1, randomness=dict(seed=seed))
+        runner.register_hook(At(look, 'before_train_iter'))
+        ends.append(dict(train(runner)))
+        assert contents(runner, 'epoch_1.pth')['progress']['seed'] == runner.seed == seed
+    assert len(starts) == 3 and all(bool((value > 0).all()) for value in starts[0].values())
+    assert same(starts[0], starts[1]) and not same(starts[0], starts[2])
+    assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
+
+
+def test_a_run_without_a_seed_is_repeated_with_the_one_it_recorded(make):
+    runner = make('first', epochs=1, randomness=dict(seed=None))
+    end = train(runner)
+    seed = contents(runner, 'epoch_1.pth')['progress']['seed']
+    assert same(dict(end), dict(train(make('second', epochs=1, randomness=dict(seed=seed)))))
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def without_training(runner_of, checkpoint, **changes):
-    parts = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg')
-    return runner_of('test', load_from=checkpoint, **dict.fromkeys((*parts, 'val_evaluator')), **changes)
-
-
 def test_a_quantized_checkpoint_holds_all_that_inference_needs(make):
-    runner = make(epochs=1)
+    runner = make(quantization=quantization(), epochs=4)
+    validated = scores_of(runner)
     train(runner)
-    validated = runner.message_hub.get_scalar('val/accuracy/top1').current()
-    tested = without_training(make, str(Path(runner.work_dir) / 'epoch_1.pth'))
-    assert tested.test()['accuracy/top1'] == validated
-    assert equal(tested.model.state_dict(), runner.model.state_dict())
+    tester = make('test', quantization=quantization(), load_from=checkpoint_of(runner, 'epoch_4.pth'), **TEST_ONLY)
+    tested = scores_of(tester)
+    assert tester.test()['accuracy/top1'] == runner.message_hub.get_scalar('val/accuracy/top1').current()
+    assert len(tested) == 1 and torch.equal(tested[0], validated[-1])
+    assert same(dict(tester.model.state_dict()), dict(runner.model.state_dict()))
 
 
-def test_a_float_checkpoint_starts_quantized_training(make):
-    start = make('float', quantization=None, epochs=1)
-    train(start)
-    runner = make('quantized', epochs=1, load_from=str(Path(start.work_dir) / 'epoch_1.pth'))
-    weights = start.model.backbone.conv1.weight.clone()
-    seen = []
-    runner.load_or_resume()
-    assert torch.equal(runner.model.backbone.conv1.weight, weights)
-    train(runner, lambda r: seen.append(all(q.calibrated for q in activation_quantizers(r.model).values())))
-    assert all(seen)
+def test_a_float_checkpoint_starts_quantized_training(make, float_checkpoint):
+    runner = make(epochs=1, load_from=float_checkpoint)
+    loaded, calibrated = [], []
+
+    def look(runner):
+        loaded.append({name: value.clone() for name, value in runner.model.named_parameters()})
+        calibrated.append([quantizer.calibrated for quantizer in quantizers_of(runner).values()])
+
+    runner.register_hook(At(look, 'before_train_iter'))
+    train(runner)
+    state = read_checkpoint(float_checkpoint)['state_dict']
+    assert same(loaded[0], {name: state[name] for name in loaded[0]})
+    assert all(calibrated[0])
 
 
-def test_thresholds_of_another_quantization_start_anew_in_training(make):
+def test_a_plain_state_dict_starts_training_with_EMA(make, float_checkpoint, tmp_path):
+    torch.save(read_checkpoint(float_checkpoint)['state_dict'], tmp_path / 'plain.pth')
+    runner = make(epochs=1, load_from=str(tmp_path / 'plain.pth'), custom_hooks=[dict(type='EMAHook')])
+    train(runner)
+
+
+class Payload:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.xfail(strict=True, reason="mmengine's loader of init_cfg falls back to executing what it finds")
+def test_a_pretrained_backbone_runs_no_code(make, float_checkpoint, tmp_path):
+    """mmengine reads `init_cfg` by itself, and falls back to a loader that executes what it finds."""
+    state = read_checkpoint(float_checkpoint)['state_dict']
+    torch.save(dict(state_dict=state, more=Payload(tmp_path / 'executed')), tmp_path / 'pretrained.pth')
+    init = dict(type='Pretrained', checkpoint=str(tmp_path / 'pretrained.pth'), prefix='backbone.')
+    runner = make(epochs=1, **{'model.backbone.init_cfg': init})
+    with pytest.raises(UserError, match=r'pretrained\.pth'):
+        train(runner)
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize(
+    ('weight', 'message'),
+    [
+        (dict(bits=2, groups=4), r'backbone\.layer1.* has 4 bits in the checkpoint and 2 in the config'),
+        (
+            dict(bits=4, groups=2),
+            r'backbone\.conv1\.weight_quant\.threshold has shape \(4,\) in the checkpoint, \(2,\)',
+        ),
+    ],
+)
+def test_thresholds_of_another_quantization_start_anew_in_training_and_are_refused_elsewhere(make, weight, message):
     first = make('first', epochs=1)
     train(first)
-    checkpoint = str(Path(first.work_dir) / 'epoch_1.pth')
-    two_bits = {**QUANTIZATION, 'weight': dict(bits=2)}
-    runner = make('second', quantization=two_bits, epochs=1, load_from=checkpoint)
+    checkpoint = checkpoint_of(first)
+    other = {**QUANTIZATION, 'weight': weight}
+    runner = make('second', quantization=other, epochs=1, load_from=checkpoint)
+    start = []
+    runner.register_hook(
+        At(lambda r: start.append(quant_layers(r.model)['backbone.conv1'].weight.clone()), 'before_train')
+    )
     train(runner)
-    assert quant_layers(runner.model)['backbone.layer1.0.conv1'].weight_quant.calibrated
-    with pytest.raises(UserError, match='4 bits in the checkpoint and 2 in the config'):
-        without_training(make, checkpoint, quantization=two_bits).test()
+    assert torch.equal(start[0], read_checkpoint(checkpoint)['state_dict']['backbone.conv1.weight'])
+    assert all(quantizer.calibrated for quantizer in quantizers_of(runner).values())
+    for use in (TEST_ONLY, dict(resume=True)):
+        runner = make('third', quantization=other, load_from=checkpoint, **use)
+        with pytest.raises(UserError, match=message):
+            runner.test() if use is TEST_ONLY else runner.train()
+
+
+@pytest.mark.parametrize('when', [0, 6])
+def test_a_loss_that_is_not_a_number_stops_training(make, when):
+    def spoil(runner):
+        if runner.iter == when:
+            runner.model.head.fc.bias.data.fill_(math.nan)
+
+    runner = make('spoilt')
+    runner.register_hook(At(spoil, 'before_train_iter'))
+    last = checkpoint_of(runner) if when else 'no checkpoint had been written yet'
+    with pytest.raises(UserError, match=rf'^loss=nan at iteration {when}; .*{last}$'):
+        train(runner)
+    found = sorted(path.name for path in Path(runner.work_dir).glob('*.pth'))
+    assert found == (['epoch_1.pth'] if when else [])
+    if when:
+        resumed = make('resumed', resume=True, load_from=last)
+        train(resumed)
+        assert resumed.iter == 12
 
 
 # ---- mmengine's features --------------------------------------------------------------------------------------------
 
 
-def test_the_average_of_EMA_is_tested_with_its_own_thresholds(make):
-    runner = make(epochs=2, custom_hooks=[dict(type='EMAHook', momentum=0.3)])
+AVERAGED = pytest.param(True, marks=pytest.mark.xfail(strict=True, reason='the saved stage is averaged as well'))
+
+
+@pytest.mark.parametrize('buffers', [False, AVERAGED])
+def test_the_average_of_EMA_is_tested_as_it_was_validated(make, buffers):
+    """YOLOX and RTMDet average buffers too."""
+    hooks = [dict(type='EMAHook', momentum=0.3, update_buffers=buffers)]
+    runner = make(quantization=quantization(), epochs=4, custom_hooks=hooks)
+    validated = scores_of(runner)
     own = train(runner)
-    averaged = without_training(make, str(Path(runner.work_dir) / 'epoch_2.pth'))
-    averaged.test()
+    tester = make('test', quantization=quantization(), load_from=checkpoint_of(runner, 'epoch_4.pth'), **TEST_ONLY)
+    tested = scores_of(tester)
+    tester.test()
+    averaged = tester.model.state_dict()
+    assert not torch.equal(averaged['head.fc.weight'], own['head.fc.weight'])
+    assert tester.describe()['stage'] == 'freeze'
+    assert torch.equal(tested[0], validated[-1])
+
+
+def test_averaged_weights_have_thresholds_of_their_own(make):
+    runner = make(epochs=2, custom_hooks=[dict(type='EMAHook', momentum=0.3)])
+    used = []
+
+    def note(quantizer, args, out):
+        if not quantizer.training:
+            used.append([value.detach().clone() for value in (*args, out)])
+
     name = 'backbone.layer1.0.conv1.weight'
-    assert not torch.equal(averaged.model.state_dict()[name], own[name])
-    layer = quant_layers(averaged.model)['backbone.layer1.0.conv1']
-    torch.testing.assert_close(
-        layer.weight_quant.current_threshold(layer.weight)[0], 3.5 * layer.weight[:1].abs().mean()
-    )
-    names = [type(hook).__name__ for hook in runner.hooks]
-    assert names.index('ThresholdHook') < names.index('EMAHook')
+    quant_layers(runner.model)['backbone.layer1.0.conv1'].weight_quant.register_forward_hook(note)
+    own = train(runner)[name]
+    averaged = read_checkpoint(checkpoint_of(runner, 'epoch_2.pth'))['state_dict'][name]
+    weight, quantized = used[-1]
+    assert torch.equal(weight, averaged) and not torch.equal(weight, own)
+    weight = weight.double().numpy()
+    expected = reference.quantize_groups(weight, reference.scale_clip_threshold(weight, 3.5, 4), 4)
+    np.testing.assert_allclose(quantized, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_moves_a_threshold_once_by_all_inner_forwards(make):
@@ -261,10 +424,8 @@ def test_synchronized_batch_norm_runs_on_one_cpu(make):
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in runner.model.modules())
 
 
-def test_channels_last_gives_the_same_model(make):
-    start = make('start', quantization=None, epochs=1)  # random weights are drawn in the order of the memory
-    train(start)
-    start = dict(epochs=1, load_from=str(Path(start.work_dir) / 'epoch_1.pth'))
+def test_channels_last_gives_the_same_model(make, float_checkpoint):
+    start = dict(epochs=1, load_from=float_checkpoint)  # random weights are drawn in the order of the memory
     one = train(make('one', **start))
     other = train(make('other', **start, memory_format='channels_last'))
     assert other['backbone.conv1.weight'].is_contiguous(memory_format=torch.channels_last)
@@ -282,7 +443,7 @@ def test_a_layer_that_calibration_does_not_reach_stays_float(make):
     assert 'not reached' in row
 
 
-def test_statistics_are_written(make, tmp_path):
+def test_statistics_are_written(make):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     runner = make(
@@ -294,23 +455,32 @@ def test_statistics_are_written(make, tmp_path):
     (folder,) = Path(runner.work_dir).glob('*/vis_data')
     lines = [json.loads(line) for line in (folder / 'scalars.json').read_text().splitlines()]
     (found,) = [line for line in lines if any(key.startswith('quant/') for key in line)]
-    for name in ('backbone.layer1.0.conv1.weight', 'backbone.layer1.0.conv1', 'backbone.layer1.0.bn2.output_quant'):
-        for what in ('threshold', 'clip_ratio', 'quantized_loss', 'distance_to_uniform'):
-            assert 0 <= found[f'quant/{name}/{what}'] < 100
+    names = {f'quant/{name}.weight' for name in quant_layers(runner.model)}
+    names |= {f'quant/{name.removesuffix(".own_input_quant")}' for name in activation_quantizers(runner.model)}
+    limits = dict(threshold=100, clip_ratio=1, quantized_loss=1, distance_to_uniform=1)
+    assert {key for key in found if key.startswith('quant/')} == {f'{n}/{what}' for n in names for what in limits}
+    for name in names:
+        for what, limit in limits.items():
+            assert 0 <= found[f'{name}/{what}'] <= limit
     assert len(list((folder / 'vis_image').glob('distributions_*.png'))) == 1
     events = EventAccumulator(str(folder), size_guidance={'histograms': 0})
     events.Reload()
-    assert 'quant/backbone.layer1.0.conv1.weight' in events.Tags()['histograms']
-    assert 'quant/backbone.layer1.0.conv1' in events.Tags()['histograms']
+    assert set(events.Tags()['histograms']) == names
+    layer = quant_layers(runner.model)['backbone.layer1.0.conv1']
+    (histogram,) = events.Histograms('quant/backbone.layer1.0.conv1.weight')
+    assert histogram.histogram_value.num == layer.weight.numel()
 
 
-def test_a_handwritten_layer_trains_under_the_stock_runner(make):
-    cfg = make(epochs=1, quantization=None).cfg
-    cfg.model.backbone.conv_cfg = dict(type='gdrq_mm.layers.QuantConv2d', quantization=dict(weight=dict(bits=3)))
-    cfg.custom_hooks = [dict(type='gdrq_mm.hooks.ThresholdHook')]
-    cfg.experiment_name = 'stock'
+def test_a_handwritten_layer_trains_under_the_stock_runner(config):
+    cfg = config(epochs=1, quantization=None)
+    cfg.model.backbone.conv_cfg = dict(type='GDRQConv2d', quantization=dict(weight=dict(bits=3)))
+    cfg.custom_hooks = [dict(type='EMAHook'), dict(type='gdrq_mm.hooks.ThresholdHook')]
     runner = Runner.from_cfg(cfg)
+    names = [type(hook).__name__ for hook in runner.hooks]
+    assert names.index('ThresholdHook') < names.index('EMAHook')
     layer = quant_layers(runner.model)['backbone.layer1.0.conv1']
     seen = []
+    with pytest.raises(UserError, match='has no threshold yet'):
+        runner.val()
     train(runner, lambda r: seen.append(float(layer.input_quant.threshold)))
     assert layer.weight_quant.bits == 3 and layer.weight_quant.calibrated and len(set(seen)) == 4

@@ -73,8 +73,11 @@ def set_stage(model: nn.Module, stage: Stage) -> Stage | None:
 
 
 def _forget_best(runner: Runner) -> None:
-    runner.message_hub.pop_info('best_score', None)
-    runner.message_hub.pop_info('best_ckpt', None)
+    for key in list(runner.message_hub.runtime_info):
+        if key.startswith(('best_score', 'best_ckpt')):
+            runner.message_hub.pop_info(key)
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook) and hook.save_best:
             hook.best_ckpt_path = None
+            paths = getattr(hook, 'best_ckpt_path_dict', {})  # there with several indicators
+            paths.update(dict.fromkeys(paths))

@@ -298,11 +298,12 @@ class ActivationQuantizer(Quantizer):
 def decide_range(low: float, high: float) -> str:
     """The range of a tensor with these extremes (rule: ours).
 
-    No negative value: 'unsigned' (ReLU). A short negative tail, at least -0.3 and at most half of the maximum:
+    No negative value: 'unsigned' (ReLU). Zeros only: 'signed' (a residual branch that starts at zero).
+    A short negative tail, at least -0.3 and at most half of the maximum:
     'zero_point' (SiLU ends at -0.278, GELU at -0.170). Otherwise 'signed'.
     """
     if low >= 0:
-        return 'unsigned'
+        return 'unsigned' if high > 0 else 'signed'
     return 'zero_point' if low >= -0.3 and -low <= high / 2 else 'signed'
 
 

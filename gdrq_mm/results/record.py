@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -156,7 +157,8 @@ def _bare(model: Any) -> Any:
 def _config_text(cfg: Config) -> str:
     shown = copy.deepcopy(cfg)
     shown.work_dir, shown.load_from = _relative(cfg.get('work_dir')), _relative(cfg.get('load_from'))
-    return shown.pretty_text
+    # Data may lie anywhere on the machine; its folders are nobody's business.
+    return re.sub(r"'(/[^'\n]+)'", lambda match: repr(_relative(match[1])), shown.pretty_text)
 
 
 def _architecture(model: Any) -> Any:

@@ -1,0 +1,93 @@
+"""A small real run that several test files share."""
+
+import copy
+import itertools
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = {'cls': {'train': 64, 'test': 40}, 'scenes': {'train': 1, 'test': 1}}
+"""Pictures of the small data set; all ten classes are in both splits."""
+QUANTIZATION = dict(weight=dict(bits=4, groups=4), activation=dict(bits=4), calibration_batches=2)
+TRAINING = (
+    'train_dataloader',
+    'train_cfg',
+    'optim_wrapper',
+    'param_scheduler',
+    'val_dataloader',
+    'val_cfg',
+    'val_evaluator',
+)
+TEST_ONLY = dict.fromkeys(TRAINING)
+"""What tools/test.py leaves out of a config."""
+
+_number = itertools.count()
+
+
+def tiny_config(data, work_dir, quantization=QUANTIZATION, epochs=3, **changes):
+    """ResNet-18 of width 4 on the small digits: batches of 16, 4 iterations an epoch, a checkpoint after each epoch.
+
+    `changes` are merged into it; `train_cfg` and `param_scheduler` replace what is there.
+    """
+    cfg = Config.fromfile(ROOT / 'configs/cls/resnet18_w16_digits.py')
+    cfg.merge_from_dict(
+        {
+            'model.backbone.stem_channels': 4,
+            'model.backbone.base_channels': 4,
+            'model.backbone.zero_init_residual': False,  # else residual branches give 0 at first
+            'model.head.in_channels': 32,
+            'train_dataloader.batch_size': 16,
+            'train_cfg.max_epochs': epochs,
+            'param_scheduler.T_max': epochs,
+            'default_hooks.logger.interval': 1,
+            'default_hooks.checkpoint.max_keep_ckpts': -1,
+            'optim_wrapper.optimizer.lr': 0.02,
+            'log_level': 'ERROR',
+        }
+    )
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = str(data / 'cls')
+    cfg.work_dir = str(work_dir)
+    # mmengine finds message hub and visualizer by this name; its own is the same for two runs of one second.
+    cfg.experiment_name = f'test{next(_number)}'
+    if quantization is not None:
+        cfg.quantization = copy.deepcopy(quantization)
+    for key in [key for key in ('train_cfg', 'param_scheduler') if key in changes]:
+        cfg[key] = changes.pop(key)
+    cfg.merge_from_dict(changes)
+    return cfg
+
+
+class At(Hook):
+    """Calls a function with the runner: by default after each training iteration, when our hooks are done."""
+
+    def __init__(self, function, point='after_train_iter', priority='LOWEST'):
+        self.priority = priority
+        setattr(self, point, lambda runner, *args, **kwargs: function(runner))
+
+
+def train(runner, function=None):
+    """Train, call the function after each iteration; returns the state of the model."""
+    if function is not None:
+        runner.register_hook(At(function))
+    runner.train()
+    return runner.model.state_dict()
+
+
+def checkpoint_of(runner, name='epoch_1.pth'):
+    """Path of a checkpoint of a run."""
+    return str(Path(runner.work_dir) / name)
+
+
+def same(one, other):
+    """Whether two nested values are equal, tensors to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
