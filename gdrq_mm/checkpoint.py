@@ -31,10 +31,11 @@ def _history_method(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-_ALLOWED: list[Any] = [
+ALLOWED: list[Any] = [
     (_history_method, 'builtins.getattr'),
     HistoryBuffer,  # what mmengine's message hub keeps in a training checkpoint
     OrderedDict,
+    bytes,  # an empty array
     np.ndarray,
     np.dtype,
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
@@ -72,10 +73,12 @@ def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = Fal
                     raise ValueError('a checksum does not fit')
         if isinstance(source, io.BytesIO):
             source.seek(0)
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(ALLOWED):
             checkpoint = torch.load(source, map_location=map_location, weights_only=not unsafe)
     except Exception as error:  # a damaged file can raise anything in the unpickler
-        refused = re.search(r'(GLOBAL [\w.]+|Unsupported (?:global|class|attribute)[^\n]*)', str(error))
+        refused = re.search(
+            r'(GLOBAL [\w.]+|Unsupported (?:global|class|attribute)[^\n]*|Can only build[^\n]*)', str(error)
+        )
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(
                 f'checkpoint {filename} holds more than tensors and plain data and was not loaded: '

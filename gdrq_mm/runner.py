@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import pickle
+import re
 from typing import Any
 
 import torch
@@ -18,13 +20,13 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
-from .checkpoint import check_fits, other_quantization, read_checkpoint, without_quantizers
+from .checkpoint import ALLOWED, check_fits, other_quantization, read_checkpoint, without_quantizers
 from .config import FLOAT_BITS, Quantization
 from .convert import Report, bare_model, float_report, quantize_model
 from .errors import UserError, building
 from .hooks import CalibrationHook, FiniteLossHook, StageHook, StatisticsHook, ThresholdHook
 from .quantizers import Quantizer, Stage
-from .seeding import SeedHook, kept_random_state, seed_dataloader
+from .seeding import SeedHook, kept_random_state, reseed_dataloader, seed_dataloader
 from .summary import layer_table, totals
 from .tasks import dataset_of
 from .topology import record
@@ -103,6 +105,33 @@ class QuantRunner(Runner):
                 raise UserError(f'{name[1:]}: the data set cannot be read: {error}') from None
             setattr(self, name, loader)
         return loader
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """Resume; data loading goes on with the seed of the checkpoint."""
+        super().resume(*args, **kwargs)
+        reseed_dataloader(self.train_dataloader, self.seed)
+
+    def _init_model_weights(self) -> None:
+        """Initial weights; a pretrained file is not executed (mmengine falls back to a loader that does)."""
+        if self.unsafe_load:
+            super()._init_model_weights()
+            return
+        before = os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD')
+        os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+        try:
+            with torch.serialization.safe_globals(ALLOWED):
+                super()._init_model_weights()
+        except pickle.UnpicklingError as error:
+            files = re.findall(r"'checkpoint': '([^']*)'", str(self.cfg.model))
+            raise UserError(
+                f'init_cfg: checkpoint {" or ".join(files)} is damaged or holds more than tensors and data, and was '
+                f'not loaded: {str(error).splitlines()[0][:80]} (--unsafe-load runs what it holds)'
+            ) from None
+        finally:
+            if before is None:
+                del os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD']
+            else:
+                os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = before
 
     def build_train_loop(self, loop: Any) -> Any:
         """The training loop on seeded data."""

@@ -107,6 +107,14 @@ def seed_dataloader(loader: DataLoader, seed: int) -> None:
     loader.dataset.__class__ = _seeded_class(type(loader.dataset))
 
 
+def reseed_dataloader(loader: DataLoader, seed: int) -> None:
+    """Draw by another seed, that of a checkpoint which is resumed."""
+    if isinstance(loader.sampler, _SeededSampler):
+        loader.sampler.seed = seed
+        if hasattr(loader.sampler.sampler, 'seed'):
+            loader.sampler.sampler.seed = seed
+
+
 @HOOKS.register_module()
 class SeedHook(Hook):
     """Seed each iteration of the main process. QuantRunner adds it by itself, and seeds the training data."""

@@ -140,7 +140,6 @@ def test_code_in_a_checkpoint_does_not_run_unless_the_user_says_so(tmp_path, flo
     assert (tmp_path / 'executed').exists()
 
 
-@pytest.mark.xfail(strict=True, reason='refused, but the message calls the file damaged')
 def test_an_array_of_objects_is_refused_and_an_empty_one_is_data(tmp_path):
     """`meta['dataset_meta']` of a checkpoint may hold arrays."""
     torch.save(dict(state_dict={}, meta=dict(names=np.array(['cat', 'dog'], dtype=object))), tmp_path / 'objects.pth')

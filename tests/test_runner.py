@@ -166,12 +166,7 @@ VARIANTS = {
 }
 
 
-OWN_SEED = pytest.mark.xfail(strict=True, reason='a resumed run without a seed draws a new one')
-
-
-@pytest.mark.parametrize(
-    'variant', [pytest.param(v, marks=OWN_SEED) if v == 'seed of its own' else v for v in VARIANTS]
-)
+@pytest.mark.parametrize('variant', VARIANTS)
 def test_a_resumed_run_equals_an_undisturbed_one(make, variant, monkeypatch):
     """Interrupted after each epoch, so in every stage: weights, thresholds, losses and optimizer to the last bit."""
     monkeypatch.setattr(gdrq_module, 'SEARCH_INTERVAL', 3)  # else no search falls into so short a run
@@ -300,7 +295,6 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.xfail(strict=True, reason="mmengine's loader of init_cfg falls back to executing what it finds")
 def test_a_pretrained_backbone_runs_no_code(make, float_checkpoint, tmp_path):
     """mmengine reads `init_cfg` by itself, and falls back to a loader that executes what it finds."""
     state = read_checkpoint(float_checkpoint)['state_dict']
