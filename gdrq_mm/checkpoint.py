@@ -18,7 +18,7 @@ from mmengine.fileio import get as fetch
 from mmengine.logging.history_buffer import HistoryBuffer
 
 from .errors import UserError
-from .quantizers import Quantizer
+from .quantizers import Quantizer, learned_parameters
 
 _QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant)\.')
 """Matches the names of what quantizers keep in a state dict."""
@@ -106,8 +106,8 @@ def check_fits(model: nn.Module, checkpoint: dict[str, Any], filename: str, shar
     Parameters of quantizers do not count: a float checkpoint has none.
     """
     state = state_of(checkpoint)
-    ours = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-    parameters = {n: p for n, p in model.named_parameters() if id(p) not in ours}
+    learned = learned_parameters(model)
+    parameters = {n: p for n, p in model.named_parameters() if n not in learned}
     wrong = [n for n, p in parameters.items() if n not in state or getattr(state[n], 'shape', None) != p.shape]
     if len(parameters) - len(wrong) < share * len(parameters):
         raise UserError(

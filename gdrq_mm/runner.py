@@ -25,7 +25,7 @@ from .config import FLOAT_BITS, Quantization
 from .convert import Report, bare_model, float_report, quantize_model
 from .errors import UserError, building
 from .hooks import CalibrationHook, FiniteLossHook, StageHook, StatisticsHook, ThresholdHook
-from .quantizers import Quantizer, Stage
+from .quantizers import Quantizer, Stage, learned_parameters
 from .seeding import SeedHook, kept_random_state, reseed_dataloader, seed_dataloader
 from .summary import layer_table, totals
 from .tasks import dataset_of
@@ -152,12 +152,7 @@ class QuantRunner(Runner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """The optimizer; what quantizers learn takes no weight decay, as in LSQ."""
-        learned = [
-            f'{name}.{key}'
-            for name, module in bare_model(self.model).named_modules()
-            if isinstance(module, Quantizer)
-            for key, _ in module.named_parameters(recurse=False)
-        ]
+        learned = learned_parameters(bare_model(self.model))
         if learned and isinstance(optim_wrapper, dict) and 'optimizer' in optim_wrapper:
             optim_wrapper = copy.deepcopy(optim_wrapper)
             keys = optim_wrapper.setdefault('paramwise_cfg', {}).setdefault('custom_keys', {})

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .config import FLOAT_BITS
 from .convert import Report, quant_layers
-from .quantizers import ActivationQuantizer, Quantizer
+from .quantizers import ActivationQuantizer, learned_parameters
 
 FLOAT_BYTES = 4
 
@@ -33,9 +33,9 @@ class Totals:
 
 def totals(model: nn.Module, report: Report) -> Totals:
     """Compute the totals of a model."""
-    ours = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    learned = learned_parameters(model)
     layers = quant_layers(model)
-    parameters = sum(p.numel() for p in model.parameters() if id(p) not in ours)
+    parameters = sum(p.numel() for n, p in model.named_parameters() if n not in learned)
     statistics = sum(
         b.numel()
         for m in model.modules()

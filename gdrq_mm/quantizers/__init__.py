@@ -1,6 +1,6 @@
 """The quantization methods: a file each, listed here by the name that a config uses."""
 
-from .base import ActivationQuantizer, Quantizer, Stage, WeightQuantizer
+from .base import ActivationQuantizer, Quantizer, Stage, WeightQuantizer, learned_parameters
 from .gdrq import GDRQActivation, GDRQWeight
 
 WEIGHT_METHODS: dict[str, type[WeightQuantizer]] = {'gdrq': GDRQWeight}
@@ -15,4 +15,5 @@ __all__ = [
     'Stage',
     'WEIGHT_METHODS',
     'WeightQuantizer',
+    'learned_parameters',
 ]

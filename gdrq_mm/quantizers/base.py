@@ -295,6 +295,16 @@ class ActivationQuantizer(Quantizer):
         return f'bits={self.bits}, range={self.range}'
 
 
+def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> Parameter of what the quantizers of a model learn; the float model has none of them."""
+    return {
+        f'{name}.{key}': parameter
+        for name, module in model.named_modules()
+        if isinstance(module, Quantizer)
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+
+
 def decide_range(low: float, high: float) -> str:
     """The range of a tensor with these extremes (rule: ours).
 
