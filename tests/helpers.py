@@ -1,10 +1,11 @@
-"""A small real run that several test files share."""
+"""A small real run and small models that several test files share."""
 
 import copy
 import itertools
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
@@ -91,3 +92,38 @@ def same(one, other):
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+def conv(c_in=4, c_out=4, **kwargs):
+    return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False, **kwargs)
+
+
+class Function(nn.Module):
+    """A model whose forward is a function of itself and its input."""
+
+    def __init__(self, forward, **children):
+        super().__init__()
+        self.function = forward
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Block(nn.Module):
+    """A residual block with one in-place ReLU module, as ResNets have it."""
+
+    def __init__(self, downsample=False):
+        super().__init__()
+        self.conv1, self.bn1 = conv(), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = conv(), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) if downsample else None
+
+    def forward(self, x):
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)

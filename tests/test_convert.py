@@ -20,6 +20,7 @@ from gdrq_mm.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from gdrq_mm.quantizers import Quantizer, Stage
 from gdrq_mm.summary import layer_table, totals
 from gdrq_mm.topology import record
+from tests.helpers import Block, Function, conv
 
 W2A3 = dict(weight=dict(bits=2), activation=dict(bits=3), first_last_bits=8)
 
@@ -27,41 +28,6 @@ W2A3 = dict(weight=dict(bits=2), activation=dict(bits=3), first_last_bits=8)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def conv(c_in=4, c_out=4, **kwargs):
-    return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False, **kwargs)
-
-
-class Function(nn.Module):
-    """A model whose forward is a function of itself and its input."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.function = forward
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-class Block(nn.Module):
-    """A residual block with one in-place ReLU module, as ResNets have it."""
-
-    def __init__(self, downsample=False):
-        super().__init__()
-        self.conv1, self.bn1 = conv(), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = conv(), nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) if downsample else None
-
-    def forward(self, x):
-        identity = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += identity
-        return self.relu(out)
 
 
 class Net(nn.Module):
