@@ -16,7 +16,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
@@ -26,7 +26,7 @@ from .convert import Report, bare_model, float_report, quantize_model
 from .errors import UserError, building
 from .hooks import CalibrationHook, FiniteLossHook, StageHook, StatisticsHook, ThresholdHook
 from .quantizers import Quantizer, Stage, learned_parameters
-from .seeding import SeedHook, kept_random_state, reseed_dataloader, seed_dataloader
+from .seeding import SeedHook, kept_random_state, reseed_dataloader, seed_dataloader, skip_batches
 from .summary import layer_table, totals
 from .tasks import dataset_of
 from .topology import record
@@ -107,9 +107,12 @@ class QuantRunner(Runner):
         return loader
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
-        """Resume; data loading goes on with the seed of the checkpoint."""
+        """Resume; data loading goes on with the seed of the checkpoint, in the middle of an epoch too."""
         super().resume(*args, **kwargs)
         reseed_dataloader(self.train_dataloader, self.seed)
+        loop = self.train_loop
+        if isinstance(loop, EpochBasedTrainLoop) and loop.iter > loop.epoch * len(loop.dataloader):
+            skip_batches(loop.dataloader, loop.iter - loop.epoch * len(loop.dataloader))
 
     def _init_model_weights(self) -> None:
         """Initial weights; a pretrained file is not executed (mmengine falls back to a loader that does)."""

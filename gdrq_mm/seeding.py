@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,30 @@ def reseed_dataloader(loader: DataLoader, seed: int) -> None:
         loader.sampler.seed = seed
         if hasattr(loader.sampler.sampler, 'seed'):
             loader.sampler.sampler.seed = seed
+
+
+class _ResumedBatchSampler:
+    """Yields the batches of a batch sampler, but leaves out the first ones once; everything else is the sampler's."""
+
+    def __init__(self, batches: Any, done: int) -> None:
+        self.batches, self.done = batches, done
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'batches':
+            raise AttributeError(name)
+        return getattr(self.batches, name)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        done, self.done = self.done, 0
+        yield from islice(self.batches, done, None)
+
+
+def skip_batches(loader: DataLoader, done: int) -> None:
+    """Start the next epoch of a data loader behind its first `done` batches, which a resumed run has seen."""
+    object.__setattr__(loader, 'batch_sampler', _ResumedBatchSampler(loader.batch_sampler, done))
 
 
 @HOOKS.register_module()

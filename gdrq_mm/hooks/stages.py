@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,6 +44,10 @@ class StageHook(Hook):
         stage = self.stage_at(runner.iter / runner.max_iters)
         if stage != self.stage:
             runner.logger.info(f'Stage {stage.name.lower()} from iteration {runner.iter} of {runner.max_iters}.')
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):
+                    _copy_state(model, hook.ema_model.module)
+                    set_stage(hook.ema_model.module, stage)
             if set_stage(model, stage) == Stage.RESHAPE:
                 _forget_best(runner)
             self.stage = stage
@@ -70,6 +74,13 @@ def set_stage(model: nn.Module, stage: Stage) -> Stage | None:
             before = module.stage
             module.set_state(stage=stage)
     return before
+
+
+def _copy_state(model: nn.Module, average: nn.Module) -> None:
+    """Bring the quantizers of an average up to date: EMA copies a model before calibration, and skips integers."""
+    for ours, theirs in zip(model.modules(), average.modules()):
+        if isinstance(ours, Quantizer) and isinstance(theirs, Quantizer):
+            theirs.set_state(stage=ours.stage, calibrated=ours.calibrated, lo=ours.lo, hi=ours.hi)
 
 
 def _forget_best(runner: Runner) -> None:
