@@ -10,7 +10,7 @@ quickstart: .venv/.ready
 
 test: lint
 	@echo "Running the tests: about 8 minutes on 2 cores."
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 lint: .venv/.ready
 	@$(PY) -m ruff check .

@@ -116,6 +116,13 @@ def check_fits(model: nn.Module, checkpoint: dict[str, Any], filename: str, shar
         )
 
 
+def check_finite(model: nn.Module, filename: str) -> None:
+    """Raise UserError if a parameter that was loaded is NaN or infinite: the training had diverged."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f'checkpoint {filename} has NaN or infinite values in {name}: its training diverged')
+
+
 def other_quantization(model: nn.Module, checkpoint: dict[str, Any]) -> str:
     """Why the thresholds of a quantized checkpoint do not belong to this model; '' if they do or if it has none."""
     state = state_of(checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """OpenMMLab's common options."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=_ConfigOptions, help='override settings: key=value, a.b=value, a=[1,2]'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value, a.b=value, a=[1,2]'
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -31,7 +31,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _ConfigOptions(DictAction):
+class ConfigOptions(DictAction):
     """mmengine's, with a message that says what was expected."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -47,7 +47,25 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         UserError: the file does not exist or cannot be parsed, or the work directory cannot be written.
     """
-    path = Path(args.config)
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise UserError(
+            '--launcher pytorch is for processes that torchrun starts: torchrun --nproc_per_node=N tools/...'
+        )
+    cfg = read_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    check_writable(Path(cfg.work_dir))
+    check_data(cfg)
+    return cfg
+
+
+def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Config:
+    """A config file with options merged in.
+
+    Raises:
+        UserError: the file does not exist or cannot be parsed.
+    """
+    path = Path(config)
     if not path.is_file():
         raise UserError(f'config {path} does not exist{_near_files(path)}')
     mend_bases()
@@ -56,15 +74,11 @@ def load_config(args: argparse.Namespace) -> Config:
     except Exception as error:  # a config is Python code: anything can go wrong in it
         raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}'.splitlines()[0]) from error
     try:
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg.merge_from_dict(options or {})
     except (TypeError, KeyError, IndexError) as error:
         raise UserError(f'--cfg-options do not fit the config: {error}'.splitlines()[0]) from None
     if 'model' not in cfg:
         raise UserError(f'config {path} has no model')
-    cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / path.stem)
-    check_writable(Path(cfg.work_dir))
-    check_data(cfg)
     return cfg
 
 
@@ -113,29 +127,34 @@ def check_writable(folder: Path) -> None:
 def check_data(cfg: Config) -> None:
     """Say which command prepares the data that is missing."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        dataset = (cfg.get(name) or {}).get('dataset') or {}
-        while 'dataset' in dataset:
-            dataset = dataset['dataset']
-        root = dataset.get('data_root')
-        if root and '://' not in root and not Path(root).is_dir():
-            known = next((n for n in PREPARED if n in Path(root).parts), None)
-            how = f'; prepare it with: {PREPARED[known]}' if known else ''
-            raise UserError(f'{name}: the data folder {root} does not exist{how}')
+        for root in _data_roots((cfg.get(name) or {}).get('dataset') or {}):
+            if '://' not in root and not Path(root).is_dir():
+                known = next((PREPARED[part] for part in Path(root).parts if part in PREPARED), None)
+                how = f'; prepare it with: python tools/prepare_data.py {known}' if known else ''
+                raise UserError(f'{name}: the data folder {root} does not exist{how}')
+
+
+def _data_roots(dataset: dict[str, Any]) -> Iterator[str]:
+    """Those of a data set's config, and of the data sets that it wraps."""
+    if dataset.get('data_root'):
+        yield dataset['data_root']
+    for inner in (*dataset.get('datasets', ()), *filter(None, [dataset.get('dataset')])):
+        yield from _data_roots(inner)
 
 
 PREPARED = {
-    'digits': 'python tools/prepare_data.py digits',
-    'cifar10': 'python tools/prepare_data.py cifar10 --source PATH',
-    'imagenet': 'put the folders train/ and val/ of ILSVRC 2012 there, a folder per class in each',
+    'digits': 'digits',
+    'VOCdevkit': 'voc --source PATH',
+    **{name: f'{name} --source PATH' for name in ('bccd', 'camvid', 'cifar10', 'cityscapes', 'coco', 'imagenet')},
 }
-"""Folder name below data/ -> the command that makes it."""
+"""Folder name below data/ -> what to tell tools/prepare_data.py."""
 
 
 def _near_files(path: Path) -> str:
     import difflib
 
     folder = path.parent if path.parent.is_dir() else Path('configs')
-    names = [str(p) for p in folder.rglob('*.py')]
+    names = [str(p) for p in folder.rglob('*.py') if not any(part.startswith('.') for part in p.parts)]
     close = difflib.get_close_matches(str(path), names, n=3, cutoff=0.5)
     return f'; nearest: {", ".join(close)}' if close else ''
 

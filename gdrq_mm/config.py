@@ -2,7 +2,7 @@
 
     quantization = dict(
         weight=dict(method='gdrq', bits=4, groups=4, gdrq=dict(k=None, clip='forward')),
-        activation=dict(method='gdrq', bits=4, range='auto', gdrq=dict(k=None, momentum=0.01)),
+        activation=dict(method='gdrq', bits=4, range='auto', per_level=False, gdrq=dict(k=None, momentum=0.01)),
         first_last_bits=8,
         deployable=True,
         schedule=dict(reshape=0.0, freeze=0.9),
@@ -61,6 +61,8 @@ class Activation:
     """'unsigned', 'signed', 'zero_point' (unsigned with a zero point), or 'auto': decided once, from calibration."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's own options (written under the method's name)."""
+    per_level: bool = False
+    """A threshold for each pyramid level in the layers that a head calls once a level (Chen et al., AQD, CVPR 2021)."""
 
     def with_bits(self, bits: int) -> Activation:
         """The same with other bits; options that suit the old bits only are left out."""
@@ -234,29 +236,30 @@ def _options(
     return {**base, **cfg.get(method, {})}
 
 
-def _side(cfg: Any, path: str, base: Any, methods: Mapping[str, Any], extra: str, layer: str) -> dict[str, Any]:
+def _side(cfg: Any, path: str, base: Any, methods: Mapping[str, Any], extra: list[str], layer: str) -> dict[str, Any]:
     """What weight and activation have in common: method, bits and the method's options."""
     cfg = _mapping(cfg, path)
-    _known_keys(cfg, ['method', 'bits', extra, *methods], path)
+    _known_keys(cfg, ['method', 'bits', *extra, *methods], path)
     method, bits = cfg.get('method', base.method), cfg.get('bits', base.bits)
     if not isinstance(method, str) or method not in methods:
         raise UserError(f'{path}.method={method!r} is unknown{near(method, methods)}{layer}')
     _check_bits(bits, f'{path}.bits', layer)
     inherited = base.with_bits(bits).options if method == base.method else {}
     options = _options(cfg, methods, method, inherited, path, layer)
-    return dict(method=method, bits=bits, options=options, **{extra: cfg.get(extra, getattr(base, extra))})
+    return dict(method=method, bits=bits, options=options, **{key: cfg.get(key, getattr(base, key)) for key in extra})
 
 
 def _weight(cfg: Any, path: str, base: Weight = Weight(), layer: str = '') -> Weight:
-    checked = Weight(**_side(cfg, path, base, WEIGHT_METHODS, 'groups', layer))
+    checked = Weight(**_side(cfg, path, base, WEIGHT_METHODS, ['groups'], layer))
     if checked.groups != 'channel' and not (_is_int(checked.groups) and checked.groups >= 1):  # type: ignore[operator]
         raise UserError(f"{path}.groups={checked.groups!r} is not an integer of at least 1, nor 'channel'{layer}")
     return checked
 
 
 def _activation(cfg: Any, path: str, base: Activation = Activation(), layer: str = '') -> Activation:
-    checked = Activation(**_side(cfg, path, base, ACTIVATION_METHODS, 'range', layer))
+    checked = Activation(**_side(cfg, path, base, ACTIVATION_METHODS, ['range', 'per_level'], layer))
     _check(checked.range, RANGES, f'{path}.range', layer)
+    _check(checked.per_level, (True, False), f'{path}.per_level', layer)
     return checked
 
 

@@ -14,33 +14,60 @@ from torch import Tensor
 
 from .config import FLOAT_BITS, Quantization
 from .errors import UserError
-from .layers import QUANTIZED, QuantLayer, make_activation_quantizer
+from .layers import QUANTIZED, Levels, QuantLayer, make_activation_quantizer
 from .quantizers import ActivationQuantizer
 from .topology import Topology
 
 LAST_LAYERS: dict[str, tuple[str, ...]] = {
-    # mmpretrain
-    'ClsHead': ('fc', 'fc.*', 'layers.head', 'head', 'classifier'),
+    # mmpretrain; a head that is not here has its last layer by execution
+    'ClsHead': ('fc', 'layers.head*', 'head', 'head.linear', 'head_dist.linear', 'dist_head', '*_cls_head'),
+    'MultiLabelClsHead': ('fc', 'csra_heads.*.head'),
     # mmdet, dense heads
     'AnchorHead': ('conv_cls', 'conv_reg', 'rpn_cls', 'rpn_reg', 'retina_cls', 'retina_reg', 'atss_*', 'gfl_*'),
-    'AnchorFreeHead': ('conv_cls', 'conv_reg', 'conv_centerness', 'vfnet_cls', 'vfnet_reg*', 'tood_cls', 'tood_reg'),
+    'AnchorFreeHead': ('conv_cls', 'conv_reg', 'conv_centerness'),
+    'GuidedAnchorHead': ('conv_loc', 'conv_shape'),
+    'SABLRetinaHead': ('retina_cls', 'retina_bbox_cls', 'retina_bbox_reg'),
+    'TOODHead': ('tood_cls', 'tood_reg', 'cls_prob_module.2', 'reg_offset_module.2'),
+    'VFNetHead': ('vfnet_cls', 'vfnet_reg', 'vfnet_reg_refine'),
     'RepPointsHead': ('reppoints_cls_out', 'reppoints_pts_*_out'),
-    'RTMDetHead': ('rtm_cls*', 'rtm_reg*', 'rtm_obj*'),
-    'SSDHead': ('cls_convs.*', 'reg_convs.*'),
+    'RTMDetHead': ('rtm_cls*', 'rtm_reg*', 'rtm_obj*', 'rtm_kernel*'),
+    'SSDHead': ('cls_convs.*.[0-9]', 'reg_convs.*.[0-9]'),
     'YOLOV3Head': ('convs_pred.*',),
     'YOLOXHead': ('multi_level_conv_cls.*', 'multi_level_conv_reg.*', 'multi_level_conv_obj.*'),
     'YOLOFHead': ('cls_score', 'bbox_pred', 'object_pred'),
     'CenterNetHead': ('heatmap_head.2', 'wh_head.2', 'offset_head.2'),
-    'DETRHead': ('fc_cls', 'fc_reg', 'cls_branches.*', 'reg_branches.*.4'),
+    'CornerHead': ('*_heat.*.1.conv', '*_off.*.1.conv', '*_emb.*.1.conv', '*_shift.*.1.conv'),
+    'DETRHead': ('fc_cls', 'fc_reg', '*cls_branches.*', '*reg_branches.*.4'),
+    'DABDETRHead': ('fc_reg.layers.2',),
+    'CLRHead': ('cls_layers', 'reg_layers', 'seg_decoder.conv'),
+    'LinearReIDHead': ('fc_out', 'classifier'),
+    # mmdet, masks without regions; where a product makes them, both of its factors
+    'CondInstBboxHead': ('controller',),
+    'MaskFeatModule': ('conv_pred', 'conv_pred.conv', 'projection'),
+    'MaskFormerHead': ('cls_embed', 'mask_embed.4', 'pixel_decoder.mask_feature'),
+    'SOLOHead': ('conv_cls', 'conv_mask_list*', 'conv_kernel'),
+    'YOLACTHead': ('conv_coeff',),
+    'YOLACTProtonet': ('protonet.10', 'segm_branch.segm_conv'),
     # mmdet, heads of regions
-    'BBoxHead': ('fc_cls', 'fc_reg', 'fc_reg_cls', 'fc_reg_offset'),
-    'FCNMaskHead': ('conv_logits',),
+    'BBoxHead': ('fc_cls*', 'fc_reg*'),
+    'FCNMaskHead': ('conv_logits', 'fc_logits'),
+    'MaskIoUHead': ('fc_mask_iou',),
+    'GridHead': ('deconv2',),
+    'FusedSemanticHead': ('conv_logits',),
+    'GlobalContextHead': ('fc',),
+    'BaseSemanticHead': ('conv_logits',),
     # mmseg; auxiliary heads too
     'BaseDecodeHead': ('conv_seg',),
+    'DAHead': ('pam_conv_seg', 'cam_conv_seg'),
+    'DDRHead': ('aux_cls_seg',),
+    'EncHead': ('se_layer',),
+    'KernelUpdateHead': ('fc_mask',),
+    'PIDHead': ('p_cls_seg', 'd_cls_seg'),
+    'SegmenterMaskTransformerHead': ('patch_proj', 'classes_proj'),
 }
 """Head class -> patterns of its last layers, relative to the head; a subclass inherits them (METHOD: section 5)."""
 
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -74,6 +101,11 @@ def bare_model(model: nn.Module) -> Any:
     return model
 
 
+def deployed(name: str) -> bool:
+    """Whether a module or parameter of this name is part of a deployed model; mmseg's auxiliary heads are not."""
+    return name.split('.')[0] != 'auxiliary_head'
+
+
 def quant_layers(model: nn.Module) -> dict[str, Any]:
     """Name -> quantized layer, each layer once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
@@ -87,7 +119,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 def float_report(model: nn.Module, topology: Topology) -> Report:
     """The report of a model that stays float."""
     layers = {name: m for name, m in model.named_modules() if _has_filters(m)}
-    rows = [LayerReport(n, type(m).__name__, m.weight.numel(), topology.macs.get(n, 0)) for n, m in layers.items()]
+    rows = [LayerReport(n, type(m).__name__, _weights(m), topology.macs.get(n, 0)) for n, m in layers.items()]
     return Report(rows, [])
 
 
@@ -105,7 +137,7 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
     """
     named = {name: m for name, m in model.named_modules() if _has_filters(m)}
     config.check_patterns(named)
-    edges = _first_and_last(model, [n for n in named if type(named[n]) in QUANTIZED], topology)
+    edges = _first_and_last(model, named, topology)
     rows, replaced = [], {}
     for name, layer in named.items():
         note = _reason_to_skip(name, layer, config)
@@ -116,20 +148,24 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
             note = edges.get(name, '')
             if weight.bits == activation.bits == FLOAT_BITS:
                 note = 'float by config'
+        if not deployed(name):
+            note = ', '.join(filter(None, [note, 'training only']))
         macs = topology.macs.get(name, 0) if topology else 0
-        rows.append(LayerReport(name, type(layer).__name__, layer.weight.numel(), macs, note))
+        rows.append(LayerReport(name, type(layer).__name__, _weights(layer), macs, note))
     if model in replaced:
         raise UserError('the model is a single layer; put it into an nn.Sequential')
     for parent in list(model.modules()):  # every alias of a shared module
         for child_name, child in list(parent._modules.items()):
             if child in replaced:
                 parent._modules[child_name] = replaced[child]
+    if topology is not None:
+        _split_levels(model, topology)
     additions: list[tuple[str, str]] = []
     if config.deployable and topology is not None:
         _share_inputs(model, topology)
         additions = _quantize_additions(model, config, topology)
     for name, quantizer in activation_quantizers(model).items():
-        quantizer.name = name.removesuffix('.own_input_quant')
+        quantizer.name = name.replace('.own_input_quant', '')
     for name, layer in quant_layers(model).items():
         if layer.weight_quant is not None:
             layer.weight_quant.name = name
@@ -137,9 +173,14 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
 
 
 def _has_filters(module: nn.Module) -> bool:
-    """Convolutions and linear layers, those of other packages too (mmcv's deformable ones)."""
+    """Convolutions, linear layers and attention, those of other packages too (mmcv's deformable convolutions)."""
     weight = getattr(module, 'weight', None)
     return isinstance(module, _KINDS) or (isinstance(weight, nn.Parameter) and weight.dim() > 2)
+
+
+def _weights(layer: nn.Module) -> int:
+    """Number of a layer's weights; nn.MultiheadAttention keeps those of its projections under other names."""
+    return sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.dim() > 1)
 
 
 def _reason_to_skip(name: str, layer: nn.Module, config: Quantization) -> str:
@@ -153,17 +194,17 @@ def _reason_to_skip(name: str, layer: nn.Module, config: Quantization) -> str:
     return ''
 
 
-def _first_and_last(model: nn.Module, names: list[str], topology: Topology | None) -> dict[str, str]:
-    """First and last layers: name -> 'first' or 'last'."""
-    executed = [n for n in (topology.calls if topology else names) if n in set(names)] or names
-    if not executed:
+def _first_and_last(model: nn.Module, named: dict[str, nn.Module], topology: Topology | None) -> dict[str, str]:
+    """First and last layers, among those that stay float too: name -> 'first' or 'last'."""
+    if not any(type(layer) in QUANTIZED for layer in named.values()):
         raise UserError('the model has no convolution or linear layer to quantize')
+    executed = [n for n in (topology.calls if topology else named) if n in named] or list(named)
     first = executed[0]
     edges = {first: 'first'}
     if topology is not None:
         image = topology.inputs[first]
         edges.update({n: 'first' for n in executed if topology.inputs.get(n) == image})
-    last = set(_last_by_head(model, names)) or {executed[-1]}
+    last = set(_last_by_head(model, list(named))) or {executed[-1]}
     edges.update(dict.fromkeys(last, 'last'))
     return edges
 
@@ -177,6 +218,38 @@ def _last_by_head(model: nn.Module, names: list[str]) -> Iterator[str]:
                 yield name
 
 
+def _split_levels(model: nn.Module, topology: Topology) -> None:
+    """Give the layers that ask for it a quantizer for each call during one forward of the head that calls them."""
+    modules = dict(model.named_modules())
+    for name, layer in quant_layers(model).items():
+        calls = topology.calls.get(name, 0)
+        if layer.input_quant is None or not layer.activation_settings.per_level or calls < 2:
+            continue
+        parts = name.split('.')
+        above = ('.'.join(parts[:length]) for length in reversed(range(len(parts))))
+        head = modules[next(each for each in above if topology.calls.get(each) == 1)]
+        layer.split_levels(calls)
+        if not hasattr(head, 'level_layers'):
+            head.level_layers = ()
+            head.register_forward_pre_hook(_start_levels)
+            head.register_forward_hook(_check_levels)
+        head.level_layers += ((name, layer),)  # type: ignore[operator]
+
+
+def _start_levels(head: nn.Module, args: Any) -> None:
+    for _, layer in head.level_layers:  # type: ignore[union-attr]
+        layer.level = 0
+
+
+def _check_levels(head: nn.Module, args: Any, out: Any) -> None:
+    for name, layer in head.level_layers:  # type: ignore[union-attr]
+        if layer.level not in (0, len(layer.input_quant)):
+            raise UserError(
+                f'layer {name} has thresholds for {len(layer.input_quant)} levels, but was called {layer.level} times '
+                'in one forward of its head; activation.per_level does not fit this model'
+            )
+
+
 def _share_inputs(model: nn.Module, topology: Topology) -> None:
     """Readers of one tensor with equal settings share the quantizer of the first reader."""
     owners: dict[Any, QuantLayer] = {}
@@ -185,7 +258,8 @@ def _share_inputs(model: nn.Module, topology: Topology) -> None:
         layer = layers.get(name)
         if layer is None or layer.input_quant is None or name not in topology.inputs:
             continue
-        owner = owners.setdefault((topology.inputs[name], repr(layer.activation_settings)), layer)
+        levels = len(layer.input_quant) if isinstance(layer.input_quant, Levels) else 1
+        owner = owners.setdefault((topology.inputs[name], repr(layer.activation_settings), levels), layer)
         if owner is not layer:
             layer.share_input_quant(owner)
 

@@ -20,6 +20,6 @@ def building(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, TypeError, AttributeError, AssertionError, ValueError, ImportError) as error:
+    except (KeyError, TypeError, AttributeError, AssertionError, ValueError, ImportError, RuntimeError) as error:
         reason = (str(error.args[0]) if error.args else type(error).__name__).splitlines()[0]
         raise UserError(f'{what} cannot be built: {reason} (GDRQ_DEBUG=1 shows where)') from error

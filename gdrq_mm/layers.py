@@ -33,17 +33,43 @@ def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
     return ACTIVATION_METHODS[cfg.method](cfg.bits, cfg.range, **cfg.options)
 
 
+class Levels(nn.ModuleList):
+    """The input quantizers of a layer that a head calls once for each pyramid level."""
+
+    @property
+    def quantizers(self) -> list[Any]:
+        """Those of the levels, in the order of the calls."""
+        return list(self)
+
+    @property
+    def bits_in_use(self) -> int:
+        """Bits of every level; 32 if calibration did not reach one."""
+        return max(quant.bits_in_use for quant in self.quantizers)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every level has a threshold."""
+        return all(quant.calibrated for quant in self.quantizers)
+
+    @property
+    def kind(self) -> str:
+        """The ranges of the levels."""
+        return '/'.join(dict.fromkeys(quant.kind for quant in self.quantizers)) + f', {len(self)} levels'
+
+
 class QuantLayer:
     """What the quantized layers share; mixed into a torch layer."""
 
     weight_quant: WeightQuantizer | None
-    _shared: tuple[ActivationQuantizer, ...]
+    _shared: tuple[ActivationQuantizer | Levels, ...]
     seen: bool
     """Whether `forward` ran since this flag was cleared; calibration reads it."""
+    level: int
+    """With a quantizer a level: how often `forward` ran since that of the head began."""
     weight: Tensor
 
     @property
-    def input_quant(self) -> ActivationQuantizer | None:
+    def input_quant(self) -> ActivationQuantizer | Levels | None:
         """The quantizer of the input: this layer's own, or that of the first reader of the same tensor."""
         return self._shared[0] if self._shared else self.own_input_quant  # type: ignore[attr-defined]
 
@@ -56,11 +82,16 @@ class QuantLayer:
         return new
 
     def _attach(self, weight: Weight, activation: Activation) -> None:
-        self.seen = False
+        self.seen, self.level = False, 0
         self._shared = ()
         self.activation_settings = activation
         self.weight_quant = make_weight_quantizer(weight, len(self.filters()))
-        self.own_input_quant = make_activation_quantizer(activation)
+        self.own_input_quant: ActivationQuantizer | Levels | None = make_activation_quantizer(activation)
+
+    def split_levels(self, count: int) -> None:
+        """Use an input quantizer of its own for each of the calls during one forward of the head."""
+        quantizers: list[Any] = [make_activation_quantizer(self.activation_settings) for _ in range(count)]
+        self.own_input_quant = Levels(quantizers)
 
     def share_input_quant(self, owner: QuantLayer) -> None:
         """Use the input quantizer of another reader of the same tensor. It is saved under the owner's name only."""
@@ -86,6 +117,11 @@ class QuantLayer:
         """Quantized input and weight."""
         self.seen = True
         quant = self.input_quant
+        if isinstance(quant, Levels):
+            quant = quant.quantizers[
+                min(self.level, len(quant) - 1)
+            ]  # the head tells at its end if there were too many
+            self.level += 1
         weight = self.weight if self.weight_quant is None else self.set_filters(self.weight_quant(self.filters()))
         return (x if quant is None else quant(x)), weight
 

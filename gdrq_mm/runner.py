@@ -7,6 +7,8 @@ import dataclasses
 import os
 import pickle
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
-from .checkpoint import ALLOWED, check_fits, other_quantization, read_checkpoint, without_quantizers
+from .checkpoint import ALLOWED, check_finite, check_fits, other_quantization, read_checkpoint, without_quantizers
 from .config import FLOAT_BITS, Quantization
 from .convert import Report, bare_model, float_report, quantize_model
+from .datasets.check import check_dataset, checked_reading, ignored_labels
 from .errors import UserError, building
 from .hooks import CalibrationHook, FiniteLossHook, StageHook, StatisticsHook, ThresholdHook
 from .quantizers import Quantizer, Stage, learned_parameters
@@ -61,19 +64,8 @@ class QuantRunner(Runner):
         built = super().build_model(model)
         if not self.distributed:
             built = revert_sync_batchnorm(built)  # wrap_model does it too, but then would drop what is attached to it
-        memory_format = self.cfg.get('memory_format', 'contiguous')
-        if memory_format not in ('contiguous', 'channels_last'):
-            raise UserError(f'memory_format={memory_format!r} is not one of contiguous, channels_last')
-        if memory_format == 'channels_last':
-            built = built.to(memory_format=torch.channels_last)
         self.quantization = read_quantization(self.cfg)
-        bare = bare_model(built)
-        topology = record(bare, lambda: self._predict(built))
-        if self.quantization is None:
-            self.report = float_report(bare, topology)
-        else:
-            self.report = quantize_model(bare, self.quantization, topology)
-            built.to(next(built.parameters()).device)
+        self.report = prepare_model(built, self.cfg, lambda: self._predict(built))
         return built
 
     def _predict(self, model: nn.Module) -> None:
@@ -104,6 +96,13 @@ class QuantRunner(Runner):
             except FileNotFoundError as error:
                 raise UserError(f'{name[1:]}: the data set cannot be read: {error}') from None
             setattr(self, name, loader)
+        return loader
+
+    def build_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """A data loader; what is wrong with its data is told with the name of the file."""
+        with checked_reading(self.cfg.get('default_scope')):
+            loader = super().build_dataloader(*args, **kwargs)
+        check_dataset(loader.dataset, ignored_labels(self.cfg.model))
         return loader
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
@@ -193,6 +192,7 @@ class QuantRunner(Runner):
             self.logger.info(f'Thresholds of {filename} are of another quantization ({mismatch}); ours start anew.')
             checkpoint = without_quantizers(checkpoint)
         checkpoint = _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
+        check_finite(model, filename)
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
@@ -204,10 +204,14 @@ class QuantRunner(Runner):
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return
         temporary = f'.{filename}.tmp'
-        super().save_checkpoint(out_dir, temporary, *args, **kwargs)
         source = os.path.join(out_dir, temporary)
-        with open(source, 'rb') as file:
-            os.fsync(file.fileno())
+        try:
+            super().save_checkpoint(out_dir, temporary, *args, **kwargs)
+            with open(source, 'rb') as file:
+                os.fsync(file.fileno())
+        except BaseException:
+            Path(source).unlink(missing_ok=True)
+            raise
         os.replace(source, os.path.join(out_dir, filename))
 
     def log_layers(self) -> None:
@@ -228,6 +232,27 @@ class QuantRunner(Runner):
             stage=max(stages).name.lower() if stages else 'float',
             **dataclasses.asdict(totals(model, self.report)),
         )
+
+
+def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any]) -> Report:
+    """Give a model of a config its memory format and its quantized layers, in place.
+
+    Args:
+        predict: one prediction of the model, from which is learned what feeds what.
+    """
+    memory_format = cfg.get('memory_format', 'contiguous')
+    if memory_format not in ('contiguous', 'channels_last'):
+        raise UserError(f'memory_format={memory_format!r} is not one of contiguous, channels_last')
+    if memory_format == 'channels_last':
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bare, quantization = bare_model(model), read_quantization(cfg)
+    with building('the model'):
+        topology = record(bare, predict)
+    if quantization is None:
+        return float_report(bare, topology)
+    report = quantize_model(bare, quantization, topology)
+    model.to(next(model.parameters()).device)
+    return report
 
 
 def read_quantization(cfg: Config) -> Quantization | None:

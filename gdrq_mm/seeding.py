@@ -101,9 +101,11 @@ def seed_dataloader(loader: DataLoader, seed: int) -> None:
     """Make what a data loader draws depend on seed, epoch and position only. Twice is the same as once."""
     if isinstance(loader.sampler, _SeededSampler):
         return
-    sampler = _SeededSampler(loader.sampler, seed)
-    if loader.batch_sampler is not None and hasattr(loader.batch_sampler, 'sampler'):
-        loader.batch_sampler.sampler = sampler  # type: ignore[attr-defined, index]
+    batches: Any = loader.batch_sampler
+    if hasattr(batches, 'sampler'):  # the loader's own is a placeholder if the config names a batch sampler
+        sampler = batches.sampler = _SeededSampler(batches.sampler, seed)
+    else:
+        sampler = _SeededSampler(loader.sampler, seed)
     object.__setattr__(loader, 'sampler', sampler)  # DataLoader forbids plain assignment
     loader.dataset.__class__ = _seeded_class(type(loader.dataset))
 

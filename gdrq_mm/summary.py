@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import FLOAT_BITS
-from .convert import Report, quant_layers
+from .convert import Report, deployed, quant_layers
+from .layers import Levels
 from .quantizers import ActivationQuantizer, learned_parameters
 
 FLOAT_BYTES = 4
@@ -18,7 +19,7 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Totals:
-    """Sizes of a model."""
+    """Sizes of a model, without auxiliary heads, which are not deployed."""
 
     parameters: int
     quantized: int
@@ -35,18 +36,18 @@ def totals(model: nn.Module, report: Report) -> Totals:
     """Compute the totals of a model."""
     learned = learned_parameters(model)
     layers = quant_layers(model)
-    parameters = sum(p.numel() for n, p in model.named_parameters() if n not in learned)
+    parameters = sum(p.numel() for n, p in model.named_parameters() if n not in learned and deployed(n))
     statistics = sum(
         b.numel()
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        for module, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and deployed(module)
         for name, b in m.named_buffers(recurse=False)
         if name != 'num_batches_tracked'
     )
     quantized, saved = 0, 0.0
     counted = set()  # two layers may share a Parameter
-    for layer in layers.values():
-        if layer.bits[0] != FLOAT_BITS and id(layer.weight) not in counted:
+    for place, layer in layers.items():
+        if deployed(place) and layer.bits[0] != FLOAT_BITS and id(layer.weight) not in counted:
             counted.add(id(layer.weight))
             quantized += layer.weight.numel()
             saved += layer.weight.numel() * (FLOAT_BYTES - layer.bits[0] / 8)
@@ -102,7 +103,7 @@ def layer_table(model: nn.Module, report: Report) -> str:
     )
 
 
-def _range(quantizer: ActivationQuantizer | None) -> str:
+def _range(quantizer: ActivationQuantizer | Levels | None) -> str:
     if quantizer is None or quantizer.bits_in_use == FLOAT_BITS:
         return ''
     return quantizer.kind if quantizer.calibrated else 'undecided'

@@ -17,11 +17,11 @@ TASKS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg'}
 """Default scope of a config -> task."""
 
 MAIN_METRICS = {
-    'cls': ('accuracy/top1', 'top-1'),
-    'det': ('coco/bbox_mAP', 'box AP'),
-    'seg': ('mIoU', 'mIoU'),
+    'cls': {'accuracy/top1': ('top-1', 1)},
+    'det': {'coco/bbox_mAP': ('box AP', 100), 'pascal_voc/mAP': ('VOC mAP', 100)},
+    'seg': {'mIoU': ('mIoU', 1)},
 }
-"""Task -> key of the metric that tables show, and its title."""
+"""Task -> keys of the metrics that tables show, with a title and the factor that makes it a percentage."""
 
 
 def task_of(cfg: Config) -> str:

@@ -50,7 +50,9 @@ def test_every_value_arrives():
     cfg = Quantization.from_dict(
         dict(
             weight=dict(method='gdrq', bits=2, groups='channel', gdrq=dict(k=2.5, clip='project')),
-            activation=dict(method='gdrq', bits=3, range='signed', gdrq=dict(momentum=0.5, mean='nonzero')),
+            activation=dict(
+                method='gdrq', bits=3, range='signed', per_level=True, gdrq=dict(momentum=0.5, mean='nonzero')
+            ),
             first_last_bits=32,
             deployable=False,
             schedule=dict(reshape=0.25, freeze=0.75),
@@ -60,7 +62,7 @@ def test_every_value_arrives():
         )
     )
     assert cfg.weight == Weight('gdrq', 2, 'channel', dict(k=2.5, clip='project'))
-    assert cfg.activation == Activation('gdrq', 3, 'signed', dict(momentum=0.5, mean='nonzero'))
+    assert cfg.activation == Activation('gdrq', 3, 'signed', dict(momentum=0.5, mean='nonzero'), True)
     assert (cfg.first_last_bits, cfg.deployable, cfg.calibration_batches) == (32, False, 3)
     assert cfg.schedule == Schedule(0.25, 0.75)
     assert cfg.skip == ('*.fc',) and cfg.overrides == {'*.conv2': dict(weight=dict(bits=8))}
@@ -93,6 +95,7 @@ BAD = [
     (dict(weight=4), ['quantization.weight=4', 'dict']),
     (dict(activation=None), ['quantization.activation=None', 'dict']),
     (dict(weight=dict(gdrq=3.5)), ['quantization.weight.gdrq=3.5', 'dict']),
+    (dict(activation=dict(per_level=1)), ['quantization.activation.per_level=1', 'True, False']),
     (dict(schedule=0.3), ['quantization.schedule=0.3', 'dict']),
     (dict(overrides=['*.fc']), ["quantization.overrides=['*.fc']", 'dict']),
     (dict(overrides={'*.fc': 8}), [f'{OVERRIDE}=8', 'dict']),

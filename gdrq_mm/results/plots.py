@@ -1,4 +1,4 @@
-"""Pictures of distributions."""
+"""Pictures of distributions and of predictions."""
 
 from __future__ import annotations
 
@@ -52,5 +52,26 @@ def distribution_sheet(distributions: Sequence[Distribution], columns: int = 6) 
         axis.minorticks_off()
     for axis in list(axes):
         axis.remove()
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def side_by_side(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> np.ndarray:
+    """One picture with a row for each of the rows and a title above each column. Returns (H, W, 3) uint8, RGB.
+
+    Args:
+        rows: pictures (H, W, 3) uint8, RGB, as many in each row as there are titles.
+    """
+    height, width = rows[0][0].shape[:2]
+    size = (2.6 * len(titles), 2.6 * height / width * len(rows) + 0.3)
+    figure = Figure(figsize=size, dpi=100, layout='constrained')
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for row, places in zip(rows, axes):
+        for picture, axis in zip(row, places):
+            axis.imshow(picture)
+            axis.set_axis_off()
+    for title, axis in zip(titles, axes[0]):
+        axis.set_title(title, fontsize=10)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

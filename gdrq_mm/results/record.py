@@ -87,13 +87,14 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def model_name(cfg: Config) -> str:
-    """A short name such as 'ResNet_CIFAR-18' or 'FasterRCNN ResNet-50'."""
+    """A short name such as 'ResNet_CIFAR-18', 'FasterRCNN ResNet-50' or 'PSP ResNetV1c-50'."""
     model = _bare(cfg.model)
     backbone = model.get('backbone') or {}
     name = str(backbone.get('type', '')).split('.')[-1]
     size = backbone.get('depth') or backbone.get('arch')
     name = f'{name}-{size}' if isinstance(size, (int, str)) else name
-    whole = str(model.type).split('.')[-1]
+    heads = model.get('decode_head') or model  # mmseg's models differ in it only
+    whole = str((heads[-1] if isinstance(heads, list) else heads)['type']).split('.')[-1].removesuffix('Head')
     return name if whole == 'ImageClassifier' else f'{whole} {name}'.strip()
 
 
@@ -136,15 +137,21 @@ def _data(cfg: Config) -> dict[str, Any]:
     dataset = dataset_of(cfg.test_dataloader)
     root = str(dataset.get('data_root') or '')
     plain = {k: v for k, v in dataset.to_dict().items() if k not in ('data_root', '_scope_')}
-    evaluator = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    # Where the data lie does not matter: a file of annotations counts by its place below the data folder.
+    evaluator = [{k: _below(v, root) if isinstance(v, str) else v for k, v in e.items()} for e in evaluators]
     parts = Path(root).parts
     below = parts[len(parts) - parts[::-1].index('data') :] if 'data' in parts else parts[-1:]
     return dict(
         name='/'.join(below) or str(dataset.type),
         type=str(dataset.type),
         root=_relative(root),
-        evaluation_sha256=_digest([plain, [dict(e) for e in evaluator]]),
+        evaluation_sha256=_digest([plain, evaluator]),
     )
+
+
+def _below(path: str, root: str) -> str:
+    return path[len(root) :].lstrip('/') if root and path.startswith(root) else path
 
 
 def _bare(model: Any) -> Any:

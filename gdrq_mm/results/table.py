@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..errors import UserError
 from ..tasks import MAIN_METRICS
 
 TASK_NAMES = {'cls': 'classification', 'det': 'detection', 'seg': 'segmentation'}
@@ -16,16 +17,17 @@ COLUMNS = ('task', 'model', 'data', 'metric', 'float', 'method', 'quantized', 'd
 def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A dict by COLUMNS for each quantized record. A float record without a quantized one has no row."""
     rows = []
-    baselines = {_identity(r): _metric(r) for r in records if r['quantization'] is None}
+    baselines = {_identity(r): main_metric(r)[1] for r in records if r['quantization'] is None}
     for record in records:
         if record['quantization'] is None:
             continue
-        model, value, before = record['model'], _metric(record), baselines.get(_identity(record))
+        model, before = record['model'], baselines.get(_identity(record))
+        title, value = main_metric(record)
         cells = (
             TASK_NAMES[record['task']],
             model['name'],
             record['data']['name'],
-            MAIN_METRICS[record['task']][1],
+            title,
             'not run' if before is None else f'{before:.2f}',
             '/'.join(dict.fromkeys(m.upper() for m in model['methods'])),
             f'{value:.2f}',
@@ -64,8 +66,19 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
-def _metric(record: Mapping[str, Any]) -> float:
-    return record['metrics'][MAIN_METRICS[record['task']][0]]
+def main_metric(record: Mapping[str, Any]) -> tuple[str, float]:
+    """Title and value, in %, of the metric that tables show.
+
+    Raises:
+        UserError: the record has none of those of its task.
+    """
+    known = MAIN_METRICS[record['task']]
+    for key, (title, factor) in known.items():
+        if key in record['metrics']:
+            return title, record['metrics'][key] * factor
+    if record['task'] == 'det' and not record['metrics']:  # mmdet's answer when a model detects nothing at all
+        return 'box AP', 0.0
+    raise UserError(f'a record of {record["data"]["name"]} has none of the metrics {", ".join(known)}')
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Draw what a model predicts for a picture: class, boxes or mask."""
+
+import argparse
+from pathlib import Path
+
+import cv2
+
+from gdrq_mm.apis import draw, infer, init_model
+from gdrq_mm.cli import ConfigOptions, main
+from gdrq_mm.errors import UserError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument('checkpoint', help='path of the checkpoint')
+    parser.add_argument('image', help='path of the picture')
+    parser.add_argument('--out', required=True, help='PNG to write')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='leave out boxes below this score (default: 0.3)')
+    parser.add_argument('--device', help='such as cuda:0 (default: a GPU if there is one)')
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value')
+    parser.add_argument(
+        '--unsafe-load', action='store_true', help='unpickle anything a checkpoint holds; that runs its code'
+    )
+    return parser.parse_args()
+
+
+def run() -> None:
+    args = parse_args()
+    out = Path(args.out)
+    if out.suffix != '.png':
+        raise UserError(f'--out {out} does not end in .png')
+    model = init_model(args.config, args.checkpoint, args.device, args.cfg_options, args.unsafe_load)
+    prediction = infer(model, args.image)
+    picture = draw(model, args.image, prediction, args.score_thr)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(out), picture[..., ::-1]):
+        raise UserError(f'--out {out} cannot be written')
+    print(out)
+
+
+if __name__ == '__main__':
+    main(run)
