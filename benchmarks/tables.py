@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gdrq_mm.checkpoint import write_whole
@@ -22,9 +23,9 @@ FIGURES, RECORDS = ROOT / 'docs/figures', ROOT / 'docs/records'
 PAGES = (ROOT / 'README.md', ROOT / 'docs/figures.md')
 
 
-def cifar10() -> str:
-    """Float and quantized records of CIFAR-10."""
-    return comparison_markdown([read_record(path) for path in sorted(RECORDS.glob('*cifar10*.json'))])
+def comparison(data: str) -> str:
+    """Float and quantized records of a data set."""
+    return comparison_markdown([read_record(path) for path in sorted(RECORDS.glob(f'*_{data}.json'))])
 
 
 def cifar10_search() -> str:
@@ -71,7 +72,10 @@ def quantized_loss() -> str:
     return markdown(('codes', 'distribution', 'ours', 'paper', 'T*/max', 'T*/sigma', 'k = T*/mean'), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (cifar10, cifar10_search, train_step, quantized_loss)}
+TABLES: dict[str, Callable[[], str]] = {
+    **{data: partial(comparison, data) for data in ('cifar10', 'bccd', 'camvid')},
+    **{f.__name__: f for f in (cifar10_search, train_step, quantized_loss)},
+}
 
 
 def filled(text: str) -> str:
