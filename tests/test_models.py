@@ -58,9 +58,7 @@ def expand(text):
 
 ATTENTION = r'\.attn(\.out_proj)?$'
 """torch's attention reads the weights of its projections itself, and calls neither."""
-LOOKED_UP = (
-    r'(query_embedding|level_embed|pos_embed|cls_emb|cls_token|dist_token|relative_position_bias_table)(\.weight)?$'
-)
+LOOKED_UP = r'(query_embedding|(level|pos)_embed|cls_emb|(cls|dist)_token|relative_position_bias_table)(\.weight)?$'
 """Parameters of two and more dimensions that no layer multiplies by."""
 FEW_REGIONS = {
     'train_cfg.rpn_proposal.max_per_img': 16,

@@ -6,9 +6,7 @@ _base_ = [
 size = (180, 240)
 model = dict(
     # Padding is void, 11, like the pixels without a label.
-    data_preprocessor=dict(
-        mean=[112, 115, 117], std=[78, 78, 78], size=size, seg_pad_val=11, test_cfg=dict(size=size)
-    ),
+    data_preprocessor=dict(mean=[112, 115, 117], std=[78, 78, 78], size=size, seg_pad_val=11, test_cfg=dict(size=size)),
     decode_head=dict(num_classes=11, ignore_index=11),
     auxiliary_head=dict(num_classes=11, ignore_index=11),
 )

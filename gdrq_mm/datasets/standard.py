@@ -57,6 +57,8 @@ def voc(source: str | Path, root: str | Path) -> Path:
             for pattern in VOC_FILES[name.split('/')[0]]
         }
         require(year, track(sorted(files), year))
+    if 'VOC2012' in years and not (source / 'VOC2012/SegmentationClassAug').is_dir():
+        print(f'Note: {source}/VOC2012 has no SegmentationClassAug, and segmentation (voc12aug) trains on it.')
     return link(source, root, years)
 
 
