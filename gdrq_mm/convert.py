@@ -101,6 +101,16 @@ def bare_model(model: nn.Module) -> Any:
     return model
 
 
+def mute_leaves(model: nn.Module) -> None:
+    """Evaluation mode for the modules without children, BN and dropout among them; the others keep theirs.
+
+    Some models compute a loss in training mode only (Deformable DETR, PIDNet).
+    """
+    for module in model.modules():
+        if next(module.children(), None) is None:
+            module.eval()
+
+
 def deployed(name: str) -> bool:
     """Whether a module or parameter of this name is part of a deployed model; mmseg's auxiliary heads are not."""
     return name.split('.')[0] != 'auxiliary_head'

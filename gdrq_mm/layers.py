@@ -7,11 +7,12 @@ names, initializers and optimizers see an ordinary layer. Quantizers: `weight_qu
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch.nn as nn
-from mmcv.cnn.bricks import wrappers
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -150,6 +151,21 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
+class QuantConv2dAdaptivePadding(QuantLayer, nn.Conv2d):
+    """mmcv's convolution whose output is ceil(size / stride) pixels, as TensorFlow pads (EfficientNet)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W')."""
+        x, weight = self.quantized(x)
+        pads: list[int] = []  # left, right, top, bottom
+        for axis in (1, 0):
+            size, stride = x.shape[2 + axis], self.stride[axis]
+            reach = (math.ceil(size / stride) - 1) * stride + (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
+            missing = max(reach - size, 0)
+            pads += [missing // 2, missing - missing // 2]
+        return self._conv_forward(nn.functional.pad(x, pads), weight, self.bias)
+
+
 @MODELS.register_module(name='GDRQConvTranspose2d')
 class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     """nn.ConvTranspose2d with quantized weight and input; its weight is (C_in, C_out / groups, kH, kW)."""
@@ -192,6 +208,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 QUANTIZED: dict[type, type] = {
     nn.Conv2d: QuantConv2d,
     wrappers.Conv2d: QuantConv2d,
+    Conv2dAdaptivePadding: QuantConv2dAdaptivePadding,
     nn.ConvTranspose2d: QuantConvTranspose2d,
     wrappers.ConvTranspose2d: QuantConvTranspose2d,
     nn.Linear: QuantLinear,

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import ALLOWED, check_finite, check_fits, other_quantization, read_checkpoint, without_quantizers
 from .config import FLOAT_BITS, Quantization
-from .convert import Report, bare_model, float_report, quantize_model
+from .convert import Report, bare_model, float_report, mute_leaves, quantize_model
 from .datasets.check import check_dataset, checked_reading, ignored_labels
 from .errors import UserError, building
 from .hooks import CalibrationHook, FiniteLossHook, StageHook, StatisticsHook, ThresholdHook
@@ -77,6 +77,7 @@ class QuantRunner(Runner):
             with kept_random_state():
                 batch = loader.collate_fn([loader.dataset[0]])
                 if name == '_train_dataloader':
+                    mute_leaves(model.train())
                     data = model.data_preprocessor(batch, training=False)  # type: ignore[operator]
                     model(**data, mode='loss')
                 else:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from mmcv.cnn import ConvModule, build_conv_layer
-from mmcv.cnn.bricks import wrappers
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
 
 from gdrq_mm.config import Activation, Weight
 from gdrq_mm.errors import UserError
@@ -31,6 +31,8 @@ LAYERS = {
     'replicate': lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='replicate'),
     'circular': lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='circular'),
     'mmcv': lambda: wrappers.Conv2d(4, 6, 3),
+    'adaptive': lambda: Conv2dAdaptivePadding(4, 6, (3, 2), stride=2),
+    'adaptive dilated': lambda: Conv2dAdaptivePadding(4, 6, 3, dilation=2, groups=2),
     'transposed': lambda: nn.ConvTranspose2d(4, 6, 3),
     'transposed without bias': lambda: nn.ConvTranspose2d(4, 6, 3, bias=False),
     'transposed grouped': lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn as nn
 from mmengine.dataset import DefaultSampler
@@ -9,9 +13,10 @@ from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from ..convert import activation_quantizers, bare_model, quant_layers
+from ..convert import activation_quantizers, bare_model, mute_leaves, quant_layers
 from ..quantizers import Quantizer, Stage
 from ..seeding import kept_random_state
 
@@ -38,21 +43,47 @@ class CalibrationHook(Hook):
         if any(q.calibrated for q in quantizers):
             return
         runner.logger.info(f'Calibrating thresholds on {self.batches} training batches.')
-        training = {m: m.training for m in model.modules()}
-        model.eval()
         for quantizer in quantizers:
             quantizer.set_state(stage=Stage.OBSERVE)
         for layer in quant_layers(model).values():
             layer.seen = False
-        with kept_random_state(), torch.no_grad():
+        with kept_random_state(), torch.no_grad(), _quiet(model):
             for number, batch in enumerate(_own_loader(runner)):
                 if number == self.batches:
                     break
                 data = model.data_preprocessor(batch, training=True)
                 model(**data, mode='loss')
-        for module, flag in training.items():
-            module.training = flag
         finish_calibration(model)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Training mode without noise and without a trace: dropout is off, BN normalizes by its statistics.
+
+    BN that has none yet (a start without a checkpoint) normalizes by those of the batch: by the initial 0 and 1 the
+    values would grow from layer to layer, and the thresholds with them.
+    """
+    flags = {module: module.training for module in model.modules()}
+    model.train()
+    fresh: list[Any] = [module for module in model.modules() if _is_fresh(module)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in fresh]
+    mute_leaves(model)
+    for norm in fresh:
+        norm.training, norm.momentum = True, 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(fresh, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _is_fresh(module: Any) -> bool:
+    if not isinstance(module, _BatchNorm) or not module.training or module.running_mean is None:
+        return False
+    return not bool(module.running_mean.any()) and bool(torch.all(module.running_var == 1))  # type: ignore[arg-type]
 
 
 def _own_loader(runner: Runner) -> DataLoader:
