@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,58 +12,11 @@ from torch import Tensor
 
 from .config import FLOAT_BITS, Quantization
 from .errors import UserError
+from .heads import deployed, last_layers
 from .layers import QUANTIZED, Levels, QuantLayer, make_activation_quantizer
+from .levels import split_levels
 from .quantizers import ActivationQuantizer
 from .topology import Topology
-
-LAST_LAYERS: dict[str, tuple[str, ...]] = {
-    # mmpretrain; a head that is not here has its last layer by execution
-    'ClsHead': ('fc', 'layers.head*', 'head', 'head.linear', 'head_dist.linear', 'dist_head', '*_cls_head'),
-    'MultiLabelClsHead': ('fc', 'csra_heads.*.head'),
-    # mmdet, dense heads
-    'AnchorHead': ('conv_cls', 'conv_reg', 'rpn_cls', 'rpn_reg', 'retina_cls', 'retina_reg', 'atss_*', 'gfl_*'),
-    'AnchorFreeHead': ('conv_cls', 'conv_reg', 'conv_centerness'),
-    'GuidedAnchorHead': ('conv_loc', 'conv_shape'),
-    'SABLRetinaHead': ('retina_cls', 'retina_bbox_cls', 'retina_bbox_reg'),
-    'TOODHead': ('tood_cls', 'tood_reg', 'cls_prob_module.2', 'reg_offset_module.2'),
-    'VFNetHead': ('vfnet_cls', 'vfnet_reg', 'vfnet_reg_refine'),
-    'RepPointsHead': ('reppoints_cls_out', 'reppoints_pts_*_out'),
-    'RTMDetHead': ('rtm_cls*', 'rtm_reg*', 'rtm_obj*', 'rtm_kernel*'),
-    'SSDHead': ('cls_convs.*.[0-9]', 'reg_convs.*.[0-9]'),
-    'YOLOV3Head': ('convs_pred.*',),
-    'YOLOXHead': ('multi_level_conv_cls.*', 'multi_level_conv_reg.*', 'multi_level_conv_obj.*'),
-    'YOLOFHead': ('cls_score', 'bbox_pred', 'object_pred'),
-    'CenterNetHead': ('heatmap_head.2', 'wh_head.2', 'offset_head.2'),
-    'CornerHead': ('*_heat.*.1.conv', '*_off.*.1.conv', '*_emb.*.1.conv', '*_shift.*.1.conv'),
-    'DETRHead': ('fc_cls', 'fc_reg', '*cls_branches.*', '*reg_branches.*.4'),
-    'DABDETRHead': ('fc_reg.layers.2',),
-    'CLRHead': ('cls_layers', 'reg_layers', 'seg_decoder.conv'),
-    'LinearReIDHead': ('fc_out', 'classifier'),
-    # mmdet, masks without regions; where a product makes them, both of its factors
-    'CondInstBboxHead': ('controller',),
-    'MaskFeatModule': ('conv_pred', 'conv_pred.conv', 'projection'),
-    'MaskFormerHead': ('cls_embed', 'mask_embed.4', 'pixel_decoder.mask_feature'),
-    'SOLOHead': ('conv_cls', 'conv_mask_list*', 'conv_kernel'),
-    'YOLACTHead': ('conv_coeff',),
-    'YOLACTProtonet': ('protonet.10', 'segm_branch.segm_conv'),
-    # mmdet, heads of regions
-    'BBoxHead': ('fc_cls*', 'fc_reg*'),
-    'FCNMaskHead': ('conv_logits', 'fc_logits'),
-    'MaskIoUHead': ('fc_mask_iou',),
-    'GridHead': ('deconv2',),
-    'FusedSemanticHead': ('conv_logits',),
-    'GlobalContextHead': ('fc',),
-    'BaseSemanticHead': ('conv_logits',),
-    # mmseg; auxiliary heads too
-    'BaseDecodeHead': ('conv_seg',),
-    'DAHead': ('pam_conv_seg', 'cam_conv_seg'),
-    'DDRHead': ('aux_cls_seg',),
-    'EncHead': ('se_layer',),
-    'KernelUpdateHead': ('fc_mask',),
-    'PIDHead': ('p_cls_seg', 'd_cls_seg'),
-    'SegmenterMaskTransformerHead': ('patch_proj', 'classes_proj'),
-}
-"""Head class -> patterns of its last layers, relative to the head; a subclass inherits them (METHOD: section 5)."""
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -109,11 +60,6 @@ def mute_leaves(model: nn.Module) -> None:
     for module in model.modules():
         if next(module.children(), None) is None:
             module.eval()
-
-
-def deployed(name: str) -> bool:
-    """Whether a module or parameter of this name is part of a deployed model; mmseg's auxiliary heads are not."""
-    return name.split('.')[0] != 'auxiliary_head'
 
 
 def quant_layers(model: nn.Module) -> dict[str, Any]:
@@ -169,7 +115,7 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
             if child in replaced:
                 parent._modules[child_name] = replaced[child]
     if topology is not None:
-        _split_levels(model, topology)
+        split_levels(model, quant_layers(model), topology)
     additions: list[tuple[str, str]] = []
     if config.deployable and topology is not None:
         _share_inputs(model, topology)
@@ -214,50 +160,9 @@ def _first_and_last(model: nn.Module, named: dict[str, nn.Module], topology: Top
     if topology is not None:
         image = topology.inputs[first]
         edges.update({n: 'first' for n in executed if topology.inputs.get(n) == image})
-    last = set(_last_by_head(model, list(named))) or {executed[-1]}
+    last = set(last_layers(model, list(named))) or {executed[-1]}
     edges.update(dict.fromkeys(last, 'last'))
     return edges
-
-
-def _last_by_head(model: nn.Module, names: list[str]) -> Iterator[str]:
-    for head_name, head in model.named_modules():
-        patterns = [p for cls in type(head).__mro__ for p in LAST_LAYERS.get(cls.__name__, ())]
-        prefix = f'{head_name}.' if head_name else ''
-        for name in names:
-            if name.startswith(prefix) and any(fnmatch.fnmatchcase(name[len(prefix) :], p) for p in patterns):
-                yield name
-
-
-def _split_levels(model: nn.Module, topology: Topology) -> None:
-    """Give the layers that ask for it a quantizer for each call during one forward of the head that calls them."""
-    modules = dict(model.named_modules())
-    for name, layer in quant_layers(model).items():
-        calls = topology.calls.get(name, 0)
-        if layer.input_quant is None or not layer.activation_settings.per_level or calls < 2:
-            continue
-        parts = name.split('.')
-        above = ('.'.join(parts[:length]) for length in reversed(range(len(parts))))
-        head = modules[next(each for each in above if topology.calls.get(each) == 1)]
-        layer.split_levels(calls)
-        if not hasattr(head, 'level_layers'):
-            head.level_layers = ()
-            head.register_forward_pre_hook(_start_levels)
-            head.register_forward_hook(_check_levels)
-        head.level_layers += ((name, layer),)  # type: ignore[operator]
-
-
-def _start_levels(head: nn.Module, args: Any) -> None:
-    for _, layer in head.level_layers:  # type: ignore[union-attr]
-        layer.level = 0
-
-
-def _check_levels(head: nn.Module, args: Any, out: Any) -> None:
-    for name, layer in head.level_layers:  # type: ignore[union-attr]
-        if layer.level not in (0, len(layer.input_quant)):
-            raise UserError(
-                f'layer {name} has thresholds for {len(layer.input_quant)} levels, but was called {layer.level} times '
-                'in one forward of its head; activation.per_level does not fit this model'
-            )
 
 
 def _share_inputs(model: nn.Module, topology: Topology) -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import FLOAT_BITS
-from .convert import Report, deployed, quant_layers
+from .convert import Report, quant_layers
+from .heads import deployed
 from .layers import Levels
 from .quantizers import ActivationQuantizer, learned_parameters
 
