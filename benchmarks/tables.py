@@ -16,7 +16,7 @@ from gdrq_mm.checkpoint import write_whole
 from gdrq_mm.cli import main
 from gdrq_mm.errors import UserError
 from gdrq_mm.results.record import read_record
-from gdrq_mm.results.table import comparison_markdown, markdown
+from gdrq_mm.results.table import comparison_markdown, main_metric, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, RECORDS = ROOT / 'docs/figures', ROOT / 'docs/records'
@@ -26,6 +26,17 @@ PAGES = (ROOT / 'README.md', ROOT / 'docs/figures.md')
 def comparison(data: str) -> str:
     """Float and quantized records of a data set."""
     return comparison_markdown([read_record(path) for path in sorted(RECORDS.glob(f'*_{data}.json'))])
+
+
+def per_level() -> str:
+    """The detector's RPN with one threshold for all pyramid levels and with one for each."""
+    names = {
+        'float': 'faster_rcnn_r18_bccd',
+        'one for all levels': 'faster_rcnn_r18_gdrq_w4a4_bccd',
+        'one a level': 'faster_rcnn_r18_gdrq_w4a4_per_level',
+    }
+    found = {title: main_metric(read_record(RECORDS / f'{name}.json'))[1] for title, name in names.items()}
+    return markdown(('thresholds', 'box AP'), [(title, f'{value:.2f}') for title, value in found.items()])
 
 
 def cifar10_search() -> str:
@@ -74,7 +85,7 @@ def quantized_loss() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{data: partial(comparison, data) for data in ('cifar10', 'bccd', 'camvid')},
-    **{f.__name__: f for f in (cifar10_search, train_step, quantized_loss)},
+    **{f.__name__: f for f in (per_level, cifar10_search, train_step, quantized_loss)},
 }
 
 

@@ -141,7 +141,7 @@ def test_a_full_scale_config_trains_and_tests(path, tmp_path, monkeypatch):
     assert runner.iter == 2
     assert {key for key, layer in layers.items() if torch.equal(layer.weight, before[key])} == frozen
     assert [key for key, value in runner.model.state_dict().items() if not torch.isfinite(value.float()).all()] == []
-    edges = {row.name for row in runner.report.layers if row.note in ('first', 'last')}
+    edges = {row.name for row in runner.report.layers if row.note.split(', ')[0] in ('first', 'last')}
     for key, layer in layers.items():
         assert layer.bits == ((8, 8) if key in edges else bits_in_name(path)), key
     metrics = runner.test()
