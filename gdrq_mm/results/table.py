@@ -51,7 +51,7 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
         justify = 'right' if column in ('float', 'quantized', 'drop') else 'left'
         table.add_column(titles.get(column, column), justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*(row[column] for column in shown))
+        table.add_row(*(row[column].replace(' → ', '→') for column in shown))
     return table
 
 
