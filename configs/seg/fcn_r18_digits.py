@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/fcn_r18_w32.py',
     '../_base_/datasets/digits_seg.py',
-    'mmseg::_base_/default_runtime.py',
+    '../_base_/default_runtime_seg.py',
 ]
 # Nine of ten pixels are background, and without weights that is all that is learned for a long time.
 class_weight = [0.1] + [1.0] * 10
@@ -10,23 +10,9 @@ model = dict(
     decode_head=dict(num_classes=11, loss_decode=dict(class_weight=class_weight)),
     auxiliary_head=dict(num_classes=11, loss_decode=dict(class_weight=class_weight)),
 )
-memory_format = 'channels_last'
-randomness = dict(seed=0)
-env_cfg = dict(cudnn_benchmark=False)
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'),
-)
-log_processor = dict(by_epoch=True)
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.01))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', T_max=20, by_epoch=True, convert_to_iter_based=True),
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=20, val_interval=5)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
