@@ -111,7 +111,9 @@ def infer(model: Any, image: str | Path | np.ndarray) -> Any:
             return inference_model(model, image)
         from mmpretrain.apis import ImageClassificationInferencer
 
-        return ImageClassificationInferencer(model)(image, return_datasamples=True)[0]
+        inferencer = ImageClassificationInferencer(model)  # calling it would print a progress bar for one picture
+        (batch,) = inferencer.preprocess([image])
+        return inferencer.forward(batch)[0]
     finally:
         model.cfg = cfg
 

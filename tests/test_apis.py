@@ -44,6 +44,8 @@ def config_of(task, data, work_dir):
         dataset_of(loader).data_root = str(data / ('cls' if task == 'cls' else 'scenes'))
         loader.batch_size = FEW
         loader.dataset.indices = 2 * FEW
+    if task == 'det':
+        cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = str(data / 'scenes/annotations/test.json')
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.train_cfg.max_epochs = 1
     cfg.param_scheduler = None

@@ -741,7 +741,9 @@ def test_boxes_fit_the_masks(scenes, split):
 
 
 def test_masks_open_with_mmseg(scenes):
+    from mmcv.transforms import LoadImageFromFile
     from mmseg.datasets import BaseSegDataset
+    from mmseg.datasets.transforms import LoadAnnotations
 
     for split, number in (('train', 600), ('test', 150)):
         dataset = BaseSegDataset(
@@ -750,7 +752,7 @@ def test_masks_open_with_mmseg(scenes):
             img_suffix='.png',
             seg_map_suffix='.png',
             metainfo=dict(classes=('background', *digits.CLASSES)),
-            pipeline=[dict(type='mmseg.LoadImageFromFile'), dict(type='mmseg.LoadAnnotations')],
+            pipeline=[LoadImageFromFile(), LoadAnnotations()],
         )
         assert len(dataset) == number
         sample = dataset[0]
