@@ -156,6 +156,20 @@ def test_half_precision_is_computed_in_float32():
     assert torch.equal(F.fake_quantize(x, step, -7, 7), expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@given(st.floats(0, 2, width=32), BITS, st.sampled_from(['signed', 'unsigned', 'zero_point']), st.integers(0, 99))
+def test_the_gradient_mask_holds_the_ends_in_every_type(dtype, step, bits, kind, seed):
+    lo, hi = F.code_range(bits, kind == 'signed', zero_point=1 if kind == 'zero_point' else 0)
+    step, generator = torch.tensor(step), torch.Generator().manual_seed(seed)
+    ends = torch.stack([lo * step, hi * step])
+    inner = torch.randn(30, generator=generator) * step * hi
+    x = torch.cat([ends, ends * 1.001, ends * 0.999, inner]).to(dtype).requires_grad_()
+    upstream = torch.randn(36, generator=generator).to(dtype)
+    F.fake_quantize(x, step, lo, hi).backward(upstream)
+    values = x.detach().double()
+    assert torch.equal(x.grad, upstream * ((values >= ends[0].double()) & (values <= ends[1].double())))
+
+
 def test_clipping_leaves_a_uniform_distribution_alone_from_k_2():
     uniform = torch.linspace(-1, 1, 10001)[:, None]
     sizes = torch.tensor([len(uniform)])
