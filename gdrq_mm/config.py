@@ -1,8 +1,9 @@
 """The `quantization` dict of a config: schema, defaults and validation.
 
     quantization = dict(
-        weight=dict(method='gdrq', bits=4, groups=4, gdrq=dict(k=None, clip='forward')),
-        activation=dict(method='gdrq', bits=4, range='auto', per_level=False, gdrq=dict(k=None, momentum=0.01)),
+        method='gdrq',
+        weight=dict(bits=4, groups=4, gdrq=dict(k=None, clip='forward')),
+        activation=dict(bits=4, range='auto', per_level=False, gdrq=dict(k=None, momentum=0.01)),
         first_last_bits=8,
         deployable=True,
         schedule=dict(reshape=0.0, freeze=0.9),
@@ -10,9 +11,10 @@
         skip=['backbone.layer4.*'],
         overrides={'*.conv2': dict(weight=dict(bits=8))})
 
-A method's own options stand under the method's name; those of a method that is not in use are ignored, so that a
-config which inherits this one and says `method='lsq'` need not remove them. Patterns are fnmatch patterns on module
-names (`named_modules()`, without a 'module.' prefix).
+`method` sets the method of both sides as its paper combines them (gdrq_mm/quantizers has the list); `weight.method`
+and `activation.method` choose one side. A method's own options stand under the method's name; those of a method that
+is not in use are ignored, so that a config which inherits this one and says `method='lsq'` need not remove them.
+Patterns are fnmatch patterns on module names (`named_modules()`, without a 'module.' prefix).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import UserError
-from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS
+from .quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
 
 FLOAT_BITS = 32
 RANGES = ('auto', 'unsigned', 'signed', 'zero_point')
@@ -38,14 +40,20 @@ class Weight:
     method: str = 'gdrq'
     """Name of a method, see gdrq_mm/quantizers."""
     bits: int = 4
-    """2 to 8, or 32 for float."""
-    groups: int | str = 1
-    """Number of groups of filters with a threshold each; 'channel' is one a filter. At most the filters are used."""
+    """2 to 8, or 32 for float; some methods have fewer choices, 'xnor' has 1."""
+    groups: int | str | None = None
+    """Number of groups of filters with a threshold each; 'channel' is one a filter; None is what the method's paper
+    has, 4 for GDRQ. At most the filters are used."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's own options (written under the method's name)."""
 
     def with_bits(self, bits: int) -> Weight:
-        """The same with other bits; options that suit the old bits only are left out."""
+        """The same with other bits; options that suit the old bits only are left out.
+
+        A method that is not made for these bits is replaced by 'minmax'.
+        """
+        if bits not in WEIGHT_METHODS[self.method].allowed_bits:
+            return Weight('minmax', bits)
         return dataclasses.replace(self, bits=bits, options=_fitting(self, WEIGHT_METHODS, bits))
 
 
@@ -65,7 +73,9 @@ class Activation:
     """A threshold for each pyramid level in the layers that a head calls once a level (Chen et al., AQD, CVPR 2021)."""
 
     def with_bits(self, bits: int) -> Activation:
-        """The same with other bits; options that suit the old bits only are left out."""
+        """The same with other bits, as for weights."""
+        if bits not in ACTIVATION_METHODS[self.method].allowed_bits:
+            return Activation('minmax', bits, self.range, per_level=self.per_level)
         return dataclasses.replace(self, bits=bits, options=_fitting(self, ACTIVATION_METHODS, bits))
 
 
@@ -106,7 +116,11 @@ class Quantization:
         """
         path = 'quantization'
         cfg = _mapping(cfg, path)
-        _known_keys(cfg, [f.name for f in dataclasses.fields(Quantization)], path)
+        _known_keys(cfg, ['method', *(f.name for f in dataclasses.fields(Quantization))], path)
+        method = cfg.get('method', 'gdrq')
+        if not isinstance(method, str) or method not in METHODS:
+            raise UserError(f'{path}.method={method!r} is unknown{near(method, METHODS)}')
+        sides = METHODS[method]
         bits = cfg.get('first_last_bits', 8)
         _check_bits(bits, f'{path}.first_last_bits')
         _check(cfg.get('deployable', True), (True, False), f'{path}.deployable')
@@ -123,8 +137,8 @@ class Quantization:
         if not isinstance(skip, (list, tuple)) or not all(isinstance(pattern, str) for pattern in skip):
             raise UserError(f'{path}.skip={skip!r} is not a list of patterns')
         checked = Quantization(
-            weight=_weight(cfg.get('weight', {}), f'{path}.weight'),
-            activation=_activation(cfg.get('activation', {}), f'{path}.activation'),
+            weight=_weight(cfg.get('weight', {}), f'{path}.weight', Weight(sides[0])),
+            activation=_activation(cfg.get('activation', {}), f'{path}.activation', Activation(sides[1])),
             first_last_bits=bits,
             deployable=cfg.get('deployable', True),
             schedule=_schedule(cfg.get('schedule', {}), f'{path}.schedule'),
@@ -211,9 +225,12 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_bits(bits: Any, path: str, layer: str = '') -> None:
-    if not _is_int(bits) or not (2 <= bits <= 8 or bits == FLOAT_BITS):
-        raise UserError(f'{path}={bits!r} is not an integer from 2 to 8, nor {FLOAT_BITS} for float{layer}')
+def _check_bits(bits: Any, path: str, layer: str = '', method: str = '', allowed: range = range(2, 9)) -> None:
+    if _is_int(bits) and (bits in allowed or bits == FLOAT_BITS):
+        return
+    choices = f'an integer from {allowed[0]} to {allowed[-1]}' if len(allowed) > 1 else str(allowed[0])
+    only = f' with method {method!r}' if allowed != range(2, 9) else ''
+    raise UserError(f'{path}={bits!r} is not {choices}, nor {FLOAT_BITS} for float{only}{layer}')
 
 
 def _fitting(side: Weight | Activation, methods: Mapping[str, Any], bits: int) -> dict[str, Any]:
@@ -243,7 +260,7 @@ def _side(cfg: Any, path: str, base: Any, methods: Mapping[str, Any], extra: lis
     method, bits = cfg.get('method', base.method), cfg.get('bits', base.bits)
     if not isinstance(method, str) or method not in methods:
         raise UserError(f'{path}.method={method!r} is unknown{near(method, methods)}{layer}')
-    _check_bits(bits, f'{path}.bits', layer)
+    _check_bits(bits, f'{path}.bits', layer, method, methods[method].allowed_bits)
     inherited = base.with_bits(bits).options if method == base.method else {}
     options = _options(cfg, methods, method, inherited, path, layer)
     return dict(method=method, bits=bits, options=options, **{key: cfg.get(key, getattr(base, key)) for key in extra})
@@ -251,7 +268,7 @@ def _side(cfg: Any, path: str, base: Any, methods: Mapping[str, Any], extra: lis
 
 def _weight(cfg: Any, path: str, base: Weight = Weight(), layer: str = '') -> Weight:
     checked = Weight(**_side(cfg, path, base, WEIGHT_METHODS, ['groups'], layer))
-    if checked.groups != 'channel' and not (_is_int(checked.groups) and checked.groups >= 1):  # type: ignore[operator]
+    if checked.groups not in ('channel', None) and not (_is_int(checked.groups) and checked.groups >= 1):  # type: ignore[operator]
         raise UserError(f"{path}.groups={checked.groups!r} is not an integer of at least 1, nor 'channel'{layer}")
     return checked
 

@@ -54,6 +54,21 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
+class _Replace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        return value.to(surrogate.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, None
+
+
+def straight_through(surrogate: Tensor, value: Tensor) -> Tensor:
+    """`value` to the last bit, with the gradient of `surrogate`; both of one shape."""
+    return _Replace.apply(surrogate, value.detach())
+
+
 # ---- groups -----------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +182,42 @@ def _beyond(bound: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
     return torch.nextafter(near, near.new_full((), towards))
 
 
+def _quantized(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
+    divisor = torch.where(step > 0, step, 1)  # a step of 0 (dead group, empty batch) gives 0, never NaN
+    out = torch.empty_like(x)
+    blocks = _blocks((x, out), (divisor, step))
+    if blocks is None:
+        return (_wide(x) / divisor).round_().clamp_(lo, hi).mul_(step).to(x.dtype)
+    for a, b, d, s in blocks:
+        if _wide(a) is a:
+            torch.div(a, d, out=b).round_().clamp_(lo, hi).mul_(s)
+        else:
+            b.copy_(torch.div(a.float(), d).round_().clamp_(lo, hi).mul_(s))
+    return out
+
+
+def _masked(grad: Tensor, x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
+    """The gradient where x is in [lo * d, hi * d], else 0."""
+    low, high = lo * step, hi * step
+    if x.device.type == 'cpu' and step.dim() == 0 and grad.dtype == x.dtype:
+        # One pass that leaves out the ends, hence bounds just beyond them. Reading a number makes only a GPU wait.
+        ends = float(_beyond(low, x.dtype, -torch.inf)), float(_beyond(high, x.dtype, torch.inf))
+        return torch.ops.aten.hardtanh_backward(grad, x, *ends)
+    out = torch.empty_like(grad)
+    blocks = _blocks((x, grad, out), (low, high)) if grad.dtype == x.dtype else None
+    if blocks is None:
+        x = _wide(x)
+        return grad * ((x >= low) & (x <= high))
+    for a, g, o, bottom, top in blocks:  # comparisons that write bool are far slower on a CPU than these
+        wide = _wide(a)
+        inside = o if wide is a else torch.empty_like(wide)
+        torch.minimum(wide, top, out=inside)
+        torch.maximum(inside, bottom, out=inside)
+        torch.eq(inside, wide, out=inside)
+        torch.mul(inside, g, out=o)
+    return out
+
+
 class _FakeQuantize(torch.autograd.Function):
     """d * clip(round(x / d), lo, hi), nothing stored but the input, which autograd keeps anyway."""
 
@@ -175,62 +226,46 @@ class _FakeQuantize(torch.autograd.Function):
         x = _dense(x)
         ctx.save_for_backward(x, step)
         ctx.args = lo, hi, masked
-        divisor = torch.where(step > 0, step, 1)  # a step of 0 (dead group, empty batch) gives 0, never NaN
-        out = torch.empty_like(x)
-        blocks = _blocks((x, out), (divisor, step))
-        if blocks is None:
-            return (_wide(x) / divisor).round_().clamp_(lo, hi).mul_(step).to(x.dtype)
-        for a, b, d, s in blocks:
-            if _wide(a) is a:
-                torch.div(a, d, out=b).round_().clamp_(lo, hi).mul_(s)
-            else:
-                b.copy_(torch.div(a.float(), d).round_().clamp_(lo, hi).mul_(s))
-        return out
+        return _quantized(x, step, lo, hi)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         lo, hi, masked = ctx.args
-        if not masked:
-            return grad, None, None, None, None
         x, step = ctx.saved_tensors
-        low, high = lo * step, hi * step
-        if x.device.type == 'cpu' and step.dim() == 0 and grad.dtype == x.dtype:
-            # One pass that leaves out the ends, hence bounds just beyond them. Reading a number makes only a GPU wait.
-            ends = float(_beyond(low, x.dtype, -torch.inf)), float(_beyond(high, x.dtype, torch.inf))
-            return torch.ops.aten.hardtanh_backward(grad, x, *ends), None, None, None, None
-        out = torch.empty_like(grad)
-        blocks = _blocks((x, grad, out), (low, high)) if grad.dtype == x.dtype else None
-        if blocks is None:
-            x = _wide(x)
-            return grad * ((x >= low) & (x <= high)), None, None, None, None
-        for a, g, o, bottom, top in blocks:  # comparisons that write bool are far slower on a CPU than these
-            wide = _wide(a)
-            inside = o if wide is a else torch.empty_like(wide)
-            torch.minimum(wide, top, out=inside)
-            torch.maximum(inside, bottom, out=inside)
-            torch.eq(inside, wide, out=inside)
-            torch.mul(inside, g, out=o)
-        return out, None, None, None, None
+        return _masked(grad, x, step, lo, hi) if masked else grad, None, None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):
     """The same values as _FakeQuantize, and a gradient for the step."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, scale: Any) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, scale: Any, inside: bool
+    ) -> Tensor:
+        x = _dense(x)
         ctx.save_for_backward(x, step)
-        ctx.args = lo, hi, scale
-        return ((x / torch.where(step > 0, step, 1)).round().clamp(lo, hi) * step).to(x.dtype)
+        ctx.args = lo, hi, scale, inside
+        return _quantized(x, step, lo, hi)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, step = ctx.saved_tensors
-        lo, hi, scale = ctx.args
-        v = x / torch.where(step > 0, step, 1)
-        each = torch.where(v <= lo, lo, torch.where(v >= hi, hi, v.round() - v))
-        inside = (v >= lo) & (v <= hi) & (step > 0)
-        step_grad = (grad * each * scale * (step > 0)).sum_to_size(step.shape)
-        return grad * inside, step_grad, None, None, None
+        lo, hi, scale, inside = ctx.args
+        divisor = torch.where(step > 0, step, 1)
+
+        def each(x: Tensor, divisor: Tensor) -> Tensor:
+            """dQ/dd of each element."""
+            v = _wide(x) / divisor
+            code = v.round().clamp_(lo, hi)
+            # hardtanh_backward keeps its first argument where lo < v < hi, in one pass
+            return code.sub_(torch.ops.aten.hardtanh_backward(v if inside else code, v, lo, hi))
+
+        blocks = _blocks((x, grad), (divisor,)) if step.dim() == 0 else None
+        if blocks is None:
+            step_grad = (_wide(grad) * each(x, divisor) * scale).sum_to_size(step.shape)
+        else:
+            step_grad = torch.stack([torch.dot(each(a, d), _wide(g)) for a, g, d in blocks]).sum() * scale
+        return _masked(grad, x, step, lo, hi), step_grad * (step > 0), None, None, None, None
 
 
 def fake_quantize(x: Tensor, step: Tensor, lo: int, hi: int, gradient: str = 'masked') -> Tensor:
@@ -250,13 +285,16 @@ def fake_quantize(x: Tensor, step: Tensor, lo: int, hi: int, gradient: str = 'ma
     return _FakeQuantize.apply(x, step.detach(), lo, hi, gradient == 'masked')
 
 
-def learned_step_quantize(x: Tensor, step: Tensor, lo: int, hi: int, scale: Tensor | float) -> Tensor:
+def learned_step_quantize(
+    x: Tensor, step: Tensor, lo: int, hi: int, scale: Tensor | float, inside: bool = True
+) -> Tensor:
     """Uniform quantization with a step that learns (LSQ, Esser et al. 2020, arXiv:1902.08153, Eq. 1 to 3).
 
     dQ/dd = lo below the range, hi above it, round(x/d) - x/d inside; times `scale`, LSQ's 1 / sqrt(N * Qp).
-    dQ/dx = 1 inside the range, 0 outside.
+    dQ/dx = 1 inside the range, 0 outside. `inside=False` leaves out the gradient of the values inside the range, as
+    PACT does, which learns where to clip.
     """
-    return _LearnedStep.apply(x, step, lo, hi, scale)
+    return _LearnedStep.apply(x, step, lo, hi, scale, inside)
 
 
 # ---- quantized loss -----------------------------------------------------------------------------------------------

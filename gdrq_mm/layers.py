@@ -20,11 +20,13 @@ from .config import FLOAT_BITS, Activation, Quantization, Weight
 from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, WeightQuantizer
 
 
-def make_weight_quantizer(cfg: Weight, channels: int) -> WeightQuantizer | None:
-    """The quantizer of a layer's weight, or None for float."""
+def make_weight_quantizer(cfg: Weight, filters: Tensor) -> WeightQuantizer | None:
+    """The quantizer of a layer's filters, (C_out, ...), or None for float."""
     if cfg.bits == FLOAT_BITS:
         return None
-    return WEIGHT_METHODS[cfg.method](cfg.bits, channels, cfg.groups, **cfg.options)
+    method: Any = WEIGHT_METHODS[cfg.method]
+    place = dict(kernel=tuple(filters.shape[2:])) if method.by_place else {}
+    return method(cfg.bits, len(filters), cfg.groups, **place, **cfg.options)
 
 
 def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
@@ -86,7 +88,7 @@ class QuantLayer:
         self.seen, self.level = False, 0
         self._shared = ()
         self.activation_settings = activation
-        self.weight_quant = make_weight_quantizer(weight, len(self.filters()))
+        self.weight_quant = make_weight_quantizer(weight, self.filters())
         self.own_input_quant: ActivationQuantizer | Levels | None = make_activation_quantizer(activation)
 
     def split_levels(self, count: int) -> None:

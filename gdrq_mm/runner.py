@@ -154,12 +154,12 @@ class QuantRunner(Runner):
             return super().build_param_scheduler(scheduler)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """The optimizer; what quantizers learn takes no weight decay, as in LSQ."""
+        """The optimizer; what quantizers learn takes weight decay and learning rate as its method says."""
         learned = learned_parameters(bare_model(self.model))
         if learned and isinstance(optim_wrapper, dict) and 'optimizer' in optim_wrapper:
             optim_wrapper = copy.deepcopy(optim_wrapper)
             keys = optim_wrapper.setdefault('paramwise_cfg', {}).setdefault('custom_keys', {})
-            keys.update({name: dict(decay_mult=0.0) for name in learned})
+            keys.update({n: dict(decay_mult=q.decay_mult, lr_mult=q.lr_mult) for n, q in learned.items()})
         with building(f'optim_wrapper={optim_wrapper}' if isinstance(optim_wrapper, dict) else 'optim_wrapper'):
             return super().build_optim_wrapper(optim_wrapper)
 

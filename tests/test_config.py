@@ -8,7 +8,7 @@ from mmengine.config import ConfigDict
 from gdrq_mm.config import Activation, Quantization, Schedule, Weight
 from gdrq_mm.errors import UserError
 from gdrq_mm.layers import QuantConv2d
-from gdrq_mm.quantizers import WEIGHT_METHODS, GDRQWeight
+from gdrq_mm.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS, GDRQWeight
 from gdrq_mm.quantizers.base import one_of
 
 NAMES = ['backbone.conv1', 'backbone.layer1.0.conv1', 'backbone.layer1.0.conv2', 'head.fc']
@@ -39,7 +39,7 @@ def other_method(monkeypatch):
 def test_an_empty_dict_gives_the_documented_defaults():
     cfg = Quantization.from_dict({})
     assert cfg == Quantization()
-    assert cfg.weight == Weight('gdrq', 4, 1, {})
+    assert cfg.weight == Weight('gdrq', 4, None, {})
     assert cfg.activation == Activation('gdrq', 4, 'auto', {})
     assert (cfg.first_last_bits, cfg.deployable, cfg.calibration_batches) == (8, True, 8)
     assert cfg.schedule == Schedule(0.0, 1.0)
@@ -118,9 +118,20 @@ BAD = [
     *[(dict(activation=dict(bits=b)), [f'quantization.activation.bits={b!r}', BITS]) for b in (5.5, 1, 9, True, '4')],
     *[(dict(first_last_bits=b), [f'quantization.first_last_bits={b!r}', BITS]) for b in (5.5, 1, 9, True, '4', None)],
     (dict(overrides={'*.fc': dict(weight=dict(bits=1))}), [f'{OVERRIDE}.weight.bits=1', BITS]),
+    # methods
+    (dict(method='gdqr'), ["quantization.method='gdqr'", "did you mean 'gdrq'"]),
+    (dict(method=['lsq']), ["quantization.method=['lsq'] is unknown", "'lsq'"]),
+    (dict(weight=dict(method='pact')), ["quantization.weight.method='pact'", 'choices: ', 'dorefa']),
+    (dict(activation=dict(method='lsq+')), ["quantization.activation.method='lsq+'", "did you mean 'lsq'"]),
+    (dict(method='twn'), ['quantization.weight.bits=4', "is not 2, nor 32 for float with method 'twn'"]),
+    (
+        dict(method='xnor', weight=dict(bits=2)),
+        ['quantization.weight.bits=2', 'is not 1, nor 32 for float with method'],
+    ),
+    (dict(method='dorefa', activation=dict(bits=8)), ['quantization.activation.bits=8', 'from 2 to 7', "'dorefa'"]),
     # the other fields
     *[(dict(weight=dict(groups=g)), [f'quantization.weight.groups={g!r}', "'channel'"]) for g in (0, -1, 'chan', 2.5)],
-    *[(dict(weight=dict(groups=g)), [f'quantization.weight.groups={g!r}', "'channel'"]) for g in (True, None, [1])],
+    *[(dict(weight=dict(groups=g)), [f'quantization.weight.groups={g!r}', "'channel'"]) for g in (True, [1])],
     *[
         (dict(activation=dict(range=r)), [f'quantization.activation.range={r!r}', "'auto'", "'zero_point'"])
         for r in ('both', 1, None, ['auto'])
@@ -189,10 +200,11 @@ VALUES = st.recursive(
     lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3) | st.integers(0, 3), v, max_size=4),
     max_leaves=12,
 )
-SIDES = st.dictionaries(st.sampled_from('method bits groups range gdrq'.split()), VALUES, max_size=3)
+SIDES = st.dictionaries(st.sampled_from('method bits groups range gdrq lsq twn'.split()), VALUES, max_size=3)
 WHOLE = st.fixed_dictionaries(
     {},
     optional=dict(
+        method=st.sampled_from(sorted(METHODS)) | VALUES,
         weight=SIDES | VALUES,
         activation=SIDES | VALUES,
         first_last_bits=VALUES,
@@ -219,6 +231,29 @@ def test_a_dict_builds_a_layer_or_ends_in_a_user_error(cfg):
         QuantConv2d(2, 3, 1, quantization=cfg)
     except UserError as error:
         assert str(error)
+
+
+# ---- methods --------------------------------------------------------------------------------------------------------
+
+
+def test_a_method_sets_both_sides_as_its_paper_combines_them():
+    cfg = Quantization.from_dict(dict(method='pact', weight=dict(bits=3), activation=dict(bits=2)))
+    assert (cfg.weight, cfg.activation) == (Weight('dorefa', 3), Activation('pact', 2))
+    assert all(w in WEIGHT_METHODS and a in ACTIVATION_METHODS for w, a in METHODS.values())
+    assert {w for w, _ in METHODS.values()} == set(WEIGHT_METHODS)
+    assert {a for _, a in METHODS.values()} == set(ACTIVATION_METHODS)
+
+
+def test_a_side_may_choose_another_method():
+    cfg = Quantization.from_dict(dict(method='gdrq', activation=dict(method='pact', pact=dict(decay_mult=0.5))))
+    assert (cfg.weight.method, cfg.activation) == ('gdrq', Activation('pact', options=dict(decay_mult=0.5)))
+
+
+def test_a_layer_whose_bits_the_method_does_not_have_takes_minmax():
+    cfg = Quantization.from_dict(dict(method='twn', weight=dict(bits=2), overrides={'head.fc': dict(weight={})}))
+    weight, activation = cfg.for_layer('head.fc', first_or_last=True)
+    assert (weight, activation) == (Weight('minmax', 8), Activation('minmax', 8))
+    assert cfg.for_layer('backbone.conv1')[0].method == 'twn'
 
 
 # ---- patterns -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from gdrq_mm.cli import mend_bases
 from gdrq_mm.config import Quantization
 from gdrq_mm.convert import quant_layers, quantize_model
 from gdrq_mm.datasets import digits
+from gdrq_mm.quantizers import METHODS
 from gdrq_mm.runner import QuantRunner, drop_pretrained, read_quantization
 from gdrq_mm.summary import layer_table
 from gdrq_mm.topology import record
@@ -73,7 +74,14 @@ def test_a_quantization_base_sets_its_two_keys_only(path):
     assert cfg.runner_type == 'gdrq_mm.runner.QuantRunner'
     quantization = Quantization.from_dict(cfg.quantization)
     assert (quantization.weight.bits, quantization.activation.bits) == bits_in_name(path)
-    assert (quantization.weight.method, quantization.activation.method) == ('gdrq', 'gdrq')
+    method = path.stem.rsplit('_', 1)[0]
+    assert cfg.quantization.method == method
+    if path.stem != 'hwgq_w1a2':  # the paper's: binary weights, which is a method of its own
+        assert (quantization.weight.method, quantization.activation.method) == METHODS[method]
+
+
+def test_every_method_has_a_quantization_base():
+    assert {path.stem.rsplit('_', 1)[0] for path in QUANTIZATION} == set(METHODS)
 
 
 @pytest.mark.parametrize('path', FULL_SCALE, ids=name)

@@ -523,7 +523,7 @@ def test_totals_count_layers_out_of_reach_as_float():
     report = quantize(model)
     calibrate(model, image())
     total = totals(model, report)
-    assert total.quantized == 2 * 144 and total.bytes == 2 * (144 + 4) + 144 * 4
+    assert total.quantized == 2 * 144 and total.bytes == 2 * (144 + 4 * 4) + 144 * 4
 
 
 def test_the_table_has_each_layer_with_its_bits_and_range():

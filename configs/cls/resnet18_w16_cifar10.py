@@ -1,7 +1,7 @@
 _base_ = ['../_base_/models/resnet18_w16.py', '../_base_/datasets/cifar10.py', '../_base_/default_runtime_cls.py']
 memory_format = 'channels_last'
 # With crops and flips alone, 30 epochs end at 92.7 on the training images and at 86.5 on the test images: more
-# augmentation and more epochs are what helps. The first of the two cosine cycles ends at 89.1.
+# augmentation and more epochs are what helps. The first of the three cosine cycles ends at 89.1, the second at 89.8.
 policies = [
     dict(type='AutoContrast'),
     dict(type='Equalize'),
@@ -41,15 +41,15 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=2, convert_to_iter_based=True),
     dict(
         type='CosineRestartLR',
-        periods=[58, 60],
-        restart_weights=[1, 0.5],
+        periods=[58, 60, 60],
+        restart_weights=[1, 0.5, 0.5],
         eta_min=0,
         by_epoch=True,
         begin=2,
-        end=120,
+        end=180,
         convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=120, val_interval=5)
+train_cfg = dict(by_epoch=True, max_epochs=180, val_interval=5)
 val_cfg = dict()
 test_cfg = dict()

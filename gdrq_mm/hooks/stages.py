@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..convert import bare_model, quant_layers
+from ..convert import activation_quantizers, bare_model, quant_layers
 from ..quantizers import Quantizer, Stage
 
 
@@ -68,6 +68,9 @@ def set_stage(model: nn.Module, stage: Stage) -> Stage | None:
         quant = layer.weight_quant
         if stage == Stage.FREEZE and quant is not None and quant.calibrated and quant.stage != Stage.FREEZE:
             quant.threshold.copy_(quant.threshold_of(layer.filters()))
+    for quant in activation_quantizers(model).values():
+        if stage == Stage.FREEZE and quant.calibrated and quant.stage != Stage.FREEZE:
+            quant.freeze()
     before = None
     for module in model.modules():
         if isinstance(module, Quantizer) and module.stage != Stage.FLOAT:

@@ -75,12 +75,12 @@ class StatisticsHook(Hook):
             quant = layer.weight_quant
             if quant is not None and quant.calibrated:
                 weight = layer.filters()
-                threshold = F.per_channel(quant.current_threshold(weight), quant.sizes, weight.dim())
-                step = F.step_size(threshold, quant.lo, quant.hi)
-                found.append(_distribution(f'{name}.weight', weight, threshold, step, quant))
+                step = quant.step(weight)
+                found.append(_distribution(f'{name}.weight', weight, step, quant.quantize(weight, step), quant))
         for name, quant in activation_quantizers(model).items():
             if quant.calibrated and name in samples and samples[name].numel():
-                found.append(_distribution(name, samples[name], quant.threshold, quant.step(), quant))
+                x, step = samples[name], quant.step()
+                found.append(_distribution(name, x, step, quant.quantize(x, step), quant))
         return found
 
     @master_only
@@ -96,9 +96,8 @@ class StatisticsHook(Hook):
                     backend.experiment.add_histogram(f'quant/{d.name}', d.values, runner.iter)
 
 
-def _distribution(name: str, x: Tensor, threshold: Tensor, step: Tensor, quant: Quantizer) -> Distribution:
-    quantized = F.fake_quantize(x, step, quant.lo, quant.hi)
-    low = quant.lo * step
+def _distribution(name: str, x: Tensor, step: Tensor, quantized: Tensor, quant: Quantizer) -> Distribution:
+    low, threshold = quant.lo * step, step * max(-quant.lo, quant.hi)
     clipped = (x > quant.hi * step) | (x < low)
     return Distribution(
         name=name.replace('.own_input_quant', ''),

@@ -6,6 +6,7 @@ overrides `threshold_of`, `reshape` or `quantize`; everything else here stays as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
@@ -33,6 +34,9 @@ class Stage(IntEnum):
     """Pass values through for good: calibration did not reach the layer."""
 
 
+SAMPLES = 1 << 13
+"""Values that a method which looks at more than mean and extremes keeps of each calibration batch (ours)."""
+
 Check = Callable[[Any], str]
 """Checks the value of an option: returns '' or what it should have been."""
 
@@ -58,6 +62,8 @@ def number(low: float, high: float, none: bool = False) -> Check:
 class Quantizer(nn.Module):
     """A quantizer with stage, calibration flag and code range, all saved in the checkpoint.
 
+    A method that learns registers its Parameters in `__init__`; they are in the optimizer, times `lr_mult`.
+
     They are needed by Python control flow, so they are mirrored: `state` is the saved copy, (stage, calibrated, lo,
     hi, bits). Reading a tensor in `forward` would make a GPU wait.
     """
@@ -81,6 +87,12 @@ class Quantizer(nn.Module):
 
     bits_options: tuple[str, ...] = ()
     """Options whose value suits the bits beside it only: a layer with other bits takes their default."""
+    allowed_bits: range = range(2, 9)
+    """Bits that the method is made for; a first or last layer with others takes the method 'minmax'."""
+    decay_mult = 0.0
+    """Weight decay of the learned Parameters, as a multiple of that of the weights."""
+    lr_mult = 1.0
+    """Learning rate of the learned Parameters, as a multiple of that of the weights."""
 
     @property
     def bits_in_use(self) -> int:
@@ -93,6 +105,15 @@ class Quantizer(nn.Module):
             setattr(self, name, value)
         state = [int(self.stage), int(self.calibrated), self.lo, self.hi, self.bits]
         self.state.copy_(torch.tensor(state, dtype=torch.int32))
+
+    def learn(self, x: Tensor, step: Tensor, scale: Tensor | float, inside: bool = True) -> Tensor:
+        """Fake quantization whose step learns, see functional.learned_step_quantize.
+
+        With frozen thresholds the gradient is 0, and not missing: DistributedDataParallel waits for all of them.
+        """
+        if self.stage == Stage.FREEZE:
+            step, scale = step + 0 * sum(p.sum() for p in self.parameters()), 0.0
+        return F.learned_step_quantize(x, step, self.lo, self.hi, scale, inside)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         known = len(args[2])  # local_metadata, strict, missing_keys, ...
@@ -110,15 +131,22 @@ class WeightQuantizer(Quantizer):
     Args:
         bits: 2 to 8.
         channels: C_out, the number of filters.
-        groups: thresholds; a number of contiguous groups (at most C_out are used), or 'channel'.
+        groups: thresholds; a number of contiguous groups (at most C_out are used), or 'channel'; None: the method's
+            `default_groups`.
         narrow_range: leave out the code -2^(n-1).
     """
 
     threshold: Tensor
     sizes: Tensor
 
-    def __init__(self, bits: int, channels: int, groups: int | str = 1, narrow_range: bool = True) -> None:
+    default_groups: int | str = 1
+    """Groups where the config names none: those of the paper."""
+    by_place = False
+    """Whether `__init__` takes the size of the kernel, `kernel`."""
+
+    def __init__(self, bits: int, channels: int, groups: int | str | None = None, narrow_range: bool = True) -> None:
         super().__init__(bits)
+        groups = self.default_groups if groups is None else groups
         count = channels if groups == 'channel' else min(int(groups), channels)
         self.set_state(lo=F.code_range(bits, True, narrow_range)[0], hi=F.code_range(bits, True)[1])
         self.register_buffer('sizes', torch.tensor(F.group_sizes(channels, count)), persistent=False)
@@ -141,6 +169,10 @@ class WeightQuantizer(Quantizer):
         """Fake quantization with a step that broadcasts against the weight."""
         return F.fake_quantize(weight, step, self.lo, self.hi)
 
+    def round(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Codes of a weight, as floats: the nearest ones, in [lo, hi]."""
+        return (weight / torch.where(step > 0, step, 1)).round().clamp(self.lo, self.hi)
+
     def calibrate(self, weight: Tensor) -> None:
         """Set what must be known before training, from the loaded weight."""
         self.threshold.copy_(self.threshold_of(weight))
@@ -161,8 +193,7 @@ class WeightQuantizer(Quantizer):
 
     def codes(self, weight: Tensor) -> Tensor:
         """Integer weights, (C, ...) int8: `codes * step` is what `forward` returns in evaluation."""
-        step = self.step(weight)
-        return (weight / torch.where(step > 0, step, 1)).round().clamp(self.lo, self.hi).to(torch.int8)
+        return self.round(weight, self.step(weight)).to(torch.int8)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Filters (C, ...) to filters of the same shape."""
@@ -196,10 +227,27 @@ class ActivationQuantizer(Quantizer):
         self.range = range
         self.register_buffer('threshold', torch.zeros(()))
         self._observed: list[Tensor] = []
+        self.samples: Tensor | None = None
+        """With `keeps_samples`: evenly spaced values of the calibration batches, (N,), while it lasts."""
 
-    def start_threshold(self, mean: Tensor, top: Tensor) -> Tensor:
-        """T from calibration: mean(|x|) and max(|x|), scalars."""
-        raise NotImplementedError
+    keeps_samples = False
+    """Whether `start_threshold` reads `samples`."""
+
+    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """T from calibration: mean(|x|), min(x, 0) and max(x, 0), scalars; by default the largest |x|."""
+        return torch.maximum(-low, high)
+
+    def search_start(self, low: Tensor, high: Tensor, candidates: int = 64) -> Tensor:
+        """The T of least squared error on `samples`, of evenly spaced ones up to the largest |x| (grid: ours)."""
+        assert self.samples is not None
+        x, kind, top = self.samples.double(), self.kind, float(torch.maximum(-low, high))
+        best = torch.inf, top
+        for threshold in (top * i / candidates for i in range(candidates, 0, -1)):
+            zero_point = zero_point_of(threshold, float(low), self.bits) if kind == 'zero_point' else 0
+            lo, hi = F.code_range(self.bits, kind == 'signed', zero_point=zero_point)
+            step = F.step_size(x.new_tensor(threshold), lo, hi)
+            best = min(best, (float((F.fake_quantize(x, step, lo, hi) - x).square().sum()), threshold))
+        return high.new_tensor(best[1])
 
     def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
         """The reshape stage: the input in float, clipped or not."""
@@ -223,9 +271,18 @@ class ActivationQuantizer(Quantizer):
         """Move T by the statistics of one optimizer step, summed over forwards and ranks, and start anew."""
         raise NotImplementedError
 
+    def current_threshold(self) -> Tensor:
+        """T as `forward` uses it now; a method that learns it overrides this. Not called when thresholds are frozen."""
+        return self.threshold
+
+    def freeze(self) -> None:
+        """Keep the threshold of this moment."""
+        self.threshold.copy_(self.current_threshold())
+
     def step(self) -> Tensor:
         """The step d, a scalar."""
-        return F.step_size(self.threshold, self.lo, self.hi)
+        threshold = self.threshold if self.stage == Stage.FREEZE else self.current_threshold()
+        return F.step_size(threshold, self.lo, self.hi)
 
     @property
     def kind(self) -> str:
@@ -240,6 +297,9 @@ class ActivationQuantizer(Quantizer):
         low, high = torch.aminmax(x)
         count = torch.tensor(float(x.numel()), device=x.device)
         self._observed.append(torch.stack([x.abs().sum(), count, torch.count_nonzero(x).float(), -low, high]).double())
+        if self.keeps_samples:
+            few = x.flatten()[:: math.ceil(x.numel() / SAMPLES)]
+            self.samples = few if self.samples is None else torch.cat([self.samples, few])
 
     def observed(self) -> Tensor:
         """(5,) float64 summary of the calibration so far; count 0 if nothing came through."""
@@ -257,11 +317,13 @@ class ActivationQuantizer(Quantizer):
         mean = total / max(nonzero if self.mean_of == 'nonzero' else count, 1)
         kind = self.range if self.range != 'auto' else decide_range(-negative, high)
         self.set_range(kind)
-        start = self.start_threshold(*(self.threshold.new_tensor(v) for v in (mean, max(negative, high, 0.0))))
+        low, high = min(-negative, 0.0), max(high, 0.0)
+        start = self.start_threshold(*(self.threshold.new_tensor(v) for v in (mean, low, high)))
         if kind == 'zero_point':
-            self.set_range(kind, zero_point_of(float(start), -negative, self.bits))
+            self.set_range(kind, zero_point_of(float(start), low, self.bits))
         self.threshold.copy_(start)
         self.set_state(calibrated=True)
+        self.samples = None
 
     mean_of = 'all'
     """Whether mean(|x|) is over 'all' elements or the 'nonzero' ones; a method may make it an option."""
@@ -295,13 +357,13 @@ class ActivationQuantizer(Quantizer):
         return f'bits={self.bits}, range={self.range}'
 
 
-def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> Parameter of what the quantizers of a model learn; the float model has none of them."""
+def learned_parameters(model: nn.Module) -> dict[str, Quantizer]:
+    """Name of each Parameter that a model's quantizers learn -> its quantizer; the float model has none of them."""
     return {
-        f'{name}.{key}': parameter
+        f'{name}.{key}': module
         for name, module in model.named_modules()
         if isinstance(module, Quantizer)
-        for key, parameter in module.named_parameters(recurse=False)
+        for key, _ in module.named_parameters(recurse=False)
     }
 
 

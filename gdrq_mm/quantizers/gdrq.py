@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .base import ActivationQuantizer, Check, Stage, WeightQuantizer, number, one_of
+from .lsq import lsq_scale
 
 WEIGHT_K = {2: 2.0, 3: 3.0, 4: 3.5, 5: 4.5, 6: 5.5, 7: 6.0, 8: 7.0}
 """Default k for weights by bits (ours; docs/figures.md has the search)."""
@@ -42,6 +43,7 @@ class GDRQWeight(WeightQuantizer):
     """
 
     bits_options = ('k',)
+    default_groups = 4
 
     @classmethod
     def options(cls) -> dict[str, Check]:
@@ -57,7 +59,7 @@ class GDRQWeight(WeightQuantizer):
         self,
         bits: int,
         channels: int,
-        groups: int | str = 1,
+        groups: int | str | None = None,
         k: float | None = None,
         clip: str = 'forward',
         gradient: str = 'masked',
@@ -91,10 +93,8 @@ class GDRQWeight(WeightQuantizer):
         return weight if self.clip == 'project' else F.clip(weight, threshold, self.gradient)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
-        if self.source == 'learned' and self.stage != Stage.FREEZE:
-            scale = (self.sizes * weight[0].numel() * self.hi) ** -0.5  # LSQ's 1 / sqrt(N * Qp), N of each group
-            scale = F.per_channel(scale, self.sizes, weight.dim())
-            return F.learned_step_quantize(weight, step, self.lo, self.hi, scale)
+        if self.source == 'learned':
+            return self.learn(weight, step, lsq_scale(self, weight))
         return F.fake_quantize(weight, step, self.lo, self.hi, self.gradient)
 
     def after_step(self, weight: Tensor, step: int) -> Tensor | None:
@@ -150,10 +150,10 @@ class GDRQActivation(ActivationQuantizer):
 
     follows = True
 
-    def start_threshold(self, mean: Tensor, top: Tensor) -> Tensor:
+    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
         self.k.fill_(ACTIVATION_K[self.kind][self.bits] if self.given_k is None else self.given_k)
         if self.given_k is None and mean > 0:  # beyond the largest value there is nothing to clip: images, ReLU6
-            self.k.clamp_(max=top / mean)
+            self.k.clamp_(max=torch.maximum(-low, high) / mean)
         return self.k * mean
 
     def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-# GDRQ with 4-bit weights and 4-bit activations; every key is explained in gdrq_mm/config.py.
+# GDRQ with 4-bit weights, 4 groups a layer, and 4-bit activations; every key is explained in gdrq_mm/config.py.
 runner_type = 'gdrq_mm.runner.QuantRunner'
 quantization = dict(
-    weight=dict(method='gdrq', bits=4, groups=4),
-    activation=dict(method='gdrq', bits=4, range='auto'),
+    method='gdrq',
+    weight=dict(bits=4),
+    activation=dict(bits=4, range='auto'),
     first_last_bits=8,
     deployable=True,
     schedule=dict(reshape=0.0, freeze=1.0),

@@ -1,8 +1,9 @@
-# GDRQ with 8-bit weights and 8-bit activations; every key is explained in gdrq_mm/config.py.
+# GDRQ with 8-bit weights, 4 groups a layer, and 8-bit activations; every key is explained in gdrq_mm/config.py.
 runner_type = 'gdrq_mm.runner.QuantRunner'
 quantization = dict(
-    weight=dict(method='gdrq', bits=8, groups=4),
-    activation=dict(method='gdrq', bits=8, range='auto'),
+    method='gdrq',
+    weight=dict(bits=8),
+    activation=dict(bits=8, range='auto'),
     first_last_bits=8,
     deployable=True,
     schedule=dict(reshape=0.0, freeze=1.0),

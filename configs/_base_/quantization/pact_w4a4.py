@@ -1,0 +1,3 @@
+# PACT (weights as DoReFa) with 4-bit weights and 4-bit activations; see gdrq_mm/quantizers/pact.py.
+_base_ = './gdrq_w4a4.py'
+quantization = dict(method='pact')

@@ -1,0 +1,54 @@
+"""HWGQ: activations on the uniform levels that fit a rectified Gaussian best.
+
+Cai et al., "Deep Learning with Low Precision by Half-wave Gaussian Quantization", CVPR 2017, arXiv:1702.00953.
+Section 4.2: Q(x) = q_i for x in (t_i, t_i+1], 0 for x <= 0, with evenly spaced q_i of least squared error for the
+standard normal distribution: any x > 0 gets at least the first level; section 4.3: the gradient is that of a clipped
+ReLU.
+The paper binarizes weights: combine with `weight=dict(method='xnor', bits=1)`.
+Deviations: the paper's inputs have unit variance, ours are scaled by their sigma, from a running mean(|x|), which is
+sigma / sqrt(2 pi) for a rectified Gaussian; signed inputs take the levels that fit a whole Gaussian, with a zero
+level.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from .base import Check, number
+from .gdrq import GDRQActivation
+
+HALF_WAVE = {2: 0.5388, 3: 0.3217, 4: 0.1842, 5: 0.1030, 6: 0.0566, 7: 0.0307, 8: 0.0165}
+"""Step of least squared error by bits for max(x, 0) of a standard normal x; a test computes it anew."""
+FULL_WAVE = {2: 1.224, 3: 0.6508, 4: 0.3534, 5: 0.1932, 6: 0.1055, 7: 0.0573, 8: 0.0309}
+"""The same for x itself with the codes -(2^(n-1) - 1) to 2^(n-1) - 1."""
+
+
+class HWGQActivation(GDRQActivation):
+    """Activations with T = (2^n - 1) * step * sigma, which is k * mean(|x|), so that T follows as in GDRQ.
+
+    Args:
+        momentum: of the running average.
+    """
+
+    @classmethod
+    def options(cls) -> dict[str, Check]:
+        return dict(momentum=number(0, 1))
+
+    def __init__(self, bits: int, range: str = 'auto', momentum: float = 0.01) -> None:
+        super().__init__(bits, range, momentum=momentum)
+
+    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        signed = self.kind == 'signed'
+        sigma = math.sqrt(math.pi / 2) if signed else math.sqrt(2 * math.pi)  # times mean(|x|)
+        self.k.fill_((FULL_WAVE if signed else HALF_WAVE)[self.bits] * self.hi * sigma)
+        return self.k * mean
+
+    def quantize(self, x: Tensor, step: Tensor) -> Tensor:
+        out = super().quantize(x, step)
+        if self.kind != 'unsigned':
+            return out
+        return F.straight_through(out, torch.maximum(out, (x > 0) * step))

@@ -1,0 +1,62 @@
+"""Min-max: the range is that of the values, as in most toolkits.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018,
+arXiv:1712.05877, section 3.1: weights by their largest |w| at each step, activations by moving averages of their
+extremes. Weights per channel, as Krishnamoorthi, arXiv:1806.08342, section 3.1.3, recommends and as torch.ao does.
+Deviations: symmetric weights; the zero point of activations stays what calibration found, so only T moves; ranks share
+one average.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from .base import ActivationQuantizer, Check, WeightQuantizer, number
+
+
+class MinMaxWeight(WeightQuantizer):
+    """Weights with T = max|w| of each group, by default of each filter."""
+
+    default_groups = 'channel'
+
+    def threshold_of(self, weight: Tensor) -> Tensor:
+        return F.per_group(weight.detach().float().flatten(1).abs().amax(1), self.sizes, 'max')
+
+
+class MinMaxActivation(ActivationQuantizer):
+    """Activations with a running largest |x|, T <- T + m * (max|x| - T).
+
+    Args:
+        momentum: m; 0.01 as in torch.ao.
+    """
+
+    follows = True
+
+    @classmethod
+    def options(cls) -> dict[str, Check]:
+        return dict(momentum=number(0, 1))
+
+    def __init__(self, bits: int, range: str = 'auto', momentum: float = 0.01) -> None:
+        super().__init__(bits, range)
+        self.momentum = momentum
+        self._sum: Any = 0.0
+        self._count = 0
+
+    def track(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self._sum = self._sum + torch.maximum(-low, high).float()
+        self._count += 1
+
+    def statistics(self) -> Tensor:
+        collected = (self._sum, self._count)
+        return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.threshold.device) for v in collected])
+
+    def update(self, statistics: Tensor) -> None:
+        total, count = statistics[0], statistics[1]
+        moved = self.threshold + self.momentum * (total / count.clamp(min=1) - self.threshold)
+        self.threshold.copy_(torch.where(count > 0, moved, self.threshold))
+        self._sum, self._count = 0.0, 0
