@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -147,6 +148,14 @@ def without_quantizers(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint as if it came from the float model."""
     state = {k: v for k, v in state_of(checkpoint).items() if not _QUANTIZER_ENTRY.search(k)}
     return {**checkpoint, 'state_dict': state}
+
+
+def file_digest(path: str) -> str | None:
+    """SHA-256 of a local file; None for an address."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

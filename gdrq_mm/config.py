@@ -150,6 +150,22 @@ class Quantization:
             checked._merged(pattern, [pattern], '')
         return checked
 
+    def choices(self) -> dict[str, Any]:
+        """The settings that are not the default, without methods and bits, such as 'weight.clip' -> 'project'."""
+        plain, found = Quantization(), {}
+        default_groups = WEIGHT_METHODS[self.weight.method].default_groups
+        parts = {'weight.': self.weight, 'activation.': self.activation, 'schedule.': self.schedule, '': self}
+        for prefix, part in parts.items():
+            default = getattr(plain, prefix[:-1]) if prefix else plain
+            for name in (f.name for f in dataclasses.fields(part)):  # type: ignore[arg-type]
+                value = getattr(part, name)
+                if f'{name}.' in parts or name in ('method', 'bits', 'options') or value == getattr(default, name):
+                    continue
+                if (name, value) != ('groups', default_groups):
+                    found[prefix + name] = value
+            found.update({prefix + name: value for name, value in getattr(part, 'options', {}).items()})
+        return found
+
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raise UserError if a pattern of `skip` or `overrides` matches none of the layers' names."""
         names = list(names)

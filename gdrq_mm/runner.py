@@ -22,7 +22,15 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
-from .checkpoint import ALLOWED, check_finite, check_fits, other_quantization, read_checkpoint, without_quantizers
+from .checkpoint import (
+    ALLOWED,
+    check_finite,
+    check_fits,
+    file_digest,
+    other_quantization,
+    read_checkpoint,
+    without_quantizers,
+)
 from .config import FLOAT_BITS, Quantization
 from .convert import Report, bare_model, float_report, mute_leaves, quantize_model
 from .datasets.check import check_dataset, checked_reading, ignored_labels
@@ -48,6 +56,8 @@ class QuantRunner(Runner):
 
     quantization: Quantization | None = None
     report: Report | None = None
+    training: dict[str, Any] = {}
+    """What the checkpoint says of the run that wrote it: seed, epochs, iterations, and where it started from."""
     unsafe_load = False
     """Unpickle whatever a checkpoint holds (tools: --unsafe-load)."""
 
@@ -192,6 +202,9 @@ class QuantRunner(Runner):
         if mismatch:
             self.logger.info(f'Thresholds of {filename} are of another quantization ({mismatch}); ours start anew.')
             checkpoint = without_quantizers(checkpoint)
+        meta = checkpoint.get('meta') or {}
+        start = dict(file=Path(filename).name, sha256=file_digest(filename)) if starting else meta.get('start')
+        self.training = dict(start=start, **{key: meta.get(key) for key in ('seed', 'epoch', 'iter')})
         checkpoint = _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
         check_finite(model, filename)
         self._has_loaded = True
@@ -201,6 +214,7 @@ class QuantRunner(Runner):
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """Save under a temporary name, then move into place: the file is whole or not there."""
+        kwargs['meta'] = {**(kwargs.get('meta') or {}), 'start': self.training.get('start')}
         if '://' in out_dir:
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return
@@ -227,6 +241,7 @@ class QuantRunner(Runner):
         assert self.report is not None
         return dict(
             methods=[config.weight.method, config.activation.method] if config else ['float', 'float'],
+            options=config.choices() if config else {},
             bits=[config.weight.bits, config.activation.bits] if config else [FLOAT_BITS, FLOAT_BITS],
             first_last_bits=config.first_last_bits if config else FLOAT_BITS,
             deployable=config.deployable if config else None,

@@ -1,10 +1,13 @@
 """Run records and the comparison table."""
 
 import copy
+import csv
 import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -16,10 +19,11 @@ from gdrq_mm.checkpoint import read_checkpoint
 from gdrq_mm.errors import UserError
 from gdrq_mm.results.record import make_record, model_name, read_record, write_record
 from gdrq_mm.results.table import comparison_markdown, comparison_rows, comparison_table
-from tests.helpers import QUANTIZATION, TEST_ONLY, checkpoint_of, train
+from tests.helpers import QUANTIZATION, ROOT, TEST_ONLY, checkpoint_of, train
 
 MODEL = dict(
     methods=['gdrq', 'gdrq'],
+    options={},
     bits=[4, 4],
     first_last_bits=8,
     deployable=True,
@@ -56,17 +60,18 @@ def checkpoint(tmp_path):
     return str(tmp_path / 'epoch_1.pth')
 
 
-def record(checkpoint, top1, quantized, **changes):
+def record(checkpoint, top1, quantized, seed=3, start=None, model=(), **changes):
     cfg = config(**changes)
     if quantized:
         cfg.quantization = dict(weight=dict(bits=4))
-    return make_record(cfg, checkpoint, {'accuracy/top1': top1}, seed=3, model=MODEL)
+    training = dict(seed=seed, start=start)
+    return make_record(cfg, checkpoint, {'accuracy/top1': top1}, {**MODEL, **dict(model)}, training)
 
 
 def test_a_record_says_what_was_tested_and_with_what(checkpoint, tmp_path):
     found = record(checkpoint, 91.5, quantized=True)
     assert found['checkpoint']['sha256'] == hashlib.sha256(open(checkpoint, 'rb').read()).hexdigest()
-    assert (found['task'], found['seed'], found['metrics']) == ('cls', 3, {'accuracy/top1': 91.5})
+    assert (found['task'], found['training']['seed'], found['metrics']) == ('cls', 3, {'accuracy/top1': 91.5})
     assert found['versions']['torch'] == version('torch') and found['versions']['onedl-mmcv']
     assert found['hardware']['cores'] >= 1 and len(found['git']['commit']) == 40
     assert found['quantization'] == {'weight': {'bits': 4}} and found['model']['name'] == 'ResNet-18'
@@ -98,7 +103,7 @@ def test_a_row_stands_beside_the_float_record_of_the_same_model_and_data(checkpo
     (row,) = comparison_rows(records)
     assert (row['float'], row['quantized'], row['drop'], row['bits']) == ('92.00', '91.50', '0.50', 'W4A4')
     assert row['size in MB'] == '4.00 → 0.50' and row['method'] == 'GDRQ'
-    assert '| 92.00 | GDRQ | 91.50 | 0.50 |' in comparison_markdown(records)
+    assert '| 92.00 | GDRQ | W4A4 | 91.50 | 1 | 0.50 |' in comparison_markdown(records)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +117,117 @@ def test_a_row_stands_beside_the_float_record_of_the_same_model_and_data(checkpo
 )
 def test_a_float_record_of_something_else_is_not_its_baseline(checkpoint, change):
     records = [record(checkpoint, 92.0, quantized=False, **change), record(checkpoint, 91.5, quantized=True)]
+    if change.keys() & {'test_evaluator.topk', 'test_dataloader.dataset.pipeline', 'test_dataloader.dataset.type'}:
+        with pytest.raises(UserError, match='different evaluation settings'):
+            comparison_rows(records)
+        return
     (row,) = comparison_rows(records)
     assert (row['float'], row['drop']) == ('not run', '')
+
+
+def test_seeds_are_averaged(checkpoint, tmp_path):
+    records = [record(checkpoint, 92.0, quantized=False)]
+    for seed, top1 in enumerate((91.0, 91.5, 92.0)):
+        records.append(
+            {**record(checkpoint, top1, quantized=True, seed=seed), 'checkpoint': dict(file='', sha256=f'{seed}')}
+        )
+    (row,) = comparison_rows([*records, records[-1]])  # the last one is given twice
+    assert (row['quantized'], row['seeds'], row['drop']) == ('91.50 ± 0.50', '3', '0.50')
+
+
+def test_methods_and_bits_that_were_not_run_say_so(checkpoint):
+    lsq, narrow = dict(methods=['lsq', 'lsq']), dict(bits=[2, 4])
+    records = [record(checkpoint, 91.0, True), record(checkpoint, 90.0, True, model={**lsq, **narrow})]
+    found = {(row['method'], row['bits']): row['quantized'] for row in comparison_rows(records)}
+    assert found == {
+        ('GDRQ', 'W4A4'): '91.00',
+        ('GDRQ', 'W2A4'): 'not run',
+        ('LSQ', 'W4A4'): 'not run',
+        ('LSQ', 'W2A4'): '90.00',
+    }
+
+
+@pytest.mark.parametrize(
+    'model, name',
+    [
+        (dict(methods=['dorefa', 'pact']), 'PACT'),
+        (dict(methods=['gdrq', 'pact']), 'GDRQ/PACT'),
+        (dict(options={'weight.clip': 'project', 'activation.k': 9.0}), 'GDRQ (clip=project, activation.k=9.0)'),
+        (dict(deployable=False), 'GDRQ (deployable=False)'),
+    ],
+)
+def test_a_method_is_named_with_its_settings(checkpoint, model, name):
+    (row,) = comparison_rows([record(checkpoint, 91.0, True, model=model)])
+    assert row['method'] == name
+
+
+def other(found):
+    """The record of another checkpoint."""
+    return {**found, 'checkpoint': dict(file='other.pth', sha256='0' * 64)}
+
+
+def test_what_is_not_comparable_is_refused(checkpoint):
+    before, after = (
+        record(checkpoint, 92.0, False),
+        record(checkpoint, 91.0, True, start=dict(file='a.pth', sha256='1')),
+    )
+    with pytest.raises(UserError, match=r'trained from another checkpoint \(a\.pth\)'):
+        comparison_rows([before, after])
+    with pytest.raises(
+        UserError, match=r'epoch_1\.pth and other\.pth are two float baselines of ResNet-18 on digits/cls'
+    ):
+        comparison_rows([before, other(before)])
+    with pytest.raises(UserError, match='claim the same cell: ResNet-18 on digits/cls, GDRQ, W4A4, seed 3'):
+        comparison_rows([after, other(after)])
+    start = dict(file='a.pth', sha256=before['checkpoint']['sha256'])
+    assert len(comparison_rows([before, {**after, 'training': dict(seed=3, start=start)}])) == 1
+
+
+def test_published_numbers_stand_in_a_column_of_their_own(checkpoint):
+    changes = {'test_dataloader.dataset.data_root': 'data/imagenet', 'model.backbone.depth': 50}
+    (row,) = comparison_rows([record(checkpoint, 75.0, True, **changes, model=dict(methods=['lsq', 'lsq']))])
+    assert row['published'] == '76.9 (ProhetTeam/cls_quant_config, reproduced)' and row['quantized'] == '75.00'
+    (row,) = comparison_rows([record(checkpoint, 75.0, True)])
+    assert row['published'] == ''
+
+
+def compare(folder, *arguments):
+    command = [sys.executable, ROOT / 'tools/compare_results.py', *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_tool_writes_every_format(checkpoint, tmp_path):
+    write_record(record(checkpoint, 92.0, False), tmp_path / 'float.json')
+    (tmp_path / 'run').mkdir()
+    write_record(record(checkpoint, 91.0, True), tmp_path / 'run/record.json')
+    (tmp_path / 'run/scalars.json').write_text('{"loss": 1}')
+    done = compare(tmp_path, 'float.json', 'run', '--markdown', 'new/table.md', '--csv', 'new/table.csv')
+    assert done.returncode == 0, done.stderr
+    assert 'GDRQ' in done.stdout and '91.00' in done.stdout and '1.00' in done.stdout
+    assert '| GDRQ | W4A4 | 91.00 |' in (tmp_path / 'new/table.md').read_text()
+    (row,) = csv.DictReader((tmp_path / 'new/table.csv').open())
+    assert (row['float'], row['quantized'], row['published']) == ('92.00', '91.00', '')
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['none.json'], 'none.json does not exist'),
+        (['damaged.json'], 'record damaged.json cannot be read'),
+        (['empty'], 'empty has no run record'),
+        (['float.json'], 'all records are of float models'),
+        (['old.json'], 'old.json is not a run record of version'),
+        (['float.json', 'run.json', '--csv', 'float.json/a.csv'], 'float.json'),
+    ],
+)
+def test_bad_records_end_in_one_line(checkpoint, tmp_path, arguments, message):
+    write_record(record(checkpoint, 92.0, False), tmp_path / 'float.json')
+    write_record(record(checkpoint, 91.0, True), tmp_path / 'run.json')
+    (tmp_path / 'damaged.json').write_text('{"record_version": 2, ')
+    (tmp_path / 'old.json').write_text('{"record_version": 1}')
+    (tmp_path / 'empty').mkdir()
+    done = compare(tmp_path, *arguments)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]
 
 
 def test_where_the_first_weights_came_from_does_not_matter(checkpoint):
@@ -125,7 +239,7 @@ def test_where_the_first_weights_came_from_does_not_matter(checkpoint):
 def test_the_config_is_not_changed(checkpoint):
     cfg = config()
     before = copy.deepcopy(cfg)
-    make_record(cfg, checkpoint, {'accuracy/top1': 1.0}, 0, MODEL)
+    make_record(cfg, checkpoint, {'accuracy/top1': 1.0}, MODEL, {})
     assert cfg.to_dict() == before.to_dict()
 
 
@@ -138,7 +252,7 @@ def tested(make):
 
     def test(checkpoint, **changes):
         runner = make('test', load_from=checkpoint, **TEST_ONLY, **changes)
-        return make_record(runner.cfg, checkpoint, runner.test(), runner.seed, runner.describe())
+        return make_record(runner.cfg, checkpoint, runner.test(), runner.describe(), runner.training)
 
     return test
 
@@ -152,7 +266,7 @@ def quantized_checkpoint(make):
 
 def test_the_record_of_a_real_run(tested, quantized_checkpoint, tmp_path):
     found = tested(quantized_checkpoint)
-    fields = 'record_version time task model data metrics quantization config checkpoint seed git versions hardware'
+    fields = 'record_version time task model data metrics quantization config checkpoint training git versions hardware'
     assert list(found) == fields.split()
     assert found['quantization'] == QUANTIZATION and found['task'] == 'cls'
     assert 0 <= found['metrics']['accuracy/top1'] <= 100
@@ -182,7 +296,7 @@ def test_real_records_make_a_row(tested, float_checkpoint, quantized_checkpoint)
         f'{score:.2f}' for score in (*scores, scores[0] - scores[1])
     ]
     console = Console(file=io.StringIO(), width=80)
-    console.print(comparison_table([before, after]))
+    console.print(comparison_table([before, after], narrow=True))
     shown = console.file.getvalue()
     assert 'ResNet_CIFAR-18' in shown and row['quantized'] in shown and 'top-1 in %' in shown
     assert comparison_rows([before]) == []

@@ -74,7 +74,7 @@ def run(cfg: Config, progress: Progress, title: str) -> tuple[str, dict]:
     checkpoint = (Path(cfg.work_dir) / 'last_checkpoint').read_text().strip()
     prepare_test(test_cfg, checkpoint)
     runner = QuantRunner.from_cfg(test_cfg)
-    record = make_record(test_cfg, checkpoint, runner.test(), runner.seed, runner.describe())
+    record = make_record(test_cfg, checkpoint, runner.test(), runner.describe(), runner.training)
     write_record(record, Path(cfg.work_dir) / 'record.json')
     return checkpoint, record
 
@@ -117,7 +117,7 @@ def quickstart() -> None:
             records += [record, quantized_record]
             pictures.append(work_dir / f'{task}.png')
             draw_predictions([(before, checkpoint), (after, quantized)], pictures[-1])
-    console.print(comparison_table(records))
+    console.print(comparison_table(records, narrow=True))
     console.print(f'Predictions of both, side by side: {", ".join(map(str, pictures))}', soft_wrap=True)
     console.print(f'{time.time() - start:.0f} s')
 

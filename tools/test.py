@@ -48,7 +48,7 @@ def test() -> None:
         dump_after_build(cfg, runner, args.out)
     metrics = runner.test()
     if is_main_process():
-        write_record(make_record(cfg, args.checkpoint, metrics, runner.seed, runner.describe()), record)
+        write_record(make_record(cfg, args.checkpoint, metrics, runner.describe(), runner.training), record)
         runner.logger.info(f'Wrote the run record {record}')
 
 

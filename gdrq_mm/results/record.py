@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from ..checkpoint import write_whole
+from ..checkpoint import file_digest, write_whole
 from ..errors import UserError
 from ..tasks import dataset_of, task_of
 
-VERSION = 1
+VERSION = 2
 """Version of the record's layout."""
 
 PACKAGES = (
@@ -38,15 +38,21 @@ PACKAGES = (
 )
 
 
-def make_record(cfg: Config, checkpoint: str, metrics: Mapping[str, Any], seed: int, model: Mapping[str, Any]) -> dict:
+def make_record(
+    cfg: Config,
+    checkpoint: str,
+    metrics: Mapping[str, Any],
+    model: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> dict:
     """A record of one test run.
 
     Args:
         cfg: the config that was run.
         checkpoint: path or address of the checkpoint that was tested.
         metrics: what the evaluator returned.
-        seed: the seed of the run.
         model: what QuantRunner.describe() says of the model: sizes in bytes, bits, methods.
+        training: what QuantRunner.training says of the run that wrote the checkpoint: seed, length, first weights.
     """
     return dict(
         record_version=VERSION,
@@ -57,8 +63,8 @@ def make_record(cfg: Config, checkpoint: str, metrics: Mapping[str, Any], seed: 
         metrics={key: float(value) for key, value in metrics.items()},
         quantization=cfg.quantization.to_dict() if 'quantization' in cfg else None,
         config=dict(file=_relative(cfg.filename), text=_config_text(cfg)),
-        checkpoint=dict(file=_relative(checkpoint), sha256=_file_digest(checkpoint)),
-        seed=seed,
+        checkpoint=dict(file=_relative(checkpoint), sha256=file_digest(checkpoint)),
+        training=dict(training),
         git=git_revision(),
         versions=versions(),
         hardware=hardware(),
@@ -84,6 +90,28 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if found != VERSION:
         raise UserError(f'{path} is not a run record of version {VERSION} (record_version={found!r})')
     return record
+
+
+def find_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """The records of files and of folders, at any depth, each with its `path`.
+
+    Raises:
+        UserError: a path does not exist, a folder has no record, a file is none.
+    """
+    records = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f'{path} does not exist')
+        files = [path] if path.is_file() else [f for f in sorted(path.rglob('*.json')) if _looks_like_one(f)]
+        if not files:
+            raise UserError(f'{path} has no run record; tools/test.py writes one')
+        records += [{**read_record(file), 'path': str(file)} for file in files]
+    return records
+
+
+def _looks_like_one(file: Path) -> bool:
+    """Other JSON files lie in work directories: mmengine's scalars, predictions."""
+    return file.name == 'record.json' or b'"record_version"' in file.read_bytes()[:200]
 
 
 def model_name(cfg: Config) -> str:
@@ -177,13 +205,6 @@ def _architecture(model: Any) -> Any:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _file_digest(path: str) -> str | None:
-    if not os.path.isfile(path):
-        return None
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _relative(path: str | None) -> str | None:

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Compare run records: a row for each model, data set, method and bits, beside the float model."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from gdrq_mm.checkpoint import write_whole
+from gdrq_mm.cli import check_writable, main
+from gdrq_mm.errors import UserError
+from gdrq_mm.results.record import find_records
+from gdrq_mm.results.table import comparison_csv, comparison_markdown, comparison_rows, comparison_table
+
+FORMATS = dict(markdown=comparison_markdown, csv=comparison_csv)
+
+
+def compare() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('paths', nargs='+', metavar='PATH', help='run record, or a folder with records at any depth')
+    for name in FORMATS:
+        parser.add_argument(f'--{name}', metavar='FILE', help=f'write the table as {name} too')
+    args = parser.parse_args()
+    records = find_records(args.paths)
+    if not comparison_rows(records):
+        raise UserError('all records are of float models: there is nothing to compare')
+    for name, table in FORMATS.items():
+        out = getattr(args, name)
+        if out is not None:
+            check_writable(Path(out).parent)
+            write_whole(out, table(records).encode() + b'\n' * (name == 'markdown'))
+    console = Console()
+    console.width = max(console.width, 200) if not console.is_terminal else console.width
+    console.print(comparison_table(records))
+
+
+if __name__ == '__main__':
+    main(compare)
