@@ -54,6 +54,7 @@ class QuantRunner(Runner):
     and the optimizer see the model; thresholds start in `before_train`, after the weights are loaded.
     """
 
+    _train_loop: Any
     quantization: Quantization | None = None
     report: Report | None = None
     training: dict[str, Any] = {}
@@ -228,6 +229,21 @@ class QuantRunner(Runner):
             Path(source).unlink(missing_ok=True)
             raise
         os.replace(source, os.path.join(out_dir, filename))
+
+    def calibrate(self, path: str) -> None:
+        """Load the weights, find thresholds on training batches, and write the quantized checkpoint without training.
+
+        Raises:
+            UserError: the config quantizes nothing.
+        """
+        if self.quantization is None:
+            raise UserError('the config has no quantization: there is nothing to calibrate')
+        self._train_loop = self.build_train_loop(self._train_loop)
+        self.load_or_resume()
+        next(hook for hook in self.hooks if isinstance(hook, CalibrationHook)).before_train(self)
+        self.log_layers()
+        folder, name = os.path.split(path)
+        self.save_checkpoint(folder or '.', name, save_optimizer=False, save_param_scheduler=False)
 
     def log_layers(self) -> None:
         """Log the table of layers with what became of each."""

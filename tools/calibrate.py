@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""Quantize a float checkpoint without training: thresholds from a few training batches (post-training quantization)."""
+
+import argparse
+from pathlib import Path
+
+from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main
+from gdrq_mm.errors import UserError
+
+
+def calibrate() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='path of a quantized config, such as one with method ptq')
+    parser.add_argument('checkpoint', help='path or address of the float checkpoint')
+    add_config_arguments(parser)
+    parser.add_argument('--out', help='quantized checkpoint to write (default: WORK_DIR/calibrated.pth)')
+    args = parser.parse_args()
+    cfg = load_config(args)
+    out = Path(args.out or Path(cfg.work_dir) / 'calibrated.pth')
+    if out.is_dir():
+        raise UserError(f'--out {out} is a folder')
+    check_writable(out.parent)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    runner = build_runner(cfg, args)
+    if not hasattr(runner, 'calibrate'):
+        raise UserError(f'runner_type={cfg.runner_type!r} does not quantize')
+    runner.calibrate(str(out))
+    runner.logger.info(f'Wrote {out}; evaluate it with: python tools/test.py {args.config} {out}')
+
+
+if __name__ == '__main__':
+    main(calibrate)

@@ -1,0 +1,87 @@
+#!/usr/bin/env python
+"""Run a grid of methods x bits x seeds x configs from one file (gdrq_mm/sweep.py explains it).
+
+Finished cells are skipped, interrupted ones go on where they stopped. Compare with tools/compare_results.py RECORDS.
+"""
+
+import argparse
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gdrq_mm.checkpoint import write_whole
+from gdrq_mm.cli import check_writable, main
+from gdrq_mm.errors import UserError
+from gdrq_mm.sweep import Cell, read_sweep, run_cell, slurm_script
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('file', help='sweep file')
+    parser.add_argument('--jobs', type=int, default=1, help='cells that run at once (default: 1)')
+    parser.add_argument('--cores', type=int, default=os.cpu_count(), help='cores that they share (default: all)')
+    parser.add_argument('--only', help='run the cells whose name contains this')
+    parser.add_argument('--list', action='store_true', help='list the cells and which are finished, run nothing')
+    parser.add_argument('--slurm', metavar='SCRIPT', help='write the unfinished cells as slurm jobs, run nothing')
+    parser.add_argument('--slurm-args', default='', help='options of sbatch, such as "-p gpu --gres=gpu:1"')
+    args = parser.parse_args()
+    if args.jobs < 1 or args.cores < 1:
+        raise UserError('--jobs and --cores are at least 1')
+    return args
+
+
+def run_all(cells: list[Cell], jobs: int, threads: int, console: Console) -> list[str]:
+    """Run the cells; returns what went wrong, a line each."""
+    problems: list[str] = []
+    start = time.time()
+    columns = (TextColumn('{task.completed}/{task.total} cells'), BarColumn(20), TimeElapsedColumn())
+    with (
+        Progress(*columns, TextColumn('{task.description}'), console=console) as progress,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        bar = progress.add_task('', total=len(cells))
+        waiting = {pool.submit(run_cell, cell, threads): cell for cell in cells}
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                left = (time.time() - start) / done * (len(cells) - done)
+                progress.update(bar, advance=1, description=f'about {left / 60:.0f} min left')
+                problem = future.result()
+                problems += [problem] if problem else []
+                progress.console.print(problem or f'{waiting[future].name}: done', soft_wrap=True, highlight=False)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return problems
+
+
+def sweep() -> None:
+    args = parse_args()
+    cells = read_sweep(args.file)
+    chosen = [cell for cell in cells if args.only is None or args.only in cell.name]
+    if not chosen:
+        raise UserError(f'--only {args.only} matches none of the {len(cells)} cells')
+    finished = {cell.name for cell in chosen if cell.finished()}
+    console = Console()
+    if args.list:
+        for cell in chosen:
+            console.print(f'{cell.name}: {"finished" if cell.name in finished else "not run"}', highlight=False)
+        return
+    todo = [cell for cell in chosen if cell.name not in finished]
+    console.print(f'{len(chosen)} cells, {len(finished)} finished, {len(todo)} to run')
+    if args.slurm:
+        check_writable(Path(args.slurm).parent)
+        write_whole(args.slurm, slurm_script(todo, args.slurm_args).encode())
+        return
+    for cell in todo:
+        check_writable(cell.record.parent)
+    problems = run_all(todo, args.jobs, max(1, args.cores // args.jobs), console)
+    if problems:
+        raise UserError(f'{len(problems)} of {len(todo)} cells failed:\n  ' + '\n  '.join(problems))
+
+
+if __name__ == '__main__':
+    main(sweep)
