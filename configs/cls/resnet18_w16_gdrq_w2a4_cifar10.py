@@ -1,5 +1,2 @@
-_base_ = ['./resnet18_w16_cifar10.py', '../_base_/quantization/gdrq_w2a4.py']
-load_from = 'work_dirs/resnet18_w16_cifar10/epoch_180.pth'
-optim_wrapper = dict(optimizer=dict(lr=0.01))
-param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', T_max=12, convert_to_iter_based=True)
-train_cfg = dict(max_epochs=12, val_interval=2)
+_base_ = './resnet18_w16_gdrq_w4a4_cifar10.py'
+quantization = dict(weight=dict(bits=2))
