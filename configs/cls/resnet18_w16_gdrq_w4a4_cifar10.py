@@ -1,6 +1,6 @@
 _base_ = ['./resnet18_w16_cifar10.py', '../_base_/quantization/gdrq_w4a4.py']
 load_from = 'work_dirs/resnet18_w16_cifar10/epoch_180.pth'
-# Few bits regularize: with crops and flips alone, six epochs reach what twelve reach with the float model's augmentation.
+# Few bits regularize: crops and flips alone reach in six epochs what the float augmentation reaches in twelve.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomCrop', crop_size=32, padding=4),
