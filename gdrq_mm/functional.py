@@ -9,14 +9,10 @@ Filters are dimension 0 of a weight: (C_out, ...). Everything is computed in flo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17
-"""Elements a pass works on at once on a CPU: small enough that the next pass finds them in the cache (ours)."""
+from .autograd import FakeQuantize, LearnedStep, StraightThrough, block_size, blocks
 
 
 def code_range(bits: int, signed: bool, narrow_range: bool = True, zero_point: int = 0) -> tuple[int, int]:
@@ -54,19 +50,9 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
-class _Replace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
-        return value.to(surrogate.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad, None
-
-
 def straight_through(surrogate: Tensor, value: Tensor) -> Tensor:
     """`value` to the last bit, with the gradient of `surrogate`; both of one shape."""
-    return _Replace.apply(surrogate, value.detach())
+    return StraightThrough.apply(surrogate, value.detach())
 
 
 # ---- groups -----------------------------------------------------------------------------------------------------
@@ -100,17 +86,17 @@ def per_channel(per_group: Tensor, sizes: Tensor, ndim: int) -> Tensor:
 def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
     """mean(|w|) of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
     flat = weight.detach().float().flatten(1)
-    rows = max(1, _block_size() // max(1, flat.shape[1])) if flat.device.type == 'cpu' else len(flat)
+    rows = max(1, block_size() // max(1, flat.shape[1])) if flat.device.type == 'cpu' else len(flat)
     sums = torch.cat([part.abs().sum(1) for part in flat.split(max(1, rows))])
     return per_group(sums, sizes) / (sizes * flat.shape[1])
 
 
 def sum_abs(x: Tensor) -> Tensor:
     """sum|x| of a dense tensor, a float32 scalar."""
-    blocks = _blocks((x,), (x.new_zeros(()),)) if torch.ops.aten.is_non_overlapping_and_dense(x) else None
-    if blocks is None:
+    pieces = blocks((x,), (x.new_zeros(()),)) if torch.ops.aten.is_non_overlapping_and_dense(x) else None
+    if pieces is None:
         return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
-    return torch.stack([block[0].abs().sum(dtype=torch.float32) for block in blocks]).sum()
+    return torch.stack([block[0].abs().sum(dtype=torch.float32) for block in pieces]).sum()
 
 
 # ---- Scale-Clip ---------------------------------------------------------------------------------------------------
@@ -141,133 +127,6 @@ def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | N
 # ---- uniform fake quantization ------------------------------------------------------------------------------------
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x itself if its elements fill its memory (contiguous, channels_last), else a contiguous copy."""
-    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
-
-
-def _block_size() -> int:
-    return CHUNK * torch.get_num_threads()
-
-
-def _blocks(tensors: tuple[Tensor, ...], steps: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]] | None:
-    """Cut dense tensors of one layout, and steps (scalars, or one a filter), into pieces that fit a CPU's cache.
-
-    Returns None where that is impossible or of no use: on an accelerator, for a layout without filters outermost.
-    """
-    x = tensors[0]
-    if x.device.type != 'cpu' or not x.numel() or any(t.stride() != x.stride() for t in tensors):
-        return None
-    if steps[0].dim() == 0:
-        pieces = zip(*(t.as_strided((t.numel(),), (1,)).split(_block_size()) for t in tensors))
-        return ((*piece, *steps) for piece in pieces)
-    filters, inner = len(x), x.numel() // len(x)
-    if steps[0].numel() != filters or x.stride(0) != inner:
-        return None
-    rows = max(1, _block_size() // inner)
-    flat = (t.as_strided((filters, inner), (inner, 1)).split(rows) for t in tensors)
-    return zip(*flat, *(s.reshape(-1, 1).split(rows) for s in steps))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32 or better."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _beyond(bound: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
-    """The number of `dtype` next to a scalar bound on its far side, in the direction of -inf or inf."""
-    near = bound.to(dtype)
-    if bool(near > bound) if towards > 0 else bool(near < bound):  # rounding went beyond it
-        return near
-    return torch.nextafter(near, near.new_full((), towards))
-
-
-def _quantized(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
-    divisor = torch.where(step > 0, step, 1)  # a step of 0 (dead group, empty batch) gives 0, never NaN
-    out = torch.empty_like(x)
-    blocks = _blocks((x, out), (divisor, step))
-    if blocks is None:
-        return (_wide(x) / divisor).round_().clamp_(lo, hi).mul_(step).to(x.dtype)
-    for a, b, d, s in blocks:
-        if _wide(a) is a:
-            torch.div(a, d, out=b).round_().clamp_(lo, hi).mul_(s)
-        else:
-            b.copy_(torch.div(a.float(), d).round_().clamp_(lo, hi).mul_(s))
-    return out
-
-
-def _masked(grad: Tensor, x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
-    """The gradient where x is in [lo * d, hi * d], else 0."""
-    low, high = lo * step, hi * step
-    if x.device.type == 'cpu' and step.dim() == 0 and grad.dtype == x.dtype:
-        # One pass that leaves out the ends, hence bounds just beyond them. Reading a number makes only a GPU wait.
-        ends = float(_beyond(low, x.dtype, -torch.inf)), float(_beyond(high, x.dtype, torch.inf))
-        return torch.ops.aten.hardtanh_backward(grad, x, *ends)
-    out = torch.empty_like(grad)
-    blocks = _blocks((x, grad, out), (low, high)) if grad.dtype == x.dtype else None
-    if blocks is None:
-        x = _wide(x)
-        return grad * ((x >= low) & (x <= high))
-    for a, g, o, bottom, top in blocks:  # comparisons that write bool are far slower on a CPU than these
-        wide = _wide(a)
-        inside = o if wide is a else torch.empty_like(wide)
-        torch.minimum(wide, top, out=inside)
-        torch.maximum(inside, bottom, out=inside)
-        torch.eq(inside, wide, out=inside)
-        torch.mul(inside, g, out=o)
-    return out
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """d * clip(round(x / d), lo, hi), nothing stored but the input, which autograd keeps anyway."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, masked: bool) -> Tensor:  # type: ignore[override]
-        x = _dense(x)
-        ctx.save_for_backward(x, step)
-        ctx.args = lo, hi, masked
-        return _quantized(x, step, lo, hi)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        lo, hi, masked = ctx.args
-        x, step = ctx.saved_tensors
-        return _masked(grad, x, step, lo, hi) if masked else grad, None, None, None, None
-
-
-class _LearnedStep(torch.autograd.Function):
-    """The same values as _FakeQuantize, and a gradient for the step."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, scale: Any, inside: bool
-    ) -> Tensor:
-        x = _dense(x)
-        ctx.save_for_backward(x, step)
-        ctx.args = lo, hi, scale, inside
-        return _quantized(x, step, lo, hi)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, step = ctx.saved_tensors
-        lo, hi, scale, inside = ctx.args
-        divisor = torch.where(step > 0, step, 1)
-
-        def each(x: Tensor, divisor: Tensor) -> Tensor:
-            """dQ/dd of each element."""
-            v = _wide(x) / divisor
-            code = v.round().clamp_(lo, hi)
-            # hardtanh_backward keeps its first argument where lo < v < hi, in one pass
-            return code.sub_(torch.ops.aten.hardtanh_backward(v if inside else code, v, lo, hi))
-
-        blocks = _blocks((x, grad), (divisor,)) if step.dim() == 0 else None
-        if blocks is None:
-            step_grad = (_wide(grad) * each(x, divisor) * scale).sum_to_size(step.shape)
-        else:
-            step_grad = torch.stack([torch.dot(each(a, d), _wide(g)) for a, g, d in blocks]).sum() * scale
-        return _masked(grad, x, step, lo, hi), step_grad * (step > 0), None, None, None, None
-
-
 def fake_quantize(x: Tensor, step: Tensor, lo: int, hi: int, gradient: str = 'masked') -> Tensor:
     """Uniform quantization Q(x) = d * clip(round(x / d), lo, hi), round half to even (METHOD: section 1).
 
@@ -282,7 +141,7 @@ def fake_quantize(x: Tensor, step: Tensor, lo: int, hi: int, gradient: str = 'ma
         >>> fake_quantize(torch.tensor([-0.9, 0.2, 0.26, 3.0]), torch.tensor(0.5), -1, 1)
         tensor([-0.5000,  0.0000,  0.5000,  0.5000])
     """
-    return _FakeQuantize.apply(x, step.detach(), lo, hi, gradient == 'masked')
+    return FakeQuantize.apply(x, step.detach(), lo, hi, gradient == 'masked')
 
 
 def learned_step_quantize(
@@ -294,7 +153,7 @@ def learned_step_quantize(
     dQ/dx = 1 inside the range, 0 outside. `inside=False` leaves out the gradient of the values inside the range, as
     PACT does, which learns where to clip.
     """
-    return _LearnedStep.apply(x, step, lo, hi, scale, inside)
+    return LearnedStep.apply(x, step, lo, hi, scale, inside)
 
 
 # ---- quantized loss -----------------------------------------------------------------------------------------------
