@@ -88,12 +88,13 @@ def read_sweep(path: str) -> list[Cell]:
         raise UserError(f'sweep file {path} cannot be read: {type(error).__name__}: {error}'.splitlines()[0]) from None
     problems = list(_wrong_keys(sweep, KEYS, path))
     runs = sweep.get('runs') if isinstance(sweep.get('runs'), list) else []
+    whole = not problems
     cells: list[Cell] = []
     for number, run in enumerate(runs):
         place = f'runs[{number}]'
         found = list(_wrong_keys(run, RUN_KEYS, place)) if isinstance(run, dict) else [f'{place} is not a dict']
         problems += found
-        if not found and not problems:
+        if whole and not found:
             for cell in _cells(sweep, run, place):
                 if isinstance(cell, str):
                     problems.append(cell)

@@ -49,13 +49,14 @@ def test_the_path_from_a_config_and_a_checkpoint(tmp_path):
     (tmp_path / name).write_text(config.replace('epoch_6', 'epoch_1'))
     commands = [line for text in blocks('bash') for line in text.splitlines() if line.startswith('python tools/')]
     commands = [c for c in commands if '--source' not in c]
-    assert len(commands) == 5
+    assert len(commands) == 7
     for command in commands:
         words = command.replace('epoch_6', 'epoch_1').split()[1:]
         if words[0] == 'tools/train.py':
             words += ['--cfg-options', 'train_cfg.max_epochs=1', 'param_scheduler.T_max=1']
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert '| GDRQ | W4A4 |' in (tmp_path / 'table.md').read_text()
     assert (tmp_path / 'work_dirs/my_model_w4a4/record.json').is_file() and (tmp_path / 'prediction.png').is_file()
     (program,) = [t for t in blocks('python') if 'init_model' in t]
     (tmp_path / 'program.py').write_text(program.replace('epoch_6', 'epoch_1'))

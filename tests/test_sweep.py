@@ -43,7 +43,6 @@ def write_sweep(folder, **changes):
     run.update(changes)
     content = f"work_dir = 'work'\nrecords = 'records'\nruns = [{run!r}]\n"
     (folder / 'sweep.py').write_text(content)
-    return folder / 'sweep.py'
 
 
 def test_a_sweep_runs_what_is_not_finished(folder):
@@ -139,6 +138,14 @@ def test_all_errors_are_named_at_once_before_anything_runs(folder):
 def test_an_error_is_named_with_its_place(folder, changes, message):
     write_sweep(folder, **changes)
     with pytest.raises(UserError, match=re.escape(message)):
+        read_sweep('sweep.py')
+
+
+def test_errors_of_every_run_are_named(folder):
+    run = dict(name='a', config='none.py', methods=['lsq'], bits=['w4a4'], seeds=[0])
+    content = f"work_dir = 'work'\nrecords = 'records'\nruns = [{run!r}, {dict(run, config='nil.py')!r}]\n"
+    (folder / 'sweep.py').write_text(content)
+    with pytest.raises(UserError, match=r'2 errors(.|\n)*runs\[0\]: config none.py(.|\n)*runs\[1\]: config nil.py'):
         read_sweep('sweep.py')
 
 
