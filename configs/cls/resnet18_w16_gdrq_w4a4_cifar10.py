@@ -10,4 +10,5 @@ train_pipeline = [
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 optim_wrapper = dict(optimizer=dict(lr=0.02))
 param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', T_max=20, convert_to_iter_based=True)
+custom_hooks = []
 train_cfg = dict(max_epochs=20, val_interval=2)
