@@ -10,6 +10,7 @@ from gdrq_mm.checkpoint import write_whole
 from gdrq_mm.cli import check_writable, main
 from gdrq_mm.errors import UserError
 from gdrq_mm.results.record import find_records
+from gdrq_mm.results.report import html_report
 from gdrq_mm.results.table import comparison_csv, comparison_markdown, comparison_rows, comparison_table
 
 FORMATS = dict(markdown=comparison_markdown, csv=comparison_csv)
@@ -20,6 +21,7 @@ def compare() -> None:
     parser.add_argument('paths', nargs='+', metavar='PATH', help='run record, or a folder with records at any depth')
     for name in FORMATS:
         parser.add_argument(f'--{name}', metavar='FILE', help=f'write the table as {name} too')
+    parser.add_argument('--html', metavar='FILE', help='write a report with plots, curves and pictures: one HTML file')
     args = parser.parse_args()
     records = find_records(args.paths)
     if not comparison_rows(records):
@@ -29,6 +31,9 @@ def compare() -> None:
         if out is not None:
             check_writable(Path(out).parent)
             write_whole(out, table(records).encode() + b'\n' * (name == 'markdown'))
+    if args.html is not None:
+        check_writable(Path(args.html).parent)
+        write_whole(args.html, html_report(records, args.paths).encode())
     console = Console()
     console.width = max(console.width, 200) if not console.is_terminal else console.width
     console.print(comparison_table(records))
