@@ -149,8 +149,11 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
-        x, weight = self.quantized(x)
-        return self._conv_forward(x, weight, self.bias)
+        return self.compute(*self.quantized(x), self.bias)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without quantizers, with this weight and bias."""
+        return self._conv_forward(x, weight, bias)
 
 
 class QuantConv2dAdaptivePadding(QuantLayer, nn.Conv2d):
@@ -158,14 +161,17 @@ class QuantConv2dAdaptivePadding(QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
-        x, weight = self.quantized(x)
+        return self.compute(*self.quantized(x), self.bias)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without quantizers, with this weight and bias."""
         pads: list[int] = []  # left, right, top, bottom
         for axis in (1, 0):
             size, stride = x.shape[2 + axis], self.stride[axis]
             reach = (math.ceil(size / stride) - 1) * stride + (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
             missing = max(reach - size, 0)
             pads += [missing // 2, missing - missing // 2]
-        return self._conv_forward(nn.functional.pad(x, pads), weight, self.bias)
+        return self._conv_forward(nn.functional.pad(x, pads), weight, bias)
 
 
 @MODELS.register_module(name='GDRQConvTranspose2d')
@@ -187,11 +193,14 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
-        x, weight = self.quantized(x)
+        return self.compute(*self.quantized(x), self.bias, output_size)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        """The layer without quantizers, with this weight and bias."""
         conv: Any = self  # torch annotates these attributes more narrowly than its own calls take them
         stride, padding, dilation = conv.stride, conv.padding, conv.dilation
         extra = conv._output_padding(x, output_size, stride, padding, conv.kernel_size, 2, dilation)
-        return nn.functional.conv_transpose2d(x, weight, self.bias, stride, padding, extra, self.groups, dilation)
+        return nn.functional.conv_transpose2d(x, weight, bias, stride, padding, extra, self.groups, dilation)
 
 
 @MODELS.register_module(name='GDRQLinear')
@@ -203,8 +212,11 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        x, weight = self.quantized(x)
-        return nn.functional.linear(x, weight, self.bias)
+        return self.compute(*self.quantized(x), self.bias)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without quantizers, with this weight and bias."""
+        return nn.functional.linear(x, weight, bias)
 
 
 QUANTIZED: dict[type, type] = {

@@ -169,8 +169,12 @@ class QuantRunner(Runner):
         learned = learned_parameters(bare_model(self.model))
         if learned and isinstance(optim_wrapper, dict) and 'optimizer' in optim_wrapper:
             optim_wrapper = copy.deepcopy(optim_wrapper)
-            keys = optim_wrapper.setdefault('paramwise_cfg', {}).setdefault('custom_keys', {})
-            keys.update({n: dict(decay_mult=q.decay_mult, lr_mult=q.lr_mult) for n, q in learned.items()})
+            given = optim_wrapper.get('paramwise_cfg') or {}
+            keys = {n: dict(lr_mult=q.lr_mult, decay_mult=q.decay_mult) for n, q in learned.items()}
+            if optim_wrapper['optimizer'].get('weight_decay') is None:  # then mmengine refuses a multiple of it
+                keys = {n: dict(lr_mult=q.lr_mult) for n, q in learned.items()}
+            # ConfigDict stores copies: what its setdefault returns is not what it holds
+            optim_wrapper['paramwise_cfg'] = {**given, 'custom_keys': {**given.get('custom_keys', {}), **keys}}
         with building(f'optim_wrapper={optim_wrapper}' if isinstance(optim_wrapper, dict) else 'optim_wrapper'):
             return super().build_optim_wrapper(optim_wrapper)
 

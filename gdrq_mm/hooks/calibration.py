@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmengine.dataset import DefaultSampler
-from mmengine.dist import all_reduce
+from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from ..convert import activation_quantizers, bare_model, mute_leaves, quant_layers
-from ..quantizers import Quantizer, Stage
+from ..quantizers import ActivationQuantizer, Quantizer, Stage
 from ..seeding import kept_random_state
 
 
@@ -103,6 +103,7 @@ def finish_calibration(model: nn.Module) -> None:
         sums, extremes = observed[:, :3].contiguous(), observed[:, 3:].contiguous()
         all_reduce(sums, 'sum')
         all_reduce(extremes, 'max')
+        _share_samples(list(activations.values()))
         for quantizer, row in zip(activations.values(), torch.cat([sums, extremes], 1)):
             quantizer.calibrate(row)
             quantizer.set_state(stage=Stage.QUANTIZE if quantizer.calibrated else Stage.FLOAT)
@@ -113,3 +114,14 @@ def finish_calibration(model: nn.Module) -> None:
             if reached:
                 layer.weight_quant.calibrate(layer.filters())
             layer.weight_quant.set_state(stage=Stage.QUANTIZE if reached else Stage.FLOAT)
+
+
+def _share_samples(quantizers: list[ActivationQuantizer]) -> None:
+    """Give every rank the samples of all, so that a search finds the same threshold on each."""
+    keeping = [quantizer for quantizer in quantizers if quantizer.keeps_samples]
+    if not keeping or get_world_size() == 1:
+        return
+    own = [None if quantizer.samples is None else quantizer.samples.cpu() for quantizer in keeping]
+    for quantizer, parts in zip(keeping, zip(*all_gather_object(own))):
+        found = [part for part in parts if part is not None]
+        quantizer.samples = torch.cat(found).to(quantizer.threshold.device) if found else None

@@ -89,6 +89,8 @@ class Quantizer(nn.Module):
     """Options whose value suits the bits beside it only: a layer with other bits takes their default."""
     allowed_bits: range = range(2, 9)
     """Bits that the method is made for; a first or last layer with others takes the method 'minmax'."""
+    uneven = ''
+    """Why integers times one step of the channel cannot express the levels; '' if they can."""
     decay_mult = 0.0
     """Weight decay of the learned Parameters, as a multiple of that of the weights."""
     lr_mult = 1.0
@@ -298,7 +300,7 @@ class ActivationQuantizer(Quantizer):
         count = torch.tensor(float(x.numel()), device=x.device)
         self._observed.append(torch.stack([x.abs().sum(), count, torch.count_nonzero(x).float(), -low, high]).double())
         if self.keeps_samples:
-            few = x.flatten()[:: math.ceil(x.numel() / SAMPLES)]
+            few = x.flatten()[:: math.ceil(x.numel() / SAMPLES)].clone()  # the model may go on in place
             self.samples = few if self.samples is None else torch.cat([self.samples, few])
 
     def observed(self) -> Tensor:
@@ -319,6 +321,8 @@ class ActivationQuantizer(Quantizer):
         self.set_range(kind)
         low, high = min(-negative, 0.0), max(high, 0.0)
         start = self.start_threshold(*(self.threshold.new_tensor(v) for v in (mean, low, high)))
+        if not self.follows and not start > 0:  # zeros only, such as a residual branch at first: 0 would stay for good
+            start = torch.ones_like(start)
         if kind == 'zero_point':
             self.set_range(kind, zero_point_of(float(start), low, self.bits))
         self.threshold.copy_(start)
@@ -365,6 +369,11 @@ def learned_parameters(model: nn.Module) -> dict[str, Quantizer]:
         if isinstance(module, Quantizer)
         for key, _ in module.named_parameters(recurse=False)
     }
+
+
+def nonzero_start(start: Tensor, weight: Tensor) -> Tensor:
+    """Where thresholds start; those of groups of zeros at 1 / sqrt(n), as layers do: one of 0 never learns (ours)."""
+    return torch.where(start > 0, start, weight[0].numel() ** -0.5)
 
 
 def decide_range(low: float, high: float) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import ActivationQuantizer, Check, Stage, WeightQuantizer, number, one_of
+from .base import ActivationQuantizer, Check, Stage, WeightQuantizer, nonzero_start, number, one_of
 from .lsq import lsq_scale
 
 WEIGHT_K = {2: 2.0, 3: 3.0, 4: 3.5, 5: 4.5, 6: 5.5, 7: 6.0, 8: 7.0}
@@ -84,6 +84,7 @@ class GDRQWeight(WeightQuantizer):
         if self.source == 'search':
             start = F.search_threshold(weight, self.lo, self.hi, self.sizes)
         elif self.source == 'learned':
+            start = nonzero_start(start, weight)
             self.learned_step.data.copy_(F.step_size(start, self.lo, self.hi))
         self.threshold.copy_(start)
         self.set_state(calibrated=True)

@@ -7,7 +7,7 @@ ReLU.
 The paper binarizes weights: combine with `weight=dict(method='xnor', bits=1)`.
 Deviations: the paper's inputs have unit variance, ours are scaled by their sigma, from a running mean(|x|), which is
 sigma / sqrt(2 pi) for a rectified Gaussian; signed inputs take the levels that fit a whole Gaussian, with a zero
-level.
+level. 8-bit layers take the method 'minmax'.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class HWGQActivation(GDRQActivation):
     Args:
         momentum: of the running average.
     """
+
+    allowed_bits = range(2, 8)
+    uneven = 'HWGQ rounds small positive inputs up, not to the nearest level'
 
     @classmethod
     def options(cls) -> dict[str, Check]:

@@ -37,6 +37,8 @@ def power_of_two(x: Tensor) -> Tensor:
 class Log2Weight(WeightQuantizer):
     """Weights with sign and exponent."""
 
+    uneven = 'logarithmic levels are powers of two'
+
     allowed_bits = range(2, 6)
 
     def threshold_of(self, weight: Tensor) -> Tensor:
@@ -51,6 +53,8 @@ class Log2Weight(WeightQuantizer):
 
 class Log2Activation(ActivationQuantizer):
     """Activations with exponent, and sign if they need one."""
+
+    uneven = 'logarithmic levels are powers of two'
 
     allowed_bits = range(2, 6)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import ActivationQuantizer, Check, WeightQuantizer, number, one_of
+from .base import ActivationQuantizer, Check, WeightQuantizer, nonzero_start, number, one_of
 
 
 def lsq_scale(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ class LSQWeight(WeightQuantizer):
         return 2 * F.mean_abs(weight, self.sizes) / self.hi**0.5
 
     def calibrate(self, weight: Tensor) -> None:
-        self.learned_step.data.copy_(self.start_step(weight))
+        top = max(-self.lo, self.hi)
+        self.learned_step.data.copy_(nonzero_start(self.start_step(weight) * top, weight) / top)
         super().calibrate(weight)
 
     def threshold_of(self, weight: Tensor) -> Tensor:

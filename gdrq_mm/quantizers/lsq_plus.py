@@ -69,7 +69,8 @@ class LSQPlusActivation(LSQActivation):
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         if self.stage == Stage.FREEZE or self.kind != 'zero_point':
             return super().quantize(x, step + 0 * self.beta)  # DistributedDataParallel waits for its gradient
-        levels, scale = 2**self.bits - 1, (x[0].numel() * self.hi) ** -0.5
+        levels = 2**self.bits - 1
+        scale = (x[0].numel() * levels) ** -0.5
         learned, beta = self.learned_step.abs(), self.beta
         step = F.straight_through(learned * scale, learned)  # scaled gradients
         zero_point = (-beta / learned).detach().round().clamp(1, levels // 2)

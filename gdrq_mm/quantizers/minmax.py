@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import ActivationQuantizer, Check, WeightQuantizer, number
+from .base import ActivationQuantizer, Check, Stage, WeightQuantizer, number
 
 
 class MinMaxWeight(WeightQuantizer):
@@ -25,6 +25,11 @@ class MinMaxWeight(WeightQuantizer):
 
     def threshold_of(self, weight: Tensor) -> Tensor:
         return F.per_group(weight.detach().float().flatten(1).abs().amax(1), self.sizes, 'max')
+
+    def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
+        # Nothing is beyond the largest |w|, but hi * (T / hi) may be rounded to less than T, which would mask it.
+        gradient = 'masked' if self.stage == Stage.FREEZE else 'straight_through'
+        return F.fake_quantize(weight, step, self.lo, self.hi, gradient)
 
 
 class MinMaxActivation(ActivationQuantizer):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import Check, Stage, WeightQuantizer, number
+from .base import Check, Stage, WeightQuantizer, nonzero_start, number
 
 
 class SYQWeight(WeightQuantizer):
@@ -27,6 +27,8 @@ class SYQWeight(WeightQuantizer):
         kernel: size of the kernel, such as (3, 3), () for a linear layer.
         lr_mult: learning rate of alpha, as a multiple of that of the weights.
     """
+
+    uneven = 'SYQ has a scale for each place of the kernel'
 
     allowed_bits = range(1, 3)
     by_place = True
@@ -50,7 +52,9 @@ class SYQWeight(WeightQuantizer):
         self.register_buffer('threshold', torch.zeros(math.prod(kernel)))
 
     def calibrate(self, weight: Tensor) -> None:
-        self.alpha.data.copy_(weight.float().abs().flatten(2).mean((0, 1)) if self.kernel else weight.abs().mean())
+        mean = weight.float().abs().flatten(2).mean((0, 1)) if self.kernel else weight.abs().mean()
+        # a sign has no zero: with one bit a place of zeros keeps the scale 0
+        self.alpha.data.copy_(mean if self.bits == 1 else nonzero_start(mean, weight))
         super().calibrate(weight)
 
     def threshold_of(self, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import Check, Stage, WeightQuantizer, number
+from .base import Check, Stage, WeightQuantizer, nonzero_start, number
 
 
 class TTQWeight(WeightQuantizer):
@@ -25,6 +25,8 @@ class TTQWeight(WeightQuantizer):
         t: delta = t * max|w| of the group.
         lr_mult: learning rate of W_p and W_n, as a multiple of that of the weights.
     """
+
+    uneven = 'TTQ has a scale for each sign'
 
     allowed_bits = range(2, 3)
 
@@ -57,7 +59,8 @@ class TTQWeight(WeightQuantizer):
         for sign, scale in ((1, self.positive), (-1, self.negative)):
             chosen = (code == sign).float()
             total = F.per_group((weight.abs() * chosen).flatten(1).sum(1), self.sizes)
-            scale.data.copy_(total / F.per_group(chosen.flatten(1).sum(1), self.sizes).clamp(min=1))
+            mean = total / F.per_group(chosen.flatten(1).sum(1), self.sizes).clamp(min=1)
+            scale.data.copy_(nonzero_start(mean, weight))
         super().calibrate(weight)
 
     def threshold_of(self, weight: Tensor) -> Tensor:

@@ -1,0 +1,153 @@
+"""Merge quantized layers with the batch normalization behind them (METHOD: section 4).
+
+With integer weights W_int (step d_g of the channel's group) and integer inputs A_int (step s), and acc_c their sum:
+
+    y_c = gamma_c * (d_g * s * acc_c + b_c - mu_c) / sqrt(var_c + eps) + beta_c = M_c * acc_c + B_c
+
+one multiplier and one bias a channel, which batch normalization needs anyway: groups cost nothing. Input codes count
+from zero, c = round(x / s) in [lo, hi]; with a zero point z the unsigned code of a runtime is c + z. Padding has c = 0.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..convert import quant_layers
+from ..errors import UserError
+from ..layers import Levels, QuantLayer
+from ..quantizers import Stage
+from ..topology import Topology
+
+
+class IntegerLayer(nn.Module):
+    """A quantized layer and its batch normalization as integers: what an integer runtime computes, in plain torch.
+
+    Sums are exact: int32 codes are multiplied and added in float64, which holds integers up to 2^53.
+    """
+
+    codes: Tensor
+    step: Tensor
+    multiplier: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Any, norm: _BatchNorm | None, name: str) -> None:
+        super().__init__()
+        _check(layer, norm, name)
+        quant = layer.input_quant
+        self.lo, self.hi, self.weight_bits, self.input_bits = quant.lo, quant.hi, layer.weight_quant.bits, quant.bits
+        with torch.no_grad():
+            filters = layer.filters()
+            step = quant.step().detach().double()
+            weight_step = layer.weight_quant.step(filters).detach().double().flatten().expand(len(filters))
+            gain, shift = _normalization(norm, len(filters), filters.device)
+            own = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
+            self.register_buffer('codes', layer.set_filters(layer.weight_quant.codes(filters)))
+            self.register_buffer('step', step.float())
+            self.register_buffer('multiplier', (gain * weight_step * step).float())
+            self.register_buffer('bias', (gain * own + shift).float())
+        # The layer without its tensors: it knows stride, padding and the like.
+        bare = copy.copy(layer)
+        bare._parameters, bare._buffers, bare._modules, bare._shared = {}, {}, {}, ()
+        self.__dict__['bare'] = bare  # not a child: it has no state
+
+    bare: Any
+
+    def input_codes(self, x: Tensor) -> Tensor:
+        """Codes of an input, as floats in [lo, hi]."""
+        step = self.step
+        return (x.float() / torch.where(step > 0, step, 1)).round().clamp(self.lo, self.hi) * (step > 0)
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """acc: the integer sums for integer input codes, as float64."""
+        return self.bare.compute(codes.double(), self.codes.double(), None)
+
+    def scale(self, accumulated: Tensor) -> Tensor:
+        """y = M * acc + B in float32."""
+        shape = [1] * accumulated.dim()
+        shape[-1 if isinstance(self.bare, nn.Linear) else 1] = -1
+        return accumulated.float() * self.multiplier.view(shape) + self.bias.view(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any input of the layer to the output of its batch normalization, or to its own if there is none."""
+        return self.scale(self.accumulate(self.input_codes(x)))
+
+
+def merge_model(model: nn.Module, topology: Topology) -> nn.Module:
+    """A copy of the model in evaluation mode in which every quantized layer is an IntegerLayer.
+
+    Args:
+        model: quantized and trained; it is not changed.
+        topology: record of a prediction, see gdrq_mm/topology.py.
+
+    Raises:
+        UserError: a layer cannot be expressed with one multiplier and one bias a channel; names it and says why.
+    """
+    merged = copy.deepcopy(model).eval()
+    modules = dict(merged.named_modules())
+    layers = quant_layers(merged)
+    norms = mergeable_norms(merged, topology)
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        if topology.calls.get(name):
+            norm: Any = modules[norms[name]] if name in norms else None
+            replaced[layer] = IntegerLayer(layer, norm, name)
+    replaced.update({modules[name]: nn.Identity() for name in norms.values()})
+    for parent in list(merged.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child in replaced:
+                new = replaced[child]
+                _move_hooks(child, new)  # type: ignore[arg-type]
+                parent._modules[child_name] = new
+    return merged
+
+
+def mergeable_norms(model: nn.Module, topology: Topology) -> dict[str, str]:
+    """Quantized layer -> the batch normalization that takes up into it: one that reads nothing else."""
+    modules, layers = dict(model.named_modules()), quant_layers(model)
+    readers: dict[str, int] = {}
+    for conv, norm in topology.norms.items():
+        if conv in layers and isinstance(modules[norm], _BatchNorm):
+            readers[norm] = readers.get(norm, 0) + topology.calls[conv]
+    whole = {norm for norm, calls in readers.items() if calls == topology.calls[norm]}
+    return {conv: norm for conv, norm in topology.norms.items() if norm in whole and conv in layers}
+
+
+def _check(layer: QuantLayer, norm: _BatchNorm | None, name: str) -> None:
+    """Raise UserError if the layer is not a sum of integers times a multiplier a channel."""
+    weight, activation = layer.weight_quant, layer.input_quant
+    if weight is None or activation is None or 32 in layer.bits:
+        raise UserError(f'layer {name} cannot be merged: its {"weight" if layer.bits[0] == 32 else "input"} is float')
+    if isinstance(activation, Levels):
+        raise UserError(f'layer {name} cannot be merged: it has a threshold for each pyramid level')
+    for quantizer in (weight, activation):
+        if quantizer.uneven:
+            raise UserError(f'layer {name} cannot be merged: {quantizer.uneven}')
+        if not quantizer.calibrated or quantizer.stage not in (Stage.QUANTIZE, Stage.FREEZE):
+            raise UserError(f'layer {name} cannot be merged: it has not been trained or calibrated to its end')
+    if norm is not None and (norm.running_mean is None or norm.running_var is None):
+        raise UserError(f'layer {name} cannot be merged: its batch normalization keeps no statistics')
+
+
+def _normalization(norm: _BatchNorm | None, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """gain and shift of each channel, (C,) float64: gain * x + shift is the normalization of x."""
+    one = torch.ones(channels, dtype=torch.float64, device=device)
+    if norm is None:
+        return one, torch.zeros_like(one)
+    assert norm.running_mean is not None and norm.running_var is not None
+    gain = one if norm.weight is None else norm.weight.detach().double()
+    gain = gain / torch.sqrt(norm.running_var.double() + norm.eps)
+    shift = torch.zeros_like(one) if norm.bias is None else norm.bias.detach().double()
+    return gain, shift - gain * norm.running_mean.double()
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """What is attached to the output of a module, such as the quantizer of an operand of an addition."""
+    new._forward_hooks.update(old._forward_hooks)
+    if 'output_quant' in old._modules:
+        new.add_module('output_quant', old._modules['output_quant'])

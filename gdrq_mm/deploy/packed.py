@@ -1,0 +1,122 @@
+"""A packed checkpoint: weights at their real bits, one file, safe to load.
+
+Layout: 8 bytes magic, 4 bytes version, 8 bytes length of the header (little endian), the header as JSON, the payload,
+and the SHA-256 of everything before it. The header lists the tensors with type, shape and place in the payload. Codes
+of n bits are stored as unsigned numbers, code - lowest code, one after the other, the lowest bit first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import write_whole
+from ..errors import UserError
+from .merge import IntegerLayer
+
+MAGIC, VERSION = b'GDRQPACK', 1
+_TYPES = {'float32': np.float32, 'int64': np.int64, 'int32': np.int32, 'bool': np.bool_}
+
+
+def write_packed(model: torch.nn.Module, path: str | Path, config: str = '') -> None:
+    """Write a merged model.
+
+    Args:
+        model: what merge_model() returned.
+        config: text of the config; it is kept beside the tensors.
+    """
+    bits = {f'{n}.codes': m.weight_bits for n, m in model.named_modules() if isinstance(m, IntegerLayer)}
+    ranges = {
+        n: dict(lo=m.lo, hi=m.hi, weight_bits=m.weight_bits, input_bits=m.input_bits)
+        for n, m in model.named_modules()
+        if isinstance(m, IntegerLayer)
+    }
+    payload, tensors = bytearray(), {}
+    for name, tensor in model.state_dict().items():
+        entry, data = _encode(name, tensor, bits.get(name))
+        tensors[name] = {**entry, 'offset': len(payload), 'bytes': len(data)}
+        payload += data
+    header = json.dumps(dict(config=config, layers=ranges, tensors=tensors)).encode()
+    content = MAGIC + struct.pack('<IQ', VERSION, len(header)) + header + bytes(payload)
+    write_whole(path, content + hashlib.sha256(content).digest())
+
+
+def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict of the merged model, and the header: config and codes' ranges of the layers.
+
+    Raises:
+        UserError: missing, truncated, altered, or of another version.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f'packed file {path} cannot be read: {error.strerror}') from None
+    start = len(MAGIC) + 12
+    if len(content) < start + 32 or not content.startswith(MAGIC):
+        raise UserError(f'{path} is not a packed file of this project')
+    version, length = struct.unpack_from('<IQ', content, len(MAGIC))
+    if version != VERSION:
+        raise UserError(f'packed file {path} has version {version}, this is {VERSION}')
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise UserError(f'packed file {path} is truncated or altered: its checksum does not fit')
+    try:
+        header = json.loads(content[start : start + length])
+        payload = memoryview(content)[start + length : -32]
+        state = {name: _decode(entry, payload) for name, entry in header['tensors'].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f'packed file {path} is damaged: {type(error).__name__} {error}') from None
+    return state, {key: header.get(key) for key in ('config', 'layers')}
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> bytes:
+    """Unsigned codes below 2^bits, one after the other, the lowest bit first."""
+    each = (codes.reshape(-1, 1).astype(np.uint8) >> np.arange(bits, dtype=np.uint8)) & 1
+    return np.packbits(each.ravel(), bitorder='little').tobytes()
+
+
+def unpack_codes(data: Any, bits: int, count: int) -> np.ndarray:
+    """The inverse of :func:`pack_codes`, uint8.
+
+    Raises:
+        ValueError: the data are too short.
+    """
+    raw = np.frombuffer(data, np.uint8)
+    if len(raw) != math.ceil(count * bits / 8):
+        raise ValueError(f'{len(raw)} bytes for {count} codes of {bits} bits')
+    each = np.unpackbits(raw, count=count * bits, bitorder='little').reshape(count, bits)
+    return (each << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
+
+
+def _encode(name: str, tensor: Tensor, bits: int | None) -> tuple[dict[str, Any], bytes]:
+    array = tensor.detach().cpu().contiguous().numpy()
+    if bits is None:
+        return dict(type=array.dtype.name, shape=list(array.shape)), array.tobytes()
+    lowest = int(array.min()) if array.size else 0
+    # Levels without a zero are odd numbers (DoReFa): two apart, else they would not fit their bits.
+    stride = 2 if array.size and int(array.max()) - lowest >= 2**bits else 1
+    codes = (array.astype(np.int16) - lowest) // stride
+    return dict(type='codes', shape=list(array.shape), bits=bits, lowest=lowest, stride=stride), pack_codes(codes, bits)
+
+
+def _decode(entry: Mapping[str, Any], payload: memoryview) -> Tensor:
+    offset, size, shape = entry['offset'], entry['bytes'], entry['shape']
+    if not all(isinstance(v, int) and v >= 0 for v in (offset, size, *shape)) or offset + size > len(payload):
+        raise ValueError('a tensor lies outside the file')
+    data = payload[offset : offset + size]
+    if entry['type'] == 'codes':
+        bits = entry['bits']
+        if bits not in range(1, 9):
+            raise ValueError(f'codes of {bits} bits')
+        codes = unpack_codes(data, bits, math.prod(shape)).astype(np.int16)
+        return torch.from_numpy((codes * entry['stride'] + entry['lowest']).astype(np.int8).reshape(shape))
+    array: np.ndarray = np.frombuffer(data, _TYPES[entry['type']])
+    return torch.from_numpy(array.reshape(shape).copy())

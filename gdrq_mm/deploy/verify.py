@@ -1,0 +1,114 @@
+"""Compare a merged model with the trained one, layer by layer, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..convert import activation_quantizers, quant_layers
+from ..quantizers import ActivationQuantizer
+from ..topology import Topology
+from .merge import IntegerLayer, mergeable_norms
+
+TIE = 1e-3
+"""How near to a rounding tie, in steps, a value is whose code may be one off (ours): float32 sums differ in order."""
+
+
+@dataclass
+class Comparison:
+    """One layer: the merged one on the inputs that the trained one saw."""
+
+    name: str
+    outputs: int
+    accumulator_errors: int
+    """Sums that are not exactly those of the trained layer's codes."""
+    largest: float
+    """Largest difference of the output, relative to the largest output."""
+    codes: int = 0
+    """Codes that quantizers make of this output, itself or after a ReLU."""
+    ties: int = 0
+    """Of them those that differ by one at a rounding tie."""
+    wrong: int = 0
+    """Of them those that differ otherwise."""
+
+
+def compare(
+    model: nn.Module, merged: nn.Module, topology: Topology, predict: Callable[[nn.Module], Any]
+) -> list[Comparison]:
+    """Give each merged layer the trained layer's input; compare sums, outputs, and the codes that readers make of them.
+
+    Args:
+        model: the trained model, in evaluation mode.
+        merged: what merge_model() made of it.
+        predict: runs one batch through a model.
+
+    Returns:
+        A Comparison for each call of a layer, in the order of the prediction.
+    """
+    norms, layers = mergeable_norms(model, topology), quant_layers(model)
+    modules, ours = dict(model.named_modules()), dict(merged.named_modules())
+    inputs: dict[str, Tensor] = {}
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    read: list[tuple[ActivationQuantizer, Tensor]] = []
+    handles = []
+    for name, layer in layers.items():
+        if isinstance(ours.get(name), IntegerLayer):
+
+            def remember(module: Any, args: Any, name: str = name) -> None:
+                inputs[name] = args[0].clone()
+
+            def finish(module: Any, args: Any, out: Tensor, name: str = name) -> None:
+                if name in inputs:  # a shared norm sees the outputs of all its layers
+                    calls.append((name, inputs.pop(name), out.clone()))
+
+            handles.append(layer.register_forward_pre_hook(remember))
+            end = modules[norms[name]] if name in norms else layer
+            handles.append(end.register_forward_hook(finish, prepend=True))
+    for quantizer in activation_quantizers(model).values():
+        handles.append(quantizer.register_forward_pre_hook(lambda q, args: read.append((q, args[0].clone()))))
+    try:
+        with torch.no_grad():
+            predict(model)
+            return [_compare_layer(name, layers[name], ours[name], x, out, read) for name, x, out in calls]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare_layer(
+    name: str, layer: Any, merged: Any, x: Tensor, out: Tensor, read: list[tuple[ActivationQuantizer, Tensor]]
+) -> Comparison:
+    exact = merged.accumulate(merged.input_codes(x))
+    step = layer.input_quant.step()
+    codes = (layer.input_quant(x) / torch.where(step > 0, step, 1)).round()
+    weight = layer.set_filters(layer.weight_quant.codes(layer.filters()))
+    trained = layer.compute(codes.double(), weight.double(), None)
+    ours = merged.scale(exact)
+    top = float(out.abs().amax()) if out.numel() else 0.0
+    difference = float((ours - out).abs().amax()) if out.numel() else 0.0
+    result = Comparison(name, out.numel(), int((exact != trained).sum()), difference / max(top, 1e-12))
+    for quantizer, seen in read:
+        if seen.shape == out.shape:
+            for function in (lambda v: v, torch.relu):
+                if torch.equal(seen, function(out)):
+                    _compare_codes(result, quantizer, function(ours), seen)
+                    break
+    return result
+
+
+def _compare_codes(result: Comparison, quantizer: ActivationQuantizer, ours: Tensor, theirs: Tensor) -> None:
+    step = quantizer.step()
+    if not step > 0:
+        return
+    one, other = ours / step, theirs / step
+    lo, hi = quantizer.lo, quantizer.hi
+    difference = (one.round().clamp(lo, hi) - other.round().clamp(lo, hi)).abs()
+    tie = ((other - other.floor()) - 0.5).abs() < TIE
+    result.codes += difference.numel()
+    result.ties += int(((difference == 1) & tie).sum())
+    result.wrong += int(((difference > 1) | ((difference == 1) & ~tie)).sum())
