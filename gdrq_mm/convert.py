@@ -15,7 +15,7 @@ from .errors import UserError
 from .heads import deployed, last_layers
 from .layers import QUANTIZED, Levels, QuantLayer, make_activation_quantizer
 from .levels import split_levels
-from .quantizers import ActivationQuantizer
+from .quantizers import ActivationQuantizer, WeightQuantizer
 from .topology import Topology
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
@@ -55,10 +55,11 @@ def bare_model(model: nn.Module) -> Any:
 def mute_leaves(model: nn.Module) -> None:
     """Evaluation mode for the modules without children, BN and dropout among them; the others keep theirs.
 
-    Some models compute a loss in training mode only (Deformable DETR, PIDNet).
+    Some models compute a loss in training mode only (Deformable DETR, PIDNet). A quantizer is no child here: BN has one
+    where its output is an operand of an addition.
     """
     for module in model.modules():
-        if next(module.children(), None) is None:
+        if all(isinstance(child, (ActivationQuantizer, WeightQuantizer)) for child in module.children()):
             module.eval()
 
 

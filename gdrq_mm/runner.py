@@ -55,6 +55,7 @@ class QuantRunner(Runner):
     """
 
     _train_loop: Any
+    _hooks: list[Hook]
     quantization: Quantization | None = None
     report: Report | None = None
     training: dict[str, Any] = {}
@@ -234,6 +235,19 @@ class QuantRunner(Runner):
             raise
         os.replace(source, os.path.join(out_dir, filename))
 
+    def load_calibrated(self) -> None:
+        """Load float weights, all of them, and find thresholds on training batches.
+
+        No other hook is called, now or later: an average of the weights (EMA) does not know the thresholds.
+        """
+        calibration = next(hook for hook in self.hooks if isinstance(hook, CalibrationHook))
+        self._hooks = []
+        self._train_loop = self.build_train_loop(self._train_loop)
+        path = str(self.cfg.load_from)
+        check_fits(bare_model(self.model), read_checkpoint(path, 'cpu', self.unsafe_load), path, share=1.0)
+        self.load_or_resume()
+        calibration.before_train(self)
+
     def calibrate(self, path: str) -> None:
         """Load the weights, find thresholds on training batches, and write the quantized checkpoint without training.
 
@@ -242,9 +256,7 @@ class QuantRunner(Runner):
         """
         if self.quantization is None:
             raise UserError('the config has no quantization: there is nothing to calibrate')
-        self._train_loop = self.build_train_loop(self._train_loop)
-        self.load_or_resume()
-        next(hook for hook in self.hooks if isinstance(hook, CalibrationHook)).before_train(self)
+        self.load_calibrated()
         self.log_layers()
         folder, name = os.path.split(path)
         self.save_checkpoint(folder or '.', name, save_optimizer=False, save_param_scheduler=False)

@@ -431,6 +431,24 @@ def test_channels_last_gives_the_same_model(make, float_checkpoint):
         torch.testing.assert_close(value, ends[1][name], rtol=0.02, atol=0.02)
 
 
+def test_calibration_changes_nothing_but_the_quantizers(make, float_checkpoint):
+    """A BN whose output is an operand of an addition has a quantizer for a child, and stands still all the same."""
+    runner = make(load_from=float_checkpoint)
+    assert any(hasattr(m, 'output_quant') for m in runner.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    runner.load_calibrated()
+    expected = read_checkpoint(float_checkpoint)['state_dict']
+    state = runner.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert all(quantizer.calibrated for quantizer in quantizers_of(runner).values())
+
+
+def test_calibration_leaves_averages_alone(make, float_checkpoint, tmp_path):
+    runner = make(load_from=float_checkpoint, custom_hooks=[dict(type='EMAHook')])
+    runner.calibrate(str(tmp_path / 'calibrated.pth'))
+    state = read_checkpoint(str(tmp_path / 'calibrated.pth'))['state_dict']
+    assert all(torch.equal(state[name], value) for name, value in runner.model.state_dict().items())
+
+
 def test_a_layer_that_calibration_does_not_reach_stays_float(make):
     runner = make(epochs=1)
     unused = quant_layers(runner.model)['backbone.layer4.1.conv2']
