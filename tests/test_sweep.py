@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ import pytest
 from gdrq_mm.errors import UserError
 from gdrq_mm.results.record import find_records
 from gdrq_mm.results.table import comparison_rows
-from gdrq_mm.sweep import read_sweep
+from gdrq_mm.sweep import read_sweep, run_cell
 from tests.helpers import ROOT, tiny_config
+from tools import sweep as tool
 
 
 def run(folder, tool, *arguments):
@@ -21,12 +23,32 @@ def run(folder, tool, *arguments):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-@pytest.fixture
-def folder(tmp_path, digits_root, float_checkpoint, monkeypatch):
-    """A folder with configs of the tiny model and its float checkpoint; the working directory."""
+def sweep(*arguments):
+    """tools/sweep.py in this process; its cells are processes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['tools/sweep.py', *arguments])
+        patch.setenv('COLUMNS', '200')
+        tool.sweep()
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory, digits_root, float_checkpoint):
+    """A folder with configs of the tiny model, and a sweep that has run: a float model, LSQ, PTQ."""
+    folder = tmp_path_factory.mktemp('sweep')
     changes = {'log_level': 'INFO', 'load_from': float_checkpoint}
-    tiny_config(digits_root, tmp_path / 'run', epochs=1, **changes).dump(tmp_path / 'quantized.py')
-    tiny_config(digits_root, tmp_path / 'run', quantization=None, **changes).dump(tmp_path / 'float.py')
+    tiny_config(digits_root, folder / 'run', epochs=1, **changes).dump(folder / 'quantized.py')
+    tiny_config(digits_root, folder / 'run', quantization=None, **changes).dump(folder / 'float.py')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_sweep(folder)
+        sweep('sweep.py', '--jobs', '2', '--cores', '2')
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    """A copy of it, the working directory."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -45,46 +67,42 @@ def write_sweep(folder, **changes):
     (folder / 'sweep.py').write_text(content)
 
 
-def test_a_sweep_runs_what_is_not_finished(folder):
-    write_sweep(folder)
-    done = run(folder, 'sweep', 'sweep.py')
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_sweep_leaves_a_record_of_each_cell(folder):
     names = ['tiny-float', 'tiny-lsq-w4a4-seed1', 'tiny-ptq-w4a4-seed1']
-    assert sorted(path.stem for path in (folder / 'records').iterdir()) == names
+    records = {path.stem: json.loads(path.read_text()) for path in (folder / 'records').iterdir()}
+    assert sorted(records) == names
+    assert [records[name]['training']['seed'] for name in names[1:]] == [1, 1]
     rows = comparison_rows(find_records([folder / 'records']))
-    assert {(row['method'], row['bits'], row['seeds']) for row in rows} == {
-        (f'{m} (groups=4)', 'W4A4', '1') for m in ('LSQ', 'PTQ')
-    }
+    methods = {(row['method'], row['bits'], row['seeds']) for row in rows}
+    assert methods == {(f'{m} (groups=4)', 'W4A4', '1') for m in ('LSQ', 'PTQ')}
     assert all(re.fullmatch(r'\d+\.\d\d', row['float']) for row in rows)
-    seeds = {path.stem: json.loads(path.read_text())['training']['seed'] for path in (folder / 'records').iterdir()}
-    assert (seeds[names[1]], seeds[names[2]]) == (1, 1)
 
+
+def test_finished_cells_are_skipped(folder, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in (folder / 'records').iterdir()}
     (folder / 'records/tiny-float.json').unlink()
-    done = run(folder, 'sweep', 'sweep.py')
-    assert '3 cells, 2 finished, 1 to run' in done.stdout and 'tiny-float: done' in done.stdout
+    sweep('sweep.py')
+    out = capsys.readouterr().out
+    assert '3 cells, 2 finished, 1 to run' in out and 'tiny-float: done' in out
     after = {path.name: path.stat().st_mtime_ns for path in (folder / 'records').iterdir()}
     assert [name for name in before if before[name] != after[name]] == ['tiny-float.json']
-    listed = run(folder, 'sweep', 'sweep.py', '--list', '--only', 'ptq').stdout
-    assert listed.split() == ['tiny-ptq-w4a4-seed1:', 'finished']
+    sweep('sweep.py', '--list', '--only', 'ptq')
+    assert capsys.readouterr().out.split() == ['tiny-ptq-w4a4-seed1:', 'finished']
 
 
 def test_a_cell_that_fails_leaves_the_others(folder):
-    broken = {'': {}, 'broken': {'optim_wrapper.optimizer.lr': 1e30}}
-    write_sweep(folder, methods=['lsq'], variants=broken)
-    done = run(folder, 'sweep', 'sweep.py', '--jobs', '2', '--cores', '2')
-    assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert '1 of 3 cells failed' in done.stderr and 'tiny-lsq-broken-w4a4-seed1: error: ' in done.stderr
-    assert sorted(p.stem for p in (folder / 'records').iterdir()) == ['tiny-float', 'tiny-lsq-w4a4-seed1']
+    write_sweep(folder, methods=['lsq'], seeds=[1, 2], variants={'broken': {'optim_wrapper.optimizer.lr': 1e30}})
+    with pytest.raises(UserError) as error:
+        sweep('sweep.py', '--only', 'seed2')
+    assert '1 of 1 cells failed' in str(error.value) and 'tiny-lsq-broken-w4a4-seed2: error: ' in str(error.value)
+    assert len(find_records(['records'])) == 3
 
 
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(folder):
     write_sweep(folder, methods=['lsq'], options={'train_cfg.max_epochs': 2})
     (cell,) = [cell for cell in read_sweep('sweep.py') if 'lsq' in cell.name]
-    first = cell.command.split(' && ')[0].replace('train_cfg.max_epochs=2', 'train_cfg.max_epochs=1')
-    assert subprocess.run(['bash', '-c', first], capture_output=True).returncode == 0
-    done = run(folder, 'sweep', 'sweep.py')
-    assert done.returncode == 0, done.stderr
+    cell.record.unlink()  # one epoch was trained by the sweep before
+    assert run_cell(cell, 1) == ''
     log = cell.log.read_text()
     assert 'Epoch(train) [2]' in log and 'Epoch(train) [1]' not in log
     assert json.loads(cell.record.read_text())['training']['epoch'] == 2
@@ -92,12 +110,11 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(folder):
 
 def test_cells_become_slurm_jobs(folder):
     write_sweep(folder, seeds=[0, 1])
-    done = run(folder, 'sweep', 'sweep.py', '--slurm', 'jobs.sh', '--slurm-args', '-p gpu --gres=gpu:1')
-    assert done.returncode == 0, done.stderr
+    sweep('sweep.py', '--slurm', 'jobs.sh', '--slurm-args', '-p gpu --gres=gpu:1')
     script = (folder / 'jobs.sh').read_text()
     assert subprocess.run(['bash', '-n', 'jobs.sh'], cwd=folder).returncode == 0
     jobs = [line for line in script.splitlines() if line.startswith('sbatch ')]
-    assert len(jobs) == 5 and all('-p gpu --gres=gpu:1 --job-name tiny-' in job for job in jobs)
+    assert len(jobs) == 2 and all('-p gpu --gres=gpu:1 --job-name tiny-' in job for job in jobs)
     # A sbatch that runs its job at once shows that the quoting survives.
     (folder / 'bin').mkdir()
     (folder / 'bin/sbatch').write_text('#!/bin/bash\nexec bash -n -c "${@: -1}"\n')
@@ -113,7 +130,7 @@ def test_all_errors_are_named_at_once_before_anything_runs(folder):
     assert "runs[0] has no key 'verions'; did you mean 'variants'?" in str(error.value)
     write_sweep(folder, methods=['lsqq', 'xnor'], bits=['w4a4', '4'], seeds=[0, True])
     done = run(folder, 'sweep', 'sweep.py')
-    assert done.returncode == 1 and 'Traceback' not in done.stderr and not (folder / 'records').exists()
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and len(find_records(['records'])) == 3
     for message in (
         'errors in sweep.py',
         "tiny-lsqq-w4a4-seed0: quantization.method='lsqq' is unknown; did you mean 'lsq'?",
@@ -157,14 +174,12 @@ def test_a_damaged_sweep_file_is_refused(folder, content, message):
 
 
 def test_a_record_of_other_settings_is_not_taken_for_the_cell(folder):
-    write_sweep(folder, methods=['ptq'])
-    assert run(folder, 'sweep', 'sweep.py').returncode == 0
-    write_sweep(folder, methods=['ptq'], options={'quantization.weight.groups': 1})
-    done = run(folder, 'sweep', 'sweep.py')
-    assert done.returncode == 1 and 'is of other settings; remove it to run the cell again' in done.stderr
+    write_sweep(folder, options={'quantization.weight.groups': 1})
+    with pytest.raises(UserError, match='is of other settings; remove it to run the cell again'):
+        sweep('sweep.py')
     (folder / 'records/tiny-ptq-w4a4-seed1.json').write_text('{')
-    done = run(folder, 'sweep', 'sweep.py')
-    assert done.returncode == 1 and 'tiny-ptq-w4a4-seed1.json cannot be read' in done.stderr
+    with pytest.raises(UserError, match=r'tiny-ptq-w4a4-seed1\.json cannot be read'):
+        sweep('sweep.py', '--only', 'ptq')
 
 
 # ---- tools/calibrate.py ---------------------------------------------------------------------------------------------
@@ -193,4 +208,4 @@ def test_what_cannot_be_calibrated_ends_in_one_line(folder, float_checkpoint, ar
     arguments = [float_checkpoint if argument == 'FLOAT' else argument for argument in arguments]
     done = run(folder, 'calibrate', *arguments, '--work-dir', 'w')
     assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]
-    assert not list(folder.rglob('calibrated.pth'))
+    assert not list((folder / 'w').rglob('*.pth'))
