@@ -177,7 +177,7 @@ class WeightQuantizer(Quantizer):
 
     def calibrate(self, weight: Tensor) -> None:
         """Set what must be known before training, from the loaded weight."""
-        self.threshold.copy_(self.threshold_of(weight))
+        self.threshold.copy_(self.threshold_of(weight).detach())  # a first training forward is not under no_grad
         self.set_state(calibrated=True)
 
     def after_step(self, weight: Tensor, step: int) -> Tensor | None:
@@ -279,7 +279,7 @@ class ActivationQuantizer(Quantizer):
 
     def freeze(self) -> None:
         """Keep the threshold of this moment."""
-        self.threshold.copy_(self.current_threshold())
+        self.threshold.copy_(self.current_threshold().detach())
 
     def step(self) -> Tensor:
         """The step d, a scalar."""
