@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The short search that sets GDRQ's default k: one epoch of training on CIFAR-10 for each setting, from one checkpoint.
 
-    python benchmarks/cifar10_search.py --checkpoint work_dirs/resnet18_w16_cifar10/epoch_120.pth --jobs 2
+    python benchmarks/cifar10_search.py --checkpoint work_dirs/resnet18_w16_cifar10/epoch_180.pth --jobs 2
 
 Every setting is trained by tools/train.py and tested by tools/test.py, under the same recipe and seed; finished ones
 are not run again. Writes docs/figures/cifar10_search.json and prints a table.
