@@ -194,7 +194,7 @@ class WeightQuantizer(Quantizer):
         return F.per_channel(step, self.sizes, weight.dim())
 
     def codes(self, weight: Tensor) -> Tensor:
-        """Integer weights, (C, ...) int8: `codes * step` is what `forward` returns in evaluation."""
+        """Integer weights, (C, ...) int8: `codes * step` is what `forward` returns, unless the method is `uneven`."""
         return self.round(weight, self.step(weight)).to(torch.int8)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ ReLU.
 The paper binarizes weights: combine with `weight=dict(method='xnor', bits=1)`.
 Deviations: the paper's inputs have unit variance, ours are scaled by their sigma, from a running mean(|x|), which is
 sigma / sqrt(2 pi) for a rectified Gaussian; signed inputs take the levels that fit a whole Gaussian, with a zero
-level. 8-bit layers take the method 'minmax'.
+level, those with a zero point the half-wave step. 8-bit layers take the method 'minmax'.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv:1902.08153.
 Eq. 1 to 3: Q(v) = s * round(clip(v / s, -Qn, Qp)) with dQ/ds = -Qn, Qp, or round(v/s) - v/s inside the range; section
 2.1: s starts at 2 <|v|> / sqrt(Qp); section 2.2: its gradient is scaled by 1 / sqrt(N * Qp), N the weights of the
-layer or the features of one image. Steps take no weight decay.
+layer or the features of one image (of one region in the layers of a box head).
 Deviations: a step for each group of filters if `groups` says so; activations start from all calibration batches, not
-from the first training batch; inputs below zero get signed codes, those with a short negative tail a zero point that
-stays what calibration found.
+from the first training batch; inputs below zero get signed codes without the lowest, -2^(n-1), those with a short
+negative tail a zero point that stays what calibration found. Steps take no weight decay (ours).
 """
 
 from __future__ import annotations
