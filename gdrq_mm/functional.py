@@ -91,6 +91,11 @@ def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
     return per_group(sums, sizes) / (sizes * flat.shape[1])
 
 
+def max_abs(weight: Tensor, sizes: Tensor) -> Tensor:
+    """max|w| of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
+    return per_group(weight.detach().float().flatten(1).abs().amax(1), sizes, 'max')
+
+
 def sum_abs(x: Tensor) -> Tensor:
     """sum|x| of a dense tensor, a float32 scalar."""
     pieces = blocks((x,), (x.new_zeros(()),)) if torch.ops.aten.is_non_overlapping_and_dense(x) else None
@@ -176,7 +181,7 @@ def search_threshold(weight: Tensor, lo: int, hi: int, sizes: Tensor, p: float =
     `candidates` thresholds are tried, evenly spaced up to the largest |w| of the group (grid: ours).
     """
     weight = weight.detach().float()
-    top = per_group(weight.flatten(1).abs().amax(1), sizes, 'max')
+    top = max_abs(weight, sizes)
     best, best_loss = top, torch.full_like(top, torch.inf, dtype=torch.float64)
     for i in range(1, candidates + 1):
         threshold = top * (i / candidates)

@@ -60,6 +60,8 @@ class QuantRunner(Runner):
     report: Report | None = None
     training: dict[str, Any] = {}
     """What the checkpoint says of the run that wrote it: seed, epochs, iterations, and where it started from."""
+    needed_share = 0.5
+    """Share of the parameters that a checkpoint to start from must have: another head may start anew."""
     unsafe_load = False
     """Unpickle whatever a checkpoint holds (tools: --unsafe-load)."""
 
@@ -201,7 +203,7 @@ class QuantRunner(Runner):
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model = bare_model(self.model)
         starting = self._train_loop is not None and not self._resume
-        check_fits(model, checkpoint, filename, share=0.5 if starting else 1.0)
+        check_fits(model, checkpoint, filename, share=self.needed_share if starting else 1.0)
         mismatch = other_quantization(model, checkpoint)
         if mismatch and not starting:
             raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}')
@@ -243,8 +245,7 @@ class QuantRunner(Runner):
         calibration = next(hook for hook in self.hooks if isinstance(hook, CalibrationHook))
         self._hooks = []
         self._train_loop = self.build_train_loop(self._train_loop)
-        path = str(self.cfg.load_from)
-        check_fits(bare_model(self.model), read_checkpoint(path, 'cpu', self.unsafe_load), path, share=1.0)
+        self.needed_share = 1.0
         self.load_or_resume()
         calibration.before_train(self)
 

@@ -14,17 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import WeightQuantizer
+from .dorefa import DoReFaWeight
 
 
-class BalancedWeight(WeightQuantizer):
-    """Weights by rank: the codes are the odd integers from -(2^k - 1) to 2^k - 1."""
-
-    allowed_bits = range(2, 8)
-
-    def __init__(self, bits: int, channels: int, groups: int | str | None = None) -> None:
-        super().__init__(bits, channels, groups)
-        self.set_state(lo=1 - 2**bits, hi=2**bits - 1)
+class BalancedWeight(DoReFaWeight):
+    """Weights by rank, on DoReFa's levels and with its constant."""
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         flat = weight.detach().float().flatten(1)
@@ -36,14 +30,6 @@ class BalancedWeight(WeightQuantizer):
             mean = torch.bincount(part, values.double(), minlength=parts) / count
             part = 2 * part + (values > mean[part])
         return (2.0 * (part % 2**self.bits) - self.hi).view_as(weight)
-
-    def calibrate(self, weight: Tensor) -> None:
-        levels = self.round(weight, weight) / self.hi
-        self.threshold.copy_(F.mean_abs(weight, self.sizes) / F.mean_abs(levels, self.sizes))
-        self.set_state(calibrated=True)
-
-    def threshold_of(self, weight: Tensor) -> Tensor:
-        return self.threshold
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         return F.straight_through(weight, self.round(weight, step) * step)

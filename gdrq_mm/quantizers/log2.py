@@ -42,7 +42,7 @@ class Log2Weight(WeightQuantizer):
     allowed_bits = range(2, 6)
 
     def threshold_of(self, weight: Tensor) -> Tensor:
-        return power_of_two(F.per_group(weight.detach().float().flatten(1).abs().amax(1), self.sizes, 'max'))
+        return power_of_two(F.max_abs(weight, self.sizes))
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         return log2_codes(weight, step * self.hi, self.lo, self.hi)

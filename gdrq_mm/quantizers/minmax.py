@@ -24,7 +24,7 @@ class MinMaxWeight(WeightQuantizer):
     default_groups = 'channel'
 
     def threshold_of(self, weight: Tensor) -> Tensor:
-        return F.per_group(weight.detach().float().flatten(1).abs().amax(1), self.sizes, 'max')
+        return F.max_abs(weight, self.sizes)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         # Nothing is beyond the largest |w|, but hi * (T / hi) may be rounded to less than T, which would mask it.

@@ -48,11 +48,8 @@ class TTQWeight(WeightQuantizer):
     def _spread(self, values: Tensor, weight: Tensor) -> Tensor:
         return F.per_channel(values, self.sizes, weight.dim())
 
-    def _top(self, weight: Tensor) -> Tensor:
-        return F.per_group(weight.detach().float().flatten(1).abs().amax(1), self.sizes, 'max')
-
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
-        return torch.sign(weight) * (weight.abs() > self._spread(self.t * self._top(weight), weight))
+        return torch.sign(weight) * (weight.abs() > self._spread(self.t * F.max_abs(weight, self.sizes), weight))
 
     def calibrate(self, weight: Tensor) -> None:
         code = self.round(weight, weight)
@@ -73,7 +70,7 @@ class TTQWeight(WeightQuantizer):
         if self.stage == Stage.FREEZE:
             learned = F.straight_through(0 * learned, self.frozen)
         up, down = (self._spread(values, weight) for values in learned)
-        scaled = torch.where(code > 0, up, down).detach() / self._spread(self._top(weight), weight)
+        scaled = torch.where(code > 0, up, down).detach() / self._spread(F.max_abs(weight, self.sizes), weight)
         surrogate = weight * torch.where(code == 0, 1, scaled)
         value = torch.where(code > 0, up, torch.where(code < 0, -down, 0))
         return value + F.straight_through(surrogate, torch.zeros_like(surrogate))

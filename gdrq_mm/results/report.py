@@ -17,7 +17,19 @@ from markupsafe import Markup
 from PIL import Image
 
 from .report_plots import Points, bits_key, curve_plot, metric_plot, sparkline
-from .table import COLUMNS, NOT_RUN, TASK_NAMES, Record, check_comparable, comparison_rows, main_metric, method_of
+from .table import (
+    COLUMNS,
+    NOT_RUN,
+    TASK_NAMES,
+    Record,
+    bits_of,
+    check_comparable,
+    comparison_rows,
+    identity_of,
+    main_metric,
+    method_of,
+    title_of,
+)
 from .train_log import QUANTITIES, TrainLog, read_log
 
 TEXT_COLUMNS = ('task', 'model', 'data', 'metric', 'method')
@@ -123,11 +135,10 @@ def _entries(records: Sequence[Record]) -> list[Entry]:
     """The float baseline and the rows of each model and data set, in the order of the table."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in {record.get('path', id(record)): record for record in records}.values():
-        identity = record['task'], record['model']['config_sha256'], record['data']['evaluation_sha256']
-        groups.setdefault(identity, []).append(record)
+        groups.setdefault(identity_of(record), []).append(record)
     found: list[Entry] = []
     for number, group in enumerate(groups.values()):
-        name = f'{group[0]["model"]["name"]} on {group[0]["data"]["name"]}'
+        name = title_of(group[0])
         metric, _ = main_metric(group[0])
         floats = [record for record in group if record['quantization'] is None]
         value = f'{metric} {main_metric(floats[0])[1]:.2f} %' if floats else NOT_RUN
@@ -135,14 +146,14 @@ def _entries(records: Sequence[Record]) -> list[Entry]:
         found.append(Entry(before, f'{name}: float', value, floats, number))
         for row in comparison_rows(group):
             label = row['method'], row['bits']
-            of_row = [r for r in group if r['quantization'] is not None and (method_of(r), _bits(r)) == label]
+            of_row = [
+                r
+                for r in group
+                if r['quantization'] is not None and (method_of(r), bits_of(r['model']['bits'])) == label
+            ]
             value = f'{metric} {row["quantized"]} %' if of_row else NOT_RUN
             found.append(Entry(f'run-{len(found)}', f'{name}: {" ".join(label)}', value, of_row, number, row, before))
     return found
-
-
-def _bits(record: Record) -> str:
-    return 'W{}A{}'.format(*record['model']['bits'])
 
 
 def _metric_plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:

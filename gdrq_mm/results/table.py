@@ -55,8 +55,8 @@ def comparison_rows(records: Sequence[Record]) -> list[dict[str, str]]:
     """
     check_comparable(records)
     rows = []
-    for identity in dict.fromkeys(_identity(r) for r in records):
-        of_model = [r for r in records if _identity(r) == identity]
+    for identity in dict.fromkeys(identity_of(r) for r in records):
+        of_model = [r for r in records if identity_of(r) == identity]
         before = next((r for r in of_model if r['quantization'] is None), None)
         cells: Group = {}
         for record in of_model:
@@ -91,27 +91,27 @@ def check_comparable(records: Sequence[Record]) -> None:
     floats: dict[tuple[str, ...], Record] = {}
     cells: dict[tuple[Any, ...], Record] = {}
     for record in records:
-        name = _title(record)
+        name = title_of(record)
         other = ways.setdefault((record['task'], record['model']['config_sha256'], record['data']['name']), record)
-        if _identity(other) != _identity(record):
+        if identity_of(other) != identity_of(record):
             raise UserError(f'not comparable: {_two(other, record)} test {name} with different evaluation settings')
         if record['quantization'] is None:
-            other = floats.setdefault(_identity(record), record)
+            other = floats.setdefault(identity_of(record), record)
             if _checkpoint(other) != _checkpoint(record):
                 raise UserError(f'not comparable: {_two(other, record)} are two float baselines of {name}')
             continue
         bits, seed = tuple(record['model']['bits']), record['training']['seed']
-        other = cells.setdefault((_identity(record), method_of(record), bits, seed), record)
+        other = cells.setdefault((identity_of(record), method_of(record), bits, seed), record)
         if _checkpoint(other) != _checkpoint(record):
             raise UserError(
-                f'{_two(other, record)} claim the same cell: {name}, {method_of(record)}, {_bits(bits)}, seed {seed}'
+                f'{_two(other, record)} claim the same cell: {name}, {method_of(record)}, {bits_of(bits)}, seed {seed}'
             )
     for record in records:
-        start, before = record['training'].get('start'), floats.get(_identity(record))
+        start, before = record['training'].get('start'), floats.get(identity_of(record))
         if record['quantization'] is not None and start and before and start['sha256'] != _checkpoint(before):
             raise UserError(
                 f'not comparable: {_file(record)} was trained from another checkpoint ({start["file"]}) than the float '
-                f'baseline of {_title(record)}, {_file(before)}'
+                f'baseline of {title_of(record)}, {_file(before)}'
             )
 
 
@@ -186,9 +186,9 @@ def _row(
         metric=title,
         float=NOT_RUN if base is None else f'{base:.2f}',
         method=method,
-        bits=_bits(bits),
+        bits=bits_of(bits),
         quantized=NOT_RUN,
-        published=_published(any_, method, _bits(bits)),
+        published=_published(any_, method, bits_of(bits)),
     )
     if values:
         mean = statistics.fmean(values)
@@ -215,7 +215,8 @@ def _different(records: Iterable[Record]) -> list[Record]:
     return list({_checkpoint(record): record for record in records}.values())
 
 
-def _bits(bits: Sequence[int]) -> str:
+def bits_of(bits: Sequence[int]) -> str:
+    """Such as 'W4A4'."""
     return 'W{}A{}'.format(*bits)
 
 
@@ -223,7 +224,8 @@ def _checkpoint(record: Record) -> str:
     return record['checkpoint']['sha256'] or record['checkpoint']['file']
 
 
-def _title(record: Record) -> str:
+def title_of(record: Record) -> str:
+    """Model and data set, for people."""
     return f'{record["model"]["name"]} on {record["data"]["name"]}'
 
 
@@ -235,6 +237,6 @@ def _two(one: Record, other: Record) -> str:
     return f'{_file(one)} and {_file(other)}'
 
 
-def _identity(record: Record) -> tuple[str, ...]:
+def identity_of(record: Record) -> tuple[str, ...]:
     """What records share that are compared: architecture, data and evaluation."""
     return record['task'], record['model']['config_sha256'], record['data']['evaluation_sha256']
