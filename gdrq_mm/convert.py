@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn as nn
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import FLOAT_BITS, Quantization
 from .errors import UserError
@@ -73,6 +74,17 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
 
 
+def mergeable_norms(model: nn.Module, topology: Topology) -> dict[str, str]:
+    """Quantized layer -> the batch normalization that takes up into it: one that reads nothing else."""
+    modules, layers = dict(model.named_modules()), quant_layers(model)
+    readers: dict[str, int] = {}
+    for conv, norm in topology.norms.items():
+        if conv in layers and isinstance(modules[norm], _BatchNorm):
+            readers[norm] = readers.get(norm, 0) + topology.calls[conv]
+    whole = {norm for norm, calls in readers.items() if calls == topology.calls[norm]}
+    return {conv: norm for conv, norm in topology.norms.items() if norm in whole and conv in layers}
+
+
 def float_report(model: nn.Module, topology: Topology) -> Report:
     """The report of a model that stays float."""
     layers = {name: m for name, m in model.named_modules() if _has_filters(m)}
@@ -121,6 +133,7 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
     if config.deployable and topology is not None:
         _share_inputs(model, topology)
         additions = _quantize_additions(model, config, topology)
+        _round_biases(model, topology)
     for name, quantizer in activation_quantizers(model).items():
         quantizer.name = name.replace('.own_input_quant', '')
     for name, layer in quant_layers(model).items():
@@ -178,6 +191,15 @@ def _share_inputs(model: nn.Module, topology: Topology) -> None:
         owner = owners.setdefault((topology.inputs[name], repr(layer.activation_settings), levels), layer)
         if owner is not layer:
             layer.share_input_quant(owner)
+
+
+def _round_biases(model: nn.Module, topology: Topology) -> None:
+    """Evaluate with the biases of the integer graph wherever an integer kernel computes the layer."""
+    modules, norms = dict(model.named_modules()), mergeable_norms(model, topology)
+    for name, layer in quant_layers(model).items():
+        norm: Any = modules[norms[name]] if name in norms else None
+        if not isinstance(layer, nn.ConvTranspose2d) and (norm is None or norm.running_mean is not None):
+            layer.deploy_with(norm)
 
 
 def quantize_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:

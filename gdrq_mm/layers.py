@@ -11,13 +11,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn as nn
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
 from mmengine.registry import MODELS
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import FLOAT_BITS, Activation, Quantization, Weight
-from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, WeightQuantizer
+from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, Stage, WeightQuantizer
 
 
 def make_weight_quantizer(cfg: Weight, filters: Tensor) -> WeightQuantizer | None:
@@ -34,6 +36,41 @@ def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
     if cfg.bits == FLOAT_BITS:
         return None
     return ACTIVATION_METHODS[cfg.method](cfg.bits, cfg.range, **cfg.options)
+
+
+LARGEST_BIAS = 2**30
+"""In units of the sum; int32 holds it with room for the sum itself."""
+
+
+def spread(quantizer: WeightQuantizer) -> int:
+    """By what the codes of a weight are multiplied in the integer graph: as much as int8 holds, 18 for 4 bits (ours).
+
+    An integer kernel adds its bias to the sum, so the bias is a multiple of one unit of the sum. The spread makes the
+    unit, and the rounding of the bias, so much smaller.
+    """
+    return max(1, 127 // max(-quantizer.lo, quantizer.hi))
+
+
+def integer_bias(multiplier: Tensor, bias: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """B as the integer graph has it: round(B / u) * u with the unit u = |M| / spread; (C,) float64.
+
+    A channel without a unit keeps its bias: gamma is 0, or so small that int32 could not hold the bias.
+    """
+    unit = multiplier.abs() / spread(quantizer)
+    codes = (bias / torch.where(unit > 0, unit, 1)).round()
+    return torch.where((unit > 0) & (codes.abs() <= LARGEST_BIAS), codes * unit, bias)
+
+
+def _normalization(norm: _BatchNorm | None, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """gain and shift of each channel, (C,) float64: gain * x + shift is the normalization of x."""
+    one = torch.ones(channels, dtype=torch.float64, device=device)
+    if norm is None:
+        return one, torch.zeros_like(one)
+    assert norm.running_mean is not None and norm.running_var is not None
+    gain = one if norm.weight is None else norm.weight.detach().double()
+    gain = gain / torch.sqrt(norm.running_var.double() + norm.eps)
+    shift = torch.zeros_like(one) if norm.bias is None else norm.bias.detach().double()
+    return gain, shift - gain * norm.running_mean.double()
 
 
 class Levels(nn.ModuleList):
@@ -65,6 +102,9 @@ class QuantLayer:
 
     weight_quant: WeightQuantizer | None
     _shared: tuple[ActivationQuantizer | Levels, ...]
+    _norm: tuple[_BatchNorm, ...] | None
+    """With `deployable`: the batch normalization that takes up into this layer, if there is one; a tuple, because it is
+    no child of this layer."""
     seen: bool
     """Whether `forward` ran since this flag was cleared; calibration reads it."""
     level: int
@@ -86,7 +126,7 @@ class QuantLayer:
 
     def _attach(self, weight: Weight, activation: Activation) -> None:
         self.seen, self.level = False, 0
-        self._shared = ()
+        self._shared, self._norm = (), None
         self.activation_settings = activation
         self.weight_quant = make_weight_quantizer(weight, self.filters())
         self.own_input_quant: ActivationQuantizer | Levels | None = make_activation_quantizer(activation)
@@ -101,6 +141,41 @@ class QuantLayer:
         self.own_input_quant = None
         assert owner.input_quant is not None
         self._shared = (owner.input_quant,)  # a tuple, so that torch does not register it a second time
+
+    def deploy_with(self, norm: _BatchNorm | None) -> None:
+        """Evaluate with the bias that the integer graph has, see :func:`integer_bias`."""
+        self._norm = () if norm is None else (norm,)
+
+    @property
+    def deployable(self) -> bool:
+        """Whether :meth:`deploy_with` was called."""
+        return self._norm is not None
+
+    def merged(self, norm: _BatchNorm | None) -> tuple[Tensor, Tensor, Tensor]:
+        """gain, M and B of each channel, (C_out,) float64: the output is gain * (d s acc + b) + shift = M acc + B."""
+        layer: Any = self
+        filters = self.filters()
+        gain, shift = _normalization(norm, len(filters), filters.device)
+        step = layer.weight_quant.step(filters).detach().double().flatten()
+        own = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
+        return gain, gain * step * layer.input_quant.step().detach().double(), gain * own + shift
+
+    def biased(self) -> Tensor | None:
+        """The bias to compute with: in evaluation of a deployable layer that of the integer graph."""
+        layer: Any = self
+        bias, quantizers = layer.bias, (layer.weight_quant, layer.input_quant)
+        if layer.training or self._norm is None or any(getattr(q, 'uneven', '-') for q in quantizers):  # float, Levels
+            return bias
+        if any(q.stage not in (Stage.QUANTIZE, Stage.FREEZE) for q in quantizers):
+            return bias
+        norm = self._norm[0] if self._norm else None
+        if norm.training if norm is not None else bias is None:
+            return bias
+        with torch.no_grad():
+            gain, multiplier, before = self.merged(norm)
+            moved = integer_bias(multiplier, before, layer.weight_quant) - before
+            moved = torch.where(gain == 0, 0, moved / torch.where(gain == 0, 1, gain)).to(self.weight.dtype)
+        return moved if bias is None else bias + moved
 
     @property
     def bits(self) -> tuple[int, int]:
@@ -149,7 +224,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
-        return self.compute(*self.quantized(x), self.bias)
+        return self.compute(*self.quantized(x), self.biased())
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without quantizers, with this weight and bias."""
@@ -161,7 +236,7 @@ class QuantConv2dAdaptivePadding(QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
-        return self.compute(*self.quantized(x), self.bias)
+        return self.compute(*self.quantized(x), self.biased())
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without quantizers, with this weight and bias."""
@@ -212,7 +287,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return self.compute(*self.quantized(x), self.bias)
+        return self.compute(*self.quantized(x), self.biased())
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without quantizers, with this weight and bias."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
+"""Environment of a process that a test starts."""
 COUNTS = {'cls': {'train': 64, 'test': 40}, 'scenes': {'train': 1, 'test': 1}}
 """Pictures of the small data set; all ten classes are in both splits."""
 QUANTIZATION = dict(weight=dict(bits=4, groups=4), activation=dict(bits=4), calibration_batches=2)

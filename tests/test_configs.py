@@ -1,7 +1,6 @@
 """configs/: each builds and quantizes its model, the ImageNet ones train, stock tools run ours, the wheel has them."""
 
 import copy
-import os
 import re
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from gdrq_mm.quantizers import METHODS
 from gdrq_mm.runner import QuantRunner, drop_pretrained, read_quantization
 from gdrq_mm.summary import layer_table
 from gdrq_mm.topology import record
+from tests.helpers import ENV
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -39,7 +39,6 @@ LAST = re.compile(
     r'|conv_seg|classifier\.6)$'
 )
 """Last layers of the heads in use, auxiliary ones too."""
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
 def name(path):

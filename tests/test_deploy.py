@@ -143,6 +143,22 @@ def test_a_whole_network_keeps_its_predictions(deployable):
             assert hasattr(merged.two.conv2, 'output_quant') or hasattr(merged.two.bn2, 'output_quant')
 
 
+def test_deployable_evaluates_with_the_biases_of_the_integer_graph():
+    model, x = network(), torch.randn(4, 3, 12, 12)
+    model.train()(x)
+    model, topology = prepared(model.eval(), x, bits=8, deployable=True)
+    merged = merge_model(model, topology)
+    integers = {name: m for name, m in merged.named_modules() if isinstance(m, IntegerLayer)}
+    for name, layer in integers.items():
+        spread = 127 // quant_layers(model)[name].weight_quant.hi
+        codes = layer.bias.double() * spread / layer.multiplier.double().abs()
+        assert torch.allclose(codes, codes.round(), atol=1e-2), name
+        assert quant_layers(model)[name].biased() is not None
+    assert max(r.largest for r in compare(model, merged, topology, lambda m: m(x))) < 1e-5
+    layer = model.train().one.conv1
+    assert layer.bias is None and layer.biased() is None  # training has the statistics of the batch
+
+
 def test_a_wrong_merge_is_seen():
     model, x = network(), torch.randn(4, 3, 12, 12)
     model, topology = prepared(model.eval(), x, bits=8)

@@ -19,12 +19,12 @@ from gdrq_mm.checkpoint import read_checkpoint
 from gdrq_mm.datasets import cifar10, digits
 from gdrq_mm.errors import UserError
 from gdrq_mm.tasks import MAIN_METRICS
+from tests.helpers import ENV
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, TEST, PREPARE = (ROOT / 'tools' / name for name in ('train.py', 'test.py', 'prepare_data.py'))
 FLOAT = ROOT / 'configs/cls/resnet18_w16_digits.py'
 W4A4 = ROOT / 'configs/cls/resnet18_w16_gdrq_w4a4_digits.py'
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 TINY = (
     'train_dataloader.dataset.indices=24',  # the first 24 pictures of the training set: three iterations
     'train_dataloader.batch_size=8',
@@ -33,51 +33,6 @@ TINY = (
     'train_cfg.max_epochs=1',
     'load_from=None',
 )
-
-# Importing the libraries takes 4 s, so one process does it once and forks for each command. What the command does, its
-# exit code and its output are those of `python TOOL ARGS`.
-SERVER = """
-import gc, json, os, runpy, sys
-import mmpretrain.datasets, mmpretrain.engine, mmpretrain.evaluation, mmpretrain.models
-import gdrq_mm.datasets.cifar10, gdrq_mm.datasets.digits, gdrq_mm.results.record, gdrq_mm.runner
-gc.freeze()
-print('ready', flush=True)
-for line in sys.stdin:
-    sys.argv, folder, outputs = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        for number, name in enumerate(outputs, 1):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        runpy.run_path(sys.argv[0], run_name='__main__')
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope='session')
-def server():
-    command = [sys.executable, '-c', SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV) as process:
-        while (line := process.stdout.readline()) != 'ready\n':  # the libraries print while they are imported
-            assert line, 'the server ended'
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture
-def run(server, tmp_path, tmp_path_factory):
-    """Runs a tool in tmp_path."""
-    outputs = [str(path) for path in (tmp_path_factory.mktemp('output') / name for name in ('stdout', 'stderr'))]
-
-    def run(tool, *args):
-        command = [str(part) for part in (tool, *args)]
-        server.stdin.write(json.dumps([command, str(tmp_path), outputs]) + '\n')
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, code, *(Path(path).read_text() for path in outputs))
-
-    return run
 
 
 @pytest.fixture

@@ -1,18 +1,23 @@
 #!/usr/bin/env python
-"""Merge a trained quantized model into integers, check them layer by layer, and write them as a packed file."""
+"""Export a trained quantized model as integers: ONNX graphs or a packed checkpoint, checked layer by layer."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from mmengine.config import Config
+from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.table import Table
 
 from gdrq_mm.apis import infer, init_model
-from gdrq_mm.cli import ConfigOptions, check_writable, main
-from gdrq_mm.deploy import compare, merge_model, write_packed
+from gdrq_mm.cli import ConfigOptions, check_data, check_writable, main
+from gdrq_mm.deploy import compare, export_graphs, kernels, merge_model, write_bundle, write_packed
+from gdrq_mm.deploy.runtime import INTEGER_KERNELS
 from gdrq_mm.errors import UserError
 from gdrq_mm.topology import record
+
+CONSOLE = Console()
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,12 +25,81 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='path of the quantized config')
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
     parser.add_argument('--out', required=True, help='folder to write; it must not exist')
-    parser.add_argument('--image', help='picture on which both are compared (default: noise)')
+    parser.add_argument('--format', choices=['onnx', 'packed'], default='onnx', help='default: %(default)s')
+    parser.add_argument(
+        '--image', help='picture to check with; graphs are made for its size (default: first of the test set)'
+    )
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value')
     parser.add_argument(
         '--unsafe-load', action='store_true', help='unpickle anything a checkpoint holds; that runs its code'
     )
     return parser.parse_args()
+
+
+def first_picture(cfg: Config) -> str:
+    """Path of the first picture of the config's test set.
+
+    Raises:
+        UserError: the data are not there.
+    """
+    try:
+        check_data(cfg)
+        return DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': False}).get_data_info(0)['img_path']
+    except UserError as error:
+        raise UserError(f'{error}; or give a picture with --image') from None
+
+
+def show(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> None:
+    """Print a table whose first column is a name."""
+    table = Table(title=title, title_justify='left', box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify='right' if number else 'left', no_wrap=not number)
+    for row in rows:
+        table.add_row(*map(str, row))
+    CONSOLE.print(table)
+
+
+def show_pieces(part: str, found: dict[str, list[Any]]) -> None:
+    """How many codes each runtime makes otherwise than the trained model, and how far the furthest value is off."""
+    rows = []
+    for pieces in zip(*found.values(), strict=True):
+        off = [f'{p.differing}' + (f', {p.wrong} wrong' if p.wrong else '') for p in pieces]
+        rows.append((pieces[0].name, pieces[0].values, *off, f'{max(p.largest for p in pieces):.4f}'))
+    show(f'\n{part}: codes that differ from the trained model', ['quantizer', 'codes', *found, 'furthest'], rows)
+    for name, pieces in found.items():
+        ends = [p for p in pieces if p.step]
+        differing, codes = sum(p.differing for p in ends), sum(p.values for p in ends)
+        CONSOLE.print(f'{name}: {differing} of {codes} codes differ, at rounding ties', soft_wrap=True)
+
+
+def export_packed(model: Any, merged: Any, topology: Any, image: Any, out: Path) -> None:
+    """Compare the merged model with the trained one and write model.gdrq."""
+    results = compare(model, merged, topology, lambda m: infer(m, image))
+    columns = ['layer', 'outputs', 'wrong sums', 'difference', 'codes', 'ties', 'wrong']
+    cells = [(r.outputs, r.accumulator_errors, f'{r.largest:.1e}', r.codes, r.ties, r.wrong) for r in results]
+    show('', columns, [(r.name, *cell) for r, cell in zip(results, cells)])
+    wrong = next((r.name for r in results if r.accumulator_errors or r.wrong or r.largest > 1e-4), None)
+    if wrong is not None:
+        raise UserError(f'the merged model differs from the trained one, first in layer {wrong}; nothing was written')
+    check_writable(out)
+    path = out / 'model.gdrq'
+    write_packed(merged, path, model.cfg.pretty_text)
+    CONSOLE.print(f'{path}: {path.stat().st_size / 1e6:.2f} MB, {len(results)} layers as integers', soft_wrap=True)
+
+
+def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str) -> None:
+    """Export, verify and write the graphs."""
+    graphs = export_graphs(model, merged, lambda: infer(model, image), show_pieces)
+    write_bundle(out, model, checkpoint, graphs)
+    for name, graph in graphs.items():
+        ran, path = kernels(graph), out / f'{name}.onnx'
+        whole = sum(node.op_type in ('Conv', 'Gemm', 'ConvTranspose', 'MatMul') for node in graph.graph.node)
+        fused = sum(ran[kind] for kind in INTEGER_KERNELS)
+        size = path.stat().st_size / 1e6
+        text = f'{path}: {size:.2f} MB; ONNX Runtime runs {fused} of {whole} layers as integer kernels'
+        if fused < whole:
+            text += ', the others in float: what reads their output does not quantize it'
+        CONSOLE.print(text, soft_wrap=True)
 
 
 def export() -> None:
@@ -36,25 +110,15 @@ def export() -> None:
     model = init_model(args.config, args.checkpoint, 'cpu', args.cfg_options, args.unsafe_load)
     if 'quantization' not in model.cfg:
         raise UserError(f'{args.config} has no quantization: there are no integers to export')
-    image = args.image or np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
+    image = args.image or first_picture(model.cfg)
     topology = record(model, lambda: infer(model, image))
     merged = merge_model(model, topology)
-    results = compare(model, merged, topology, lambda m: infer(m, image))
-    table = Table(box=None, pad_edge=False)
-    for column in ('layer', 'outputs', 'wrong sums', 'difference', 'codes', 'ties', 'wrong'):
-        table.add_column(column, justify='left' if column == 'layer' else 'right', no_wrap=column == 'layer')
-    for r in results:
-        cells = (r.outputs, r.accumulator_errors, f'{r.largest:.1e}', r.codes, r.ties, r.wrong)
-        table.add_row(r.name, *map(str, cells))
-    console = Console()
-    console.print(table)
-    wrong = next((r.name for r in results if r.accumulator_errors or r.wrong or r.largest > 1e-4), None)
-    if wrong is not None:
-        raise UserError(f'the merged model differs from the trained one, first in layer {wrong}; nothing was written')
-    check_writable(out)
-    path = out / 'model.gdrq'
-    write_packed(merged, path, model.cfg.pretty_text)
-    console.print(f'{path}: {path.stat().st_size / 1e6:.2f} MB, {len(results)} layers as integers', soft_wrap=True)
+    if not model.cfg.quantization.get('deployable', False):
+        CONSOLE.print('The model was trained with deployable=False: additions stay float, which is slower.')
+    if args.format == 'packed':
+        export_packed(model, merged, topology, image, out)
+    else:
+        export_onnx(model, merged, image, out, args.checkpoint)
 
 
 if __name__ == '__main__':

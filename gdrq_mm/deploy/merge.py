@@ -18,9 +18,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..convert import quant_layers
+from ..convert import mergeable_norms, quant_layers
 from ..errors import UserError
-from ..layers import Levels, QuantLayer
+from ..layers import Levels, QuantLayer, integer_bias, spread
 from ..quantizers import Stage
 from ..topology import Topology
 
@@ -41,19 +41,18 @@ class IntegerLayer(nn.Module):
         _check(layer, norm, name)
         quant = layer.input_quant
         self.lo, self.hi, self.weight_bits, self.input_bits = quant.lo, quant.hi, layer.weight_quant.bits, quant.bits
+        self.spread = spread(layer.weight_quant)
         with torch.no_grad():
-            filters = layer.filters()
-            step = quant.step().detach().double()
-            weight_step = layer.weight_quant.step(filters).detach().double().flatten().expand(len(filters))
-            gain, shift = _normalization(norm, len(filters), filters.device)
-            own = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
-            self.register_buffer('codes', layer.set_filters(layer.weight_quant.codes(filters)))
-            self.register_buffer('step', step.float())
-            self.register_buffer('multiplier', (gain * weight_step * step).float())
-            self.register_buffer('bias', (gain * own + shift).float())
+            _, multiplier, bias = layer.merged(norm)
+            if layer.deployable:
+                bias = integer_bias(multiplier, bias, layer.weight_quant)
+            self.register_buffer('codes', layer.set_filters(layer.weight_quant.codes(layer.filters())))
+            self.register_buffer('step', quant.step().detach().float())
+            self.register_buffer('multiplier', multiplier.float())
+            self.register_buffer('bias', bias.float())
         # The layer without its tensors: it knows stride, padding and the like.
         bare = copy.copy(layer)
-        bare._parameters, bare._buffers, bare._modules, bare._shared = {}, {}, {}, ()
+        bare._parameters, bare._buffers, bare._modules, bare._shared, bare._norm = {}, {}, {}, (), None
         self.__dict__['bare'] = bare  # not a child: it has no state
 
     bare: Any
@@ -107,17 +106,6 @@ def merge_model(model: nn.Module, topology: Topology) -> nn.Module:
     return merged
 
 
-def mergeable_norms(model: nn.Module, topology: Topology) -> dict[str, str]:
-    """Quantized layer -> the batch normalization that takes up into it: one that reads nothing else."""
-    modules, layers = dict(model.named_modules()), quant_layers(model)
-    readers: dict[str, int] = {}
-    for conv, norm in topology.norms.items():
-        if conv in layers and isinstance(modules[norm], _BatchNorm):
-            readers[norm] = readers.get(norm, 0) + topology.calls[conv]
-    whole = {norm for norm, calls in readers.items() if calls == topology.calls[norm]}
-    return {conv: norm for conv, norm in topology.norms.items() if norm in whole and conv in layers}
-
-
 def _check(layer: QuantLayer, norm: _BatchNorm | None, name: str) -> None:
     """Raise UserError if the layer is not a sum of integers times a multiplier a channel."""
     weight, activation = layer.weight_quant, layer.input_quant
@@ -132,18 +120,6 @@ def _check(layer: QuantLayer, norm: _BatchNorm | None, name: str) -> None:
             raise UserError(f'layer {name} cannot be merged: it has not been trained or calibrated to its end')
     if norm is not None and (norm.running_mean is None or norm.running_var is None):
         raise UserError(f'layer {name} cannot be merged: its batch normalization keeps no statistics')
-
-
-def _normalization(norm: _BatchNorm | None, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """gain and shift of each channel, (C,) float64: gain * x + shift is the normalization of x."""
-    one = torch.ones(channels, dtype=torch.float64, device=device)
-    if norm is None:
-        return one, torch.zeros_like(one)
-    assert norm.running_mean is not None and norm.running_var is not None
-    gain = one if norm.weight is None else norm.weight.detach().double()
-    gain = gain / torch.sqrt(norm.running_var.double() + norm.eps)
-    shift = torch.zeros_like(one) if norm.bias is None else norm.bias.detach().double()
-    return gain, shift - gain * norm.running_mean.double()
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -10,10 +10,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..convert import activation_quantizers, quant_layers
+from ..convert import activation_quantizers, mergeable_norms, quant_layers
 from ..quantizers import ActivationQuantizer
 from ..topology import Topology
-from .merge import IntegerLayer, mergeable_norms
+from .merge import IntegerLayer
 
 TIE = 1e-3
 """How near to a rounding tie, in steps, a value is whose code may be one off (ours): float32 sums differ in order."""

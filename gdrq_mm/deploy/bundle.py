@@ -1,0 +1,206 @@
+"""A folder with the exported graphs of a model: written after they are verified, put to work in the model's place."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..checkpoint import file_digest, write_whole
+from ..errors import UserError
+from ..results.record import versions
+from ..tasks import task_of
+from .onnx_export import export_onnx
+from .parts import Part, nest, parts_of
+from .runtime import OnnxRuntime, count_kernels, installed_backends, open_runtime
+from .verify_onnx import Piece, record_codes, verify_onnx
+
+VERSION = 1
+"""Version of export.json."""
+LARGEST_BATCH = 16
+"""Regions of interest that an export is traced and verified with, at most."""
+
+
+def export_graphs(
+    model: Any, merged: nn.Module, predict: Callable[[], Any], report: Callable[[str, dict[str, list[Piece]]], None]
+) -> dict[str, onnx.ModelProto]:
+    """Export each part of a model and verify it in every runtime that is installed.
+
+    Args:
+        model: the trained model, in evaluation mode; it is not changed.
+        merged: of merge_model().
+        predict: runs the model on one picture.
+        report: is given the name of a part and the pieces by runtime.
+
+    Returns:
+        A graph by name; its `metadata_props` say how the outputs nest.
+
+    Raises:
+        UserError: a part cannot be exported, no runtime is installed, or one disagrees; names the first layer.
+    """
+    backends = installed_backends()
+    task = task_of(model.cfg)
+    parts, graphs = parts_of(model, task), {}
+    seen_inputs = _inputs(model, parts, predict)
+    for part, twin in zip(parts, parts_of(merged, task), strict=True):
+        x = seen_inputs[part.name]
+        seen, outputs = record_codes(model, functools.partial(part.module, x))
+        graph = export_onnx(twin.module, x, [f'y{i}' for i in range(len(outputs))])
+        arrays = [out.numpy() for out in outputs]
+        found = {
+            name: verify_onnx(graph, seen, [x.numpy()], arrays, functools.partial(open_runtime, name))
+            for name in backends
+        }
+        report(part.name, found)
+        for name, pieces in found.items():
+            wrong = next((piece for piece in pieces if piece.wrong), None)
+            if wrong is not None:
+                raise UserError(
+                    f'{part.name}: {name} differs from the trained model, first at {wrong.name}: {wrong.wrong} of '
+                    f'{wrong.values} values; nothing was written'
+                )
+        props = dict(structure=json.dumps(part.structure[0]), shape=json.dumps(list(x.shape[1:])))
+        onnx.helper.set_model_props(graph, props)
+        graphs[part.name] = graph
+    return graphs
+
+
+def kernels(graph: onnx.ModelProto) -> Counter[str]:
+    """How often each operator stands in the graph that ONNX Runtime makes of this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'optimized.onnx'
+        OnnxRuntime(graph.SerializeToString(), optimized=path)
+        return count_kernels(path)
+
+
+def write_bundle(out: Path, model: Any, checkpoint: str, graphs: dict[str, onnx.ModelProto]) -> None:
+    """Write graphs and export.json into a new folder, whole or not at all.
+
+    Raises:
+        UserError: the folder exists or cannot be written.
+    """
+    building = out.with_name(f'.{out.name}.{os.getpid()}')
+    try:
+        building.mkdir(parents=True)
+        parts = {}
+        for name, graph in graphs.items():
+            file = building / f'{name}.onnx'
+            write_whole(file, graph.SerializeToString())
+            props = {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
+            parts[name] = dict(file=file.name, sha256=file_digest(str(file)), **props)
+        normalize = model.data_preprocessor
+        about = dict(
+            export_version=VERSION,
+            task=task_of(model.cfg),
+            checkpoint_sha256=file_digest(checkpoint),
+            parts=parts,
+            mean=_numbers(normalize, 'mean'),
+            std=_numbers(normalize, 'std'),
+            rgb=bool(getattr(normalize, 'to_rgb', False) or getattr(normalize, 'channel_conversion', False)),
+            classes=list(model.dataset_meta.get('classes') or []),
+            versions=versions(),
+        )
+        write_whole(building / 'export.json', (json.dumps(about, indent=1) + '\n').encode())
+        building.rename(out)
+    except OSError as error:
+        raise UserError(f'{out} cannot be written: {error.strerror}') from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def use_runtime(model: Any, folder: str | Path, backend: str, checkpoint: str, threads: int | None = None) -> None:
+    """Let the exported graphs do the work of the model's network; what follows them stays in torch.
+
+    Raises:
+        UserError: the folder is no export of this checkpoint, a file was changed, the runtime is not installed.
+    """
+    folder = Path(folder)
+    about = read_bundle(folder)
+    if about['checkpoint_sha256'] != file_digest(checkpoint):
+        raise UserError(f'{folder} was exported from another checkpoint than {checkpoint}')
+    parts = parts_of(model, about['task'])
+    if [part.name for part in parts] != list(about['parts']):
+        raise UserError(f'{folder} is the export of another model: it has {", ".join(about["parts"])}')
+    for part in parts:
+        entry = about['parts'][part.name]
+        part.replace(model, _runner(open_runtime(backend, folder / entry['file'], threads), entry, part.name))
+
+
+def read_bundle(folder: Path) -> dict[str, Any]:
+    """export.json of a folder, after its graphs were compared with their checksums.
+
+    Raises:
+        UserError: it is missing or damaged, or a graph was changed.
+    """
+    path = folder / 'export.json'
+    try:
+        about = json.loads(path.read_text())
+        if about['export_version'] != VERSION:
+            raise UserError(f'{path} has version {about["export_version"]}, this is {VERSION}')
+        for entry in about['parts'].values():
+            if Path(entry['file']).name != entry['file']:
+                raise UserError(f'{path} names a file of another folder: {entry["file"]}')
+            if file_digest(str(folder / entry['file'])) != entry['sha256']:
+                raise UserError(f'{folder / entry["file"]} was changed after its export: its checksum does not fit')
+            entry['structure'], entry['shape']
+        about['checkpoint_sha256']
+    except OSError as error:
+        raise UserError(f'{error.filename} cannot be read: {error.strerror}; tools/export.py writes it') from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path} is damaged: {type(error).__name__} {error}') from None
+    return about
+
+
+def _runner(runtime: Any, entry: dict[str, Any], name: str) -> Callable[[Tensor], Any]:
+    shape = entry['shape']
+
+    def run(x: Tensor) -> Any:
+        if list(x.shape[1:]) != shape:
+            size = ' x '.join(map(str, shape))
+            raise UserError(f'{name} was exported for inputs of {size}, this one is {tuple(x.shape[1:])}')
+        batch = x if len(x) else x.new_zeros(1, *shape)  # no region of interest
+        outputs = [torch.from_numpy(y)[: len(x)] for y in runtime([batch.contiguous().float().numpy()])]
+        return nest(entry['structure'], outputs)
+
+    return run
+
+
+def _inputs(model: Any, parts: list[Part], predict: Callable[[], Any]) -> dict[str, Tensor]:
+    """An example for each part from one prediction: a batch of at least 2."""
+    found: dict[str, Tensor] = {}
+
+    def keep(module: Any, args: Any, name: str) -> None:
+        found.setdefault(name, args[0].detach().clone())
+
+    handles = [
+        (part.feed(model) or model.backbone).register_forward_pre_hook(functools.partial(keep, name=part.name))
+        for part in parts
+    ]
+    try:
+        with torch.no_grad():
+            predict()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for part in parts:
+        x = found.get(part.name)
+        if x is None or not len(x):
+            raise UserError(f'{part.name} was not reached on this picture; give another one with --image')
+        found[part.name] = (torch.cat([x, x.flip(-1)]) if len(x) == 1 else x)[:LARGEST_BATCH].contiguous()
+    return found
+
+
+def _numbers(module: Any, name: str) -> list[float] | None:
+    value = getattr(module, name, None)
+    return None if value is None else [float(v) for v in value.flatten()]

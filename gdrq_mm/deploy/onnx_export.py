@@ -1,0 +1,190 @@
+"""A merged model as ONNX: standard operators only, in the form that runtimes run as fused integer kernels.
+
+    activations   QuantizeLinear (uint8) -> Clip on the codes -> DequantizeLinear
+    weights       INT4 initializer -> Cast, Mul -> int8 -> DequantizeLinear, a scale a channel
+    bias          float of a convolution; INT32 -> DequantizeLinear of a linear layer, else it runs in float
+
+The integer kernels of ONNX Runtime add the bias to the sum, so they round it to a multiple of one unit of the sum,
+scale of the input times that of the weight. A model trained with `deployable=True` has such biases from the start, see
+layers.integer_bias. Weights of few bits are spread over int8, times the largest factor that fits, which makes the unit
+so much smaller.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..errors import UserError
+from ..layers import LARGEST_BIAS
+from ..quantizers import ActivationQuantizer
+from .merge import IntegerLayer
+from .onnx_graph import finish_graph
+
+OPSET = 21
+"""The first with 4-bit initializers in QuantizeLinear and DequantizeLinear."""
+
+
+def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Trace a module with merged layers into a checked ONNX model with a dynamic batch.
+
+    Args:
+        module: takes a tensor, returns a tensor or a flat tuple of tensors; it is not changed.
+        x: an example; its first dimension is the batch, of at least 2.
+        outputs: names of the outputs.
+
+    Raises:
+        UserError: a layer has no form in standard integers; names it.
+    """
+    twin = _twin(module)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        program = torch.onnx.export(
+            twin,
+            (x,),
+            input_names=['x'],
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    finish_graph(model.graph)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+class QuantizeDequantize(nn.Module):
+    """An activation quantizer as QuantizeLinear, Clip and DequantizeLinear on uint8.
+
+    Codes c in [lo, hi] become c + zero point: 2^(n-1) for a signed range, -lo for the others.
+    """
+
+    scale: Tensor
+
+    def __init__(self, step: Tensor, lo: int, hi: int) -> None:
+        super().__init__()
+        zero_point = zero_point_of_codes(lo, hi)
+        dead = not step > 0  # all values become 0
+        low, high = (zero_point, zero_point) if dead else (lo + zero_point, hi + zero_point)
+        self.whole = (low, high) == (0, 255)
+        self.register_buffer('scale', torch.ones(()) if dead else step.detach().float().clone())
+        for name, value in dict(zero_point=zero_point, low=low, high=high).items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same shape, on the grid."""
+        codes = _operator('QuantizeLinear', (x, self.scale, self.zero_point), torch.uint8, x)
+        if not self.whole:
+            codes = _operator('Clip', (codes, self.low, self.high), torch.uint8, x)
+        return _operator('DequantizeLinear', (codes, self.scale, self.zero_point), torch.float32, x)
+
+
+def zero_point_of_codes(lo: int, hi: int) -> int:
+    """What is added to codes in [lo, hi] to make them unsigned: 2^(n-1) for signed ones, else -lo."""
+    return (hi + 1 if -lo == hi else -lo) if lo < 0 else 0
+
+
+class OnnxLayer(nn.Module):
+    """An IntegerLayer in the form above."""
+
+    codes: Tensor
+    scale: Tensor
+    zeros: Tensor
+    bias: Tensor
+    unit: Tensor
+    bias_zeros: Tensor
+
+    def __init__(self, layer: IntegerLayer, name: str) -> None:
+        super().__init__()
+        self.quantize = QuantizeDequantize(layer.step, layer.lo, layer.hi)
+        self.bare = (layer.bare,)  # a tuple, so that it is no child
+        codes, scale, bias = _spread(layer, name)
+        self.register_buffer('codes', codes)
+        self.register_buffer('scale', scale.float())
+        self.register_buffer('zeros', torch.zeros(len(scale), dtype=torch.int8))
+        # No integer kernel has a transposed convolution, and its channels are not one axis of the weight.
+        self.transposed = isinstance(layer.bare, nn.ConvTranspose2d)
+        self.linear = isinstance(layer.bare, nn.Linear)
+        if self.linear:
+            unit = self.quantize.scale.double() * self.scale.double()
+            bias = (bias / unit).round().to(torch.int32)
+            self.register_buffer('unit', unit.float())
+            self.register_buffer('bias_zeros', torch.zeros(len(scale), dtype=torch.int32))
+        self.register_buffer('bias', bias if self.linear else bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any input of the layer to the output of its batch normalization."""
+        x, (bare,) = self.quantize(x), self.bare
+        if self.transposed:
+            one, zero = self.scale.new_ones(()), self.zeros.new_zeros(())
+            weight = _operator('DequantizeLinear', (self.codes, one, zero), torch.float32, self.codes)
+            out = bare.compute(x, weight, None)
+            return out * self.scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        weight = _operator(
+            'DequantizeLinear', (self.codes, self.scale, self.zeros), torch.float32, self.codes, {'axis': 0}
+        )
+        bias = self.bias
+        if self.linear:
+            bias = _operator('DequantizeLinear', (bias, self.unit, self.bias_zeros), torch.float32, bias, {'axis': 0})
+        return bare.compute(x, weight, bias)
+
+
+def _operator(name: str, inputs: Any, dtype: torch.dtype, like: Tensor, attributes: Any = None) -> Tensor:
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
+
+
+def _spread(layer: IntegerLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the weight spread over int8, scale of each channel, bias, the latter two as float64."""
+    step = layer.step.double() if layer.step > 0 else torch.ones((), dtype=torch.float64)
+    scale = layer.multiplier.double() / step
+    shape = [1] * layer.codes.dim()
+    shape[1 if isinstance(layer.bare, nn.ConvTranspose2d) else 0] = -1
+    if isinstance(layer.bare, nn.ConvTranspose2d):
+        return layer.codes, scale, layer.bias.double()
+    codes = layer.codes.to(torch.int32) * torch.where(scale < 0, -1, 1).view(shape)
+    factor = layer.spread
+    if codes.numel() and int(codes.max()) > (127 // factor):
+        lowest = -int(codes.max())
+        raise UserError(f'layer {name} cannot be exported: a negative gamma turns the code {lowest} into {-lowest}')
+    codes, scale, bias = codes * factor, scale.abs() / factor, layer.bias.double()
+    # A channel whose gamma is next to nothing: its bias would not fit, and next to it its sum does not count.
+    reach = codes.abs().flatten(1).sum(1) * max(-layer.lo, layer.hi) * step * scale
+    small = bias.abs() > LARGEST_BIAS * step * scale
+    if bool((small & (reach > 1e-4 * bias.abs())).any()):
+        raise UserError(f'layer {name} cannot be exported: the bias of a channel is too large for its sum')
+    idle = small | (scale == 0)
+    codes = torch.where(idle.view(shape), 0, codes)
+    scale = torch.where(idle, bias.abs().clamp(min=1e-30) / (2**20 * step), scale)
+    return codes.to(torch.int8), scale, bias
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose merged layers and quantizers are in the form of the export."""
+    twin = copy.deepcopy(module).eval()
+    names = {m: n for n, m in twin.named_modules()}
+    new: dict[nn.Module, nn.Module] = {}
+    for old, name in names.items():
+        if isinstance(old, IntegerLayer):
+            new[old] = OnnxLayer(old, name)
+        elif isinstance(old, ActivationQuantizer):
+            new[old] = QuantizeDequantize(old.step(), old.lo, old.hi)
+    for parent in list(twin.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child in new:
+                parent._modules[child_name] = new[child]
+    for old, layer in new.items():
+        layer._forward_hooks.update(old._forward_hooks)
+        if 'output_quant' in old._modules:
+            layer.add_module('output_quant', new[old._modules['output_quant']])  # type: ignore[index]
+    return twin

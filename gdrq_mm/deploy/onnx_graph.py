@@ -1,0 +1,160 @@
+"""What is done to an ONNX graph after tracing: each tensor quantized once, before pooling, and weights in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+PASSES = ('MaxPool', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose')
+"""Operators that only pick or move values: rounding before them and after them is the same."""
+
+
+def finish_graph(graph: Any) -> None:
+    """Change a traced graph in place."""
+    _merge_equal(graph)
+    _quantize_before_pooling(graph)
+    _pack_weights(graph)
+
+
+def initializers(graph: Any) -> dict[str, np.ndarray]:
+    """Name -> value of each initializer."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def readers(graph: Any) -> dict[str, list[Any]]:
+    """Name of a value -> the nodes that read it."""
+    found: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def makers(graph: Any) -> dict[str, Any]:
+    """Name of a value -> the node that makes it."""
+    return {name: node for node in graph.node for name in node.output}
+
+
+def quantizations(graph: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """QuantizeLinear, the node that ends with its codes, and DequantizeLinear of each quantized tensor, in order.
+
+    The node that ends with the codes is QuantizeLinear itself or a Clip. Pooling may stand behind it.
+    """
+    reading = readers(graph)
+    for node in graph.node:
+        if node.op_type == 'QuantizeLinear':
+            last, after = node, reading[node.output[0]][0]
+            if after.op_type == 'Clip':
+                last, after = after, reading[after.output[0]][0]
+            while after.op_type in PASSES:
+                after = reading[after.output[0]][0]
+            yield node, last, after
+
+
+def _merge_equal(graph: Any) -> None:
+    """Readers of one tensor with one quantizer: keep the first of nodes that compute the same."""
+    renamed: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    values = {t.name: (t.data_type, tuple(t.dims), numpy_helper.to_array(t).tobytes()) for t in graph.initializer}
+    for node in list(graph.node):
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+        if node.op_type in ('QuantizeLinear', 'Clip', 'DequantizeLinear') and len(node.output) == 1:
+            key = (node.op_type, *(values.get(name, name) if i else name for i, name in enumerate(node.input)))
+            if key in seen:
+                renamed[node.output[0]] = seen[key]
+                graph.node.remove(node)
+            seen.setdefault(key, node.output[0])
+    for output in graph.output:
+        if output.name in renamed:  # an output keeps its name
+            graph.node.append(helper.make_node('Identity', [renamed[output.name]], [output.name]))
+
+
+def _quantize_before_pooling(graph: Any) -> None:
+    """Where a tensor is quantized once, right behind max pooling, quantize it in front, where a convolution ends."""
+    moved = True
+    while moved:
+        moved = False
+        making, reading = makers(graph), readers(graph)
+        outputs = {output.name for output in graph.output}
+        for quantize, last, _ in quantizations(graph):
+            pool = making.get(quantize.input[0])
+            if pool is None or pool.op_type not in PASSES or len(reading[pool.output[0]]) > 1:
+                continue
+            if pool.output[0] in outputs or len(pool.output) > 1 or pool.input[0] not in making:
+                continue
+            source, codes = pool.input[0], last.output[0]
+            quantize.input[0] = source
+            pool.input[0] = codes
+            for node in reading[codes]:
+                node.input[0] = pool.output[0]
+            _forget_types(graph, [pool.output[0], quantize.output[0], codes])
+            graph.node.remove(pool)
+            nodes = list(graph.node)
+            nodes.insert(nodes.index(last) + 1, pool)
+            del graph.node[:]
+            graph.node.extend(nodes)
+            moved = True
+            break
+
+
+def _forget_types(graph: Any, names: list[str]) -> None:
+    for info in [v for v in graph.value_info if v.name in names]:
+        graph.value_info.remove(info)
+
+
+def _pack_weights(graph: Any) -> None:
+    """Store the codes of a weight that are a multiple of a few levels as INT4: Cast, Mul by the factor, Cast."""
+    for tensor in [t for t in graph.initializer if t.data_type == TensorProto.INT8 and len(t.dims) > 1]:
+        spread = numpy_helper.to_array(tensor).astype(np.int32)
+        factor = int(np.gcd.reduce(np.abs(spread), axis=None)) or 1
+        codes = spread // factor
+        if codes.size == 0 or codes.min() < -8 or codes.max() > 7:
+            continue
+        name = tensor.name
+        packed = helper.make_tensor(f'{name}.int4', TensorProto.INT4, tensor.dims, codes.ravel())
+        if packed.int32_data:  # as bytes, two codes each
+            raw = _nibbles(codes)
+            packed.ClearField('int32_data')
+            packed.raw_data = raw
+        times = numpy_helper.from_array(np.array(factor, np.int32), f'{name}.factor')
+        graph.initializer.remove(tensor)
+        graph.initializer.extend([packed, times])
+        steps = [
+            helper.make_node('Cast', [packed.name], [f'{name}.int32'], to=TensorProto.INT32),
+            helper.make_node('Mul', [f'{name}.int32', times.name], [f'{name}.times'], name=f'{name}.mul'),
+            helper.make_node('Cast', [f'{name}.times'], [name], to=TensorProto.INT8),
+        ]
+        for place, node in enumerate(steps):
+            graph.node.insert(place, node)
+
+
+def _nibbles(codes: np.ndarray) -> bytes:
+    flat = (codes.ravel() & 15).astype(np.uint8)
+    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
+    return (flat[::2] | flat[1::2] << 4).tobytes()
+
+
+def cut(model: onnx.ModelProto, inputs: dict[str, Any], outputs: dict[str, Any]) -> onnx.ModelProto:
+    """The part of a model between values: name -> (element type, shape) of what goes in and comes out."""
+    making, needed, todo = makers(model.graph), set(), list(outputs)
+    while todo:
+        name = todo.pop()
+        node = making.get(name)
+        if name not in inputs and node is not None and id(node) not in needed:
+            needed.add(id(node))
+            todo.extend(node.input)
+    nodes = [node for node in model.graph.node if id(node) in needed]
+    read = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes,
+        'cut',
+        [helper.make_tensor_value_info(name, *what) for name, what in inputs.items() if name in read],
+        [helper.make_tensor_value_info(name, *what) for name, what in outputs.items()],
+        [tensor for tensor in model.graph.initializer if tensor.name in read],
+    )
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -1,0 +1,125 @@
+"""The runtimes that execute an exported graph: ONNX Runtime and OpenVINO, on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ..errors import UserError
+
+BACKENDS = {'onnxruntime': 'onnxruntime', 'openvino': 'openvino'}
+"""Name on the command line -> module."""
+
+
+def has_vnni() -> bool:
+    """Whether the CPU adds products of 8-bit integers without saturation; False where that cannot be known."""
+    try:
+        return 'vnni' in Path('/proc/cpuinfo').read_text()
+    except OSError:
+        return False
+
+
+class OnnxRuntime:
+    """A session of ONNX Runtime.
+
+    Args:
+        model: path of an ONNX file, or its bytes.
+        threads: of one operator; None: the runtime's choice.
+        optimized: where to write the graph that runs, after fusion.
+    """
+
+    def __init__(self, model: str | Path | bytes, threads: int | None = None, optimized: Path | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        source = model if isinstance(model, bytes) else str(model)
+        if not has_vnni():  # else the sums of 8-bit layers saturate; where it is not needed it halves the speed
+            options.add_session_config_entry('session.x64quantprecision', '1')
+        try:
+            self.session = onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+        except Exception:
+            if has_vnni():
+                raise
+            # onnxruntime 1.32 fails at weights that several layers share, as in an RPN: exact, but not fused.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            self.session = onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+        self.inputs = [value.name for value in self.session.get_inputs()]
+
+    def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The outputs for inputs in the order of the graph."""
+        return self.session.run(None, dict(zip(self.inputs, inputs, strict=True)))
+
+
+class OpenVino:
+    """A model compiled by OpenVINO, its float layers in float32.
+
+    Args:
+        model: path of an ONNX file, or its bytes.
+        threads: None: the runtime's choice.
+    """
+
+    def __init__(self, model: str | Path | bytes, threads: int | None = None) -> None:
+        import openvino
+
+        self.core = openvino.Core()
+        self.model = self.core.read_model(model if isinstance(model, bytes) else str(model))
+        # Else it takes bfloat16 on CPUs that have it, and quantizes the inputs of the last layer a second time.
+        self.options: dict[str, Any] = {'INFERENCE_PRECISION_HINT': 'f32', 'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0}
+        if threads is not None:
+            self.options['INFERENCE_NUM_THREADS'] = threads
+        self.compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The outputs for inputs in the order of the graph."""
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.compiled:  # with an open batch its integer layers are slower and not exact (2026.4)
+            model = self.model.clone()
+            model.reshape({value.any_name: shape for value, shape in zip(model.inputs, shapes, strict=True)})
+            self.compiled[shapes] = self.core.compile_model(model, 'CPU', self.options)
+        found = self.compiled[shapes](list(inputs))
+        return [np.array(found[i]) for i in range(len(found))]
+
+
+def installed_backends() -> list[str]:
+    """Names of the runtimes that are installed.
+
+    Raises:
+        UserError: none is.
+    """
+    found = [name for name, module in BACKENDS.items() if importlib.util.find_spec(module) is not None]
+    if not found:
+        raise UserError("no runtime is installed: uv pip install 'gdrq-mm[deploy]'")
+    return found
+
+
+def open_runtime(backend: str, model: str | Path | bytes, threads: int | None = None) -> OnnxRuntime | OpenVino:
+    """A runtime with a graph.
+
+    Raises:
+        UserError: it is not known or not installed.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f'backend {backend} is not one of {", ".join(BACKENDS)}')
+    if backend not in installed_backends():
+        raise UserError(f"{backend} is not installed: uv pip install 'gdrq-mm[deploy]'")
+    return OnnxRuntime(model, threads) if backend == 'onnxruntime' else OpenVino(model, threads)
+
+
+INTEGER_KERNELS = {'QLinearConv': 'Conv', 'QGemm': 'Gemm', 'QLinearMatMul': 'MatMul', 'MatMulIntegerToFloat': 'MatMul'}
+"""Operators of ONNX Runtime's optimized graph that compute with integers -> what they were."""
+
+
+def count_kernels(path: Path) -> Counter[str]:
+    """Operators of an optimized graph: how many of each kind."""
+    return Counter(node.op_type for node in onnx.load(path).graph.node)

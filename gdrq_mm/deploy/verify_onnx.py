@@ -1,0 +1,164 @@
+"""Check an exported graph in a runtime against the trained model, one quantized tensor after the other.
+
+The graph is cut at every quantized tensor. Each piece gets the codes of the trained model and must give its next codes,
+so an error cannot hide behind an earlier one, and the first piece that differs is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from ..convert import activation_quantizers, quant_layers
+from .onnx_export import zero_point_of_codes
+from .onnx_graph import cut, initializers, makers, quantizations
+from .verify import TIE
+
+
+@dataclass
+class Piece:
+    """What a runtime makes of one piece of the graph."""
+
+    name: str
+    """Layer whose input, or module whose output, is quantized at the end of the piece; or an output of the graph."""
+    step: float
+    """The step; 0 for an output of the graph."""
+    values: int
+    differing: int
+    """Codes that are not those of the trained model; outputs that differ beyond float32 and the rounded bias."""
+    wrong: int
+    """Of them those further from a rounding tie than float32 and the rounded bias explain."""
+    largest: float
+    """Largest distance from the trained model's value before rounding, in steps: 0.5 is exact rounding. Of an output:
+    largest difference relative to the largest value."""
+
+
+Site = tuple[str, int]
+"""A quantizer by the name of its layer or module, and the how-manieth call."""
+
+
+@dataclass
+class Trained:
+    """What one quantizer saw in the trained model."""
+
+    value: np.ndarray
+    """The input in steps."""
+    lo: int
+    hi: int
+
+    def codes(self) -> np.ndarray:
+        """Unsigned, as the graph has them."""
+        codes = np.clip(np.round(self.value), self.lo, self.hi) + zero_point_of_codes(self.lo, self.hi)
+        return codes.astype(np.uint8)
+
+
+def record_codes(model: Any, predict: Callable[[], Any]) -> tuple[dict[Site, Trained], Any]:
+    """Run `predict` and keep what each quantizer of `model` sees. Returns that, and what `predict` returned."""
+    seen: dict[Site, Trained] = {}
+    calls: dict[str, int] = {}
+
+    def keep(name: str, quantizer: Any, x: Tensor) -> None:
+        step = quantizer.step()
+        value = x.detach().float() / step if step > 0 else torch.zeros_like(x)  # float32, as the quantizer divides
+        seen[name, calls.setdefault(name, 0)] = Trained(value.numpy(), quantizer.lo, quantizer.hi)
+        calls[name] += 1
+
+    handles = []
+    for name, layer in quant_layers(model).items():
+        handles.append(layer.register_forward_pre_hook(lambda m, args, name=name: keep(name, m.input_quant, args[0])))
+    for name, quantizer in activation_quantizers(model).items():
+        if name.endswith('.output_quant'):
+            handles.append(quantizer.register_forward_pre_hook(lambda m, args, name=name: keep(name, m, args[0])))
+    try:
+        with torch.no_grad():
+            return seen, predict()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def verify_onnx(
+    graph: onnx.ModelProto,
+    seen: dict[Site, Trained],
+    inputs: list[np.ndarray],
+    outputs: list[np.ndarray],
+    open_piece: Callable[[bytes], Callable[[list[np.ndarray]], list[np.ndarray]]],
+) -> list[Piece]:
+    """Run each piece of a graph on the trained model's codes.
+
+    Args:
+        graph: of export_onnx().
+        seen: of record_codes() on the same inputs.
+        inputs, outputs: those of the trained part.
+        open_piece: a runtime for the bytes of a model.
+    """
+    values = initializers(graph.graph)
+    sites: dict[str, Site] = {}
+    calls: dict[str, int] = {}
+    for quantize, _, dequantize in quantizations(graph.graph):
+        name = quantize.input[1].removesuffix('.scale').removesuffix('.quantize').removeprefix('model.')
+        sites[dequantize.input[0]] = name, calls.setdefault(name, 0)
+        calls[name] += 1
+    known = {code: seen[site].codes() for code, site in sites.items()}
+    known.update({value.name: x for value, x in zip(graph.graph.input, inputs, strict=True)})
+    ends = [*sites, *(value.name for value in graph.graph.output)]
+    expected = dict(zip((value.name for value in graph.graph.output), outputs, strict=True))
+    pieces = []
+    for end in ends:
+        start = {name: x for name, x in known.items() if name != end}
+        type_of = TensorProto.UINT8 if end in sites else TensorProto.FLOAT
+        shape = known[end].shape if end in sites else expected[end].shape
+        types = {
+            name: (TensorProto.UINT8 if x.dtype == np.uint8 else TensorProto.FLOAT, x.shape)
+            for name, x in start.items()
+        }
+        part = cut(graph, types, {end: (type_of, shape)})
+        if not part.graph.node:
+            continue
+        run = open_piece(part.SerializeToString())
+        (found,) = run([start[value.name] for value in part.graph.input])
+        bias = _bias_error(part, values)
+        if end in sites:
+            pieces.append(_compare_codes(sites[end], seen[sites[end]], found, bias, _step(graph, end, values)))
+        else:
+            pieces.append(_compare_output(end, expected[end], found, bias))
+    return pieces
+
+
+def _step(graph: onnx.ModelProto, codes: str, values: dict[str, np.ndarray]) -> float:
+    node = next(n for n in graph.graph.node if n.op_type == 'DequantizeLinear' and n.input[0] == codes)
+    return float(values[node.input[1]])
+
+
+def _bias_error(part: onnx.ModelProto, values: dict[str, np.ndarray]) -> float:
+    """How far rounding biases to integers can move a value: half a unit of the sum of each layer in the piece."""
+    making, error = makers(part.graph), 0.0
+    for node in part.graph.node:
+        sources = [making.get(name) for name in node.input[:2]]
+        if node.op_type in ('Conv', 'Gemm') and all(s is not None and s.op_type == 'DequantizeLinear' for s in sources):
+            error += float(np.prod([values[s.input[1]].max() for s in sources])) / 2  # type: ignore[union-attr]
+    return error
+
+
+def _compare_codes(site: Site, trained: Trained, found: np.ndarray, bias: float, step: float) -> Piece:
+    codes = found.astype(np.float64) - zero_point_of_codes(trained.lo, trained.hi)
+    distance = np.abs(codes - np.clip(trained.value, trained.lo, trained.hi))
+    name = site[0] + (f' (call {site[1] + 1})' if site[1] else '')
+    differing = int((found != trained.codes()).sum())
+    largest = float(distance.max()) if distance.size else 0.0
+    return Piece(name, step, found.size, differing, int((distance > 0.5 + TIE + bias / step).sum()), largest)
+
+
+def _compare_output(name: str, expected: np.ndarray, found: np.ndarray, bias: float) -> Piece:
+    difference = np.abs(found.astype(np.float64) - expected)
+    top = float(np.abs(expected).max()) if expected.size else 0.0
+    off = difference > 1e-4 * top + bias
+    largest = float(difference.max() / max(top, 1e-12)) if found.size else 0.0
+    return Piece(name, 0.0, found.size, int(off.sum()), int(off.sum()), largest)

@@ -1,0 +1,376 @@
+"""gdrq_mm/deploy/ ONNX: generated layers and whole models in both runtimes, and broken graphs that must be seen."""
+
+import copy
+import functools
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, numpy_helper
+
+from gdrq_mm.apis import infer, init_model
+from gdrq_mm.cli import read_config
+from gdrq_mm.convert import quant_layers
+from gdrq_mm.deploy import export_graphs, kernels, merge_model, runtime, use_runtime, write_bundle
+from gdrq_mm.deploy.onnx_export import export_onnx
+from gdrq_mm.deploy.parts import parts_of
+from gdrq_mm.deploy.runtime import BACKENDS, open_runtime
+from gdrq_mm.deploy.verify_onnx import record_codes, verify_onnx
+from gdrq_mm.errors import UserError
+from gdrq_mm.topology import record
+from tests.helpers import ROOT, Block, Function
+from tests.test_deploy import KINDS, layer_of, norm_of, prepared
+
+FUSED = {'QLinearConv', 'QGemm', 'QLinearMatMul'}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def exported(model, topology, x):
+    """The graph of a model, and what the trained one saw and gave."""
+    merged = merge_model(model, topology)
+    graph = export_onnx(merged, x, ['y'])
+    seen, out = record_codes(model, lambda: model(x))
+    return graph, seen, out.numpy()
+
+
+def pieces_of(graph, seen, x, out):
+    """What both runtimes make of it."""
+    return {
+        name: verify_onnx(graph, seen, [x.numpy()], [out], functools.partial(open_runtime, name)) for name in BACKENDS
+    }
+
+
+def wrong(graph, seen, x, out):
+    """The first piece that is wrong in each runtime."""
+    found = pieces_of(graph, seen, x, out)
+    return {name: next((p.name for p in pieces if p.wrong), None) for name, pieces in found.items()}
+
+
+@settings(deadline=None, max_examples=16, suppress_health_check=list(HealthCheck))
+@given(
+    kind=st.sampled_from(KINDS),
+    channels=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    bits=st.tuples(st.integers(2, 8), st.integers(2, 8)),
+    groups=st.sampled_from([1, 2, 'channel']),
+    values=st.sampled_from(['relu', 'signed', 'silu']),
+    norm=st.sampled_from(['none', 'affine', 'plain']),
+    bias=st.booleans(),
+)
+def test_a_layer_gives_the_same_codes_in_both_runtimes(kind, channels, bits, groups, values, norm, bias):
+    layer = layer_of(kind, *channels, bias)
+    function = {'relu': torch.relu, 'signed': lambda x: x, 'silu': nn.functional.silu}[values]
+    c_in = getattr(layer, 'in_channels', None) or layer.in_features
+    c_out = getattr(layer, 'out_channels', None) or layer.out_features
+    x = function(torch.randn((8, c_in) if kind == 'linear' else (2, c_in, 7, 7)) * 2)
+    reader = nn.Linear(c_out, 3) if kind == 'linear' else nn.Conv2d(c_out, 3, 1)
+    parts = [layer] if norm == 'none' else [layer, norm_of(kind, layer, norm == 'affine')]
+    options = dict(weight=dict(bits=bits[0], groups=groups), activation=dict(bits=bits[1]))
+    model, topology = prepared(nn.Sequential(*parts, nn.ReLU(), reader), x, overrides={'*': options}, deployable=True)
+    graph, seen, out = exported(model, topology, x)
+    for name, pieces in pieces_of(graph, seen, x, out).items():
+        assert [p.name for p in pieces] == ['0', str(len(parts) + 1), 'y'], name
+        assert sum(p.wrong for p in pieces) == 0, (name, pieces)
+        # A float32 sum may fall on the other side of a tie, no more than that.
+        assert sum(p.differing for p in pieces) <= 1, (name, pieces)
+    stored = next(t for t in graph.graph.initializer if t.name.startswith('0.codes') and len(t.dims) > 1)
+    assert stored.data_type == TensorProto.INT4 or bits[0] > 4  # codes of more bits may happen to fit
+
+
+def network():
+    """A residual network with max pooling after the first convolution and a linear layer at the end."""
+    return Function(
+        lambda m, x: m.last(m.flat(m.two(m.one(m.pool(m.relu(m.bn(m.first(x)))))))),
+        first=nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        bn=nn.BatchNorm2d(4),
+        relu=nn.ReLU(),
+        pool=nn.MaxPool2d(3, 2, 1),
+        one=Block(downsample=True),
+        two=Block(),
+        flat=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        last=nn.Linear(4, 3),
+    )
+
+
+def trained_network(**quantization):
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(4, 3, 16, 16)
+    model.train()(x)  # statistics of batch normalization
+    model, topology = prepared(model.eval(), x, bits=8, **{'deployable': True, **quantization})
+    return model, topology, x
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+def test_every_layer_runs_as_an_integer_kernel(bits):
+    model, topology, x = trained_network(weight=dict(bits=bits), activation=dict(bits=bits))
+    graph, seen, out = exported(model, topology, x)
+    ran = kernels(graph)
+    assert sum(ran[kind] for kind in FUSED) == len(quant_layers(model)) == 7
+    assert ran['Conv'] == ran['FusedConv'] == ran['Gemm'] == ran['MatMul'] == 0
+    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS)
+
+
+def test_groups_cost_nothing():
+    graphs = []
+    for groups in (1, 4, 'channel'):
+        model, topology, x = trained_network(weight=dict(groups=groups))
+        graphs.append(exported(model, topology, x)[0])
+    one, four, channel = ([(n.op_type, list(n.input)) for n in graph.graph.node] for graph in graphs)
+    assert one == four == channel
+    assert kernels(graphs[0]) == kernels(graphs[1]) == kernels(graphs[2])
+
+
+def test_float_additions_are_slower_but_right():
+    model, topology, x = trained_network(deployable=False)
+    graph, seen, out = exported(model, topology, x)
+    assert 0 < sum(kernels(graph)[kind] for kind in FUSED) < 7
+    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS)
+
+
+@pytest.mark.parametrize('method', ['gdrq', 'dorefa', 'pact', 'lsq', 'lsq_plus', 'minmax', 'ptq'])
+def test_uniform_methods_export(method):
+    model, topology, x = trained_network(method=method)
+    assert wrong(*_rearranged(exported(model, topology, x), x)) == dict.fromkeys(BACKENDS)
+
+
+def _rearranged(graph_seen_out, x):
+    graph, seen, out = graph_seen_out
+    return graph, seen, x, out
+
+
+def test_the_batch_is_open_and_the_whole_graph_predicts_the_same():
+    model, topology, x = trained_network()
+    graph, _, _ = exported(model, topology, x)
+    for backend in BACKENDS:
+        run = open_runtime(backend, graph.SerializeToString())
+        for batch in (1, 3, 4):
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    torch.from_numpy(run([x[:batch].numpy()])[0]), model(x[:batch]), atol=1e-4, rtol=1e-3
+                )
+
+
+def test_export_changes_neither_the_model_nor_the_inputs():
+    model, topology, x = trained_network()
+    before, hooks = copy.deepcopy(model.state_dict()), {n: len(m._forward_hooks) for n, m in model.named_modules()}
+    inputs = x.clone()
+    merged = merge_model(model, topology)
+    kept = copy.deepcopy(merged.state_dict())
+    export_onnx(merged, x, ['y'])
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert all(torch.equal(v, kept[n]) for n, v in merged.state_dict().items())
+    assert {n: len(m._forward_hooks) for n, m in model.named_modules()} == hooks and torch.equal(x, inputs)
+    assert not torch.onnx.is_in_onnx_export() and not model.training
+
+
+# ---- every step broken on purpose -----------------------------------------------------------------------------------
+
+
+def change(graph, name, function):
+    (tensor,) = [t for t in graph.graph.initializer if t.name == name]
+    value = function(numpy_helper.to_array(tensor))
+    new = (
+        numpy_helper.from_array(value, name)
+        if tensor.data_type != TensorProto.INT4
+        else onnx.helper.make_tensor(name, TensorProto.INT4, tensor.dims, value.ravel().astype(int))
+    )
+    tensor.CopyFrom(new)
+
+
+@pytest.mark.parametrize(
+    'name, function, place',
+    [
+        ('one.conv1.codes.int4', lambda v: -v.astype(np.int8), 'one.conv2'),
+        ('one.conv1.codes.factor', lambda v: v + 1, 'one.conv2'),
+        ('one.conv1.scale', lambda v: v * np.float32(1.02), 'one.conv2'),
+        ('one.conv1.bias', lambda v: v + np.float32(0.2), 'one.conv2'),
+        ('one.conv2.quantize.scale', lambda v: v * np.float32(1.02), 'one.conv2'),
+        ('one.conv2.quantize.high', lambda v: v - np.uint8(3), 'one.conv2'),
+        ('first.quantize.zero_point', lambda v: v - np.uint8(1), 'first'),
+        ('last.bias', lambda v: v + np.int32(5000), 'y'),
+    ],
+)
+def test_a_broken_graph_is_seen_where_it_is_broken(name, function, place):
+    model, topology, x = trained_network()
+    graph, seen, out = exported(model, topology, x)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS)
+    change(graph, name, function)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS, place)
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_a_negative_gamma_and_the_lowest_code(bits):
+    layer = nn.Conv2d(1, 2, 1, bias=False)
+    layer.weight.data = torch.tensor([[[[-1.0]]], [[[0.3]]]])
+    norm = nn.BatchNorm2d(2)
+    norm.weight.data.fill_(-1)
+    options = dict(weight=dict(bits=bits, groups=1, gdrq=dict(narrow_range=False, threshold='search')))
+    x = torch.rand(2, 1, 4, 4)
+    model, topology = prepared(nn.Sequential(layer, norm), x, overrides={'*': options})
+    assert int(model[0].weight_quant.codes(model[0].weight).min()) == -(2 ** (bits - 1))
+    if bits == 8:
+        with pytest.raises(UserError, match='layer 0 cannot be exported: a negative gamma turns the code -128 into'):
+            export_onnx(merge_model(model, topology), x, ['y'])
+    else:  # int8 holds 8 times the spread
+        assert wrong(*_rearranged(exported(model, topology, x), x)) == dict.fromkeys(BACKENDS)
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
+
+CONFIGS = dict(
+    cls='cls/resnet18_w16_gdrq_w4a4_digits.py',
+    seg='seg/pspnet_r18_gdrq_w4a4_digits.py',
+    det='det/faster_rcnn_r18_gdrq_w4a4_digits.py',
+    yolox='det/yolox_nano_gdrq_w4a4_digits.py',
+)
+PARTS = dict(cls=['model'], seg=['model'], det=['proposals', 'bbox_head'], yolox=['model'])
+
+
+@pytest.fixture(scope='module', params=CONFIGS)
+def whole(request, tmp_path_factory):
+    """Task, model, path of a checkpoint, and the folder of its export; calibrated, not trained."""
+    name = request.param
+    cfg = read_config(ROOT / 'configs' / CONFIGS[name])
+    if name == 'det':
+        cfg.model.test_cfg.rcnn.score_thr = 0.0
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3) if name == 'cls' else (96, 96, 3), np.uint8)
+    model = calibrated(cfg, picture)
+    folder = tmp_path_factory.mktemp(name)
+    checkpoint = str(folder / 'model.pth')
+    torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
+    topology = record(model, lambda: infer(model, picture))
+    reported = {}
+    graphs = export_graphs(
+        model,
+        merge_model(model, topology),
+        lambda: infer(model, picture),
+        lambda part, found: reported.update({part: found}),
+    )
+    write_bundle(folder / 'exported', model, checkpoint, graphs)
+    assert list(reported) == list(graphs) == PARTS[name]
+    return name, cfg, checkpoint, folder / 'exported', picture
+
+
+def calibrated(cfg, picture):
+    from gdrq_mm.hooks.calibration import finish_calibration
+    from gdrq_mm.quantizers import Quantizer, Stage
+
+    model = init_model(cfg, None, 'cpu')
+    for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
+        quantizer.set_state(stage=Stage.OBSERVE)
+    infer(model, picture)
+    finish_calibration(model)
+    for quantizer in (m for m in model.modules() if isinstance(m, Quantizer) and m.stage != Stage.FLOAT):
+        quantizer.set_state(stage=Stage.QUANTIZE)
+    return model.eval()
+
+
+def values_of(prediction):
+    """The numbers of a prediction."""
+    if 'pred_instances' in prediction:
+        return [prediction.pred_instances.bboxes, prediction.pred_instances.scores]
+    return [prediction.seg_logits.data] if 'seg_logits' in prediction else [prediction.pred_score]
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_a_runtime_predicts_what_torch_does(whole, backend):
+    _, cfg, checkpoint, folder, picture = whole
+    model = init_model(cfg, checkpoint, 'cpu')
+    expected = values_of(infer(model, picture))
+    use_runtime(model, folder, backend, checkpoint)
+    # The network itself must not run any more.
+    model.backbone.forward = None
+    for one, other in zip(values_of(infer(model, picture)), expected, strict=True):
+        assert one.shape == other.shape and one.numel()
+        close = torch.isclose(one, other, atol=2e-2 * float(other.abs().max()), rtol=0)
+        assert close.float().mean() > 0.99, (one - other).abs().max()
+
+
+def test_export_json_says_what_a_program_needs(whole):
+    name, _, _, folder, _ = whole
+    about = json.loads((folder / 'export.json').read_text())
+    assert about['task'] == {'yolox': 'det'}.get(name, name) and len(about['mean']) == len(about['std']) == 3
+    for part, entry in about['parts'].items():
+        model = onnx.load(folder / entry['file'])
+        onnx.checker.check_model(model, full_check=True)
+        assert {opset.domain for opset in model.opset_import} == {''}, 'standard operators only'
+        shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+        assert shape == [0, *entry['shape']] and part in PARTS[name]
+
+
+@pytest.mark.parametrize('whole', ['cls'], indirect=True)
+def test_bundles_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
+    _, cfg, checkpoint, folder, _ = whole
+    model = init_model(cfg, checkpoint, 'cpu')
+
+    def refused(message, folder, checkpoint=checkpoint, backend='onnxruntime'):
+        with pytest.raises(UserError, match=message):
+            use_runtime(model, folder, backend, checkpoint)
+
+    refused('export.json cannot be read: No such file', tmp_path)
+    refused('backend tensorrt is not one of onnxruntime, openvino', folder, backend='tensorrt')
+    other = tmp_path / 'other.pth'
+    torch.save(dict(state_dict=model.state_dict(), meta={'x': 1}), other)
+    refused('was exported from another checkpoint', folder, str(other))
+    shutil.copytree(folder, tmp_path / 'edited')
+    graph = onnx.load(tmp_path / 'edited/model.onnx')
+    graph.doc_string = 'edited by hand'
+    onnx.save(graph, tmp_path / 'edited/model.onnx')
+    refused('model.onnx was changed after its export', tmp_path / 'edited')
+    (tmp_path / 'edited/export.json').write_text('{"export_version": 1, "parts": 3}')
+    refused('export.json is damaged', tmp_path / 'edited')
+    (tmp_path / 'edited/export.json').write_text('{"export_version": 7}')
+    refused('has version 7, this is 1', tmp_path / 'edited')
+    found = importlib.util.find_spec
+    monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: None if name == 'openvino' else found(name))
+    refused(r"openvino is not installed: uv pip install 'gdrq-mm\[deploy\]'", folder, backend='openvino')
+
+
+def test_a_model_that_has_no_such_parts_is_refused():
+    class Odd(nn.Module):
+        pass
+
+    with pytest.raises(UserError, match='Odd cannot be exported'):
+        parts_of(Odd(), 'det')
+
+
+@pytest.mark.parametrize('whole', ['cls'], indirect=True)
+def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, run):
+    """As a user runs them: export, test in both runtimes, and what goes wrong."""
+    _, _, checkpoint, _, _ = whole
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/digits').symlink_to(digits_root)
+    config = ROOT / 'configs' / CONFIGS['cls']
+
+    def tool(name, *args):
+        return run(ROOT / 'tools' / name, config, checkpoint, *args)
+
+    done = tool('export.py', '--out', 'exported')
+    assert done.returncode == 0, done.stderr
+    assert '21 of 21 layers as integer kernels' in done.stdout and 'at rounding ties' in done.stdout
+    accuracy = []
+    for options in ((), *(('--backend', name, '--exported', 'exported') for name in BACKENDS)):
+        done = tool('test.py', '--record', 'record.json', *options)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / 'record.json').read_text())
+        assert found['model']['backend'] == (options[1] if options else 'torch')
+        accuracy.append(found['metrics']['accuracy/top1'])
+    assert len(set(accuracy)) == 1
+    for name, args, message in [
+        ('export.py', ('--out', 'exported'), '--out exported exists'),
+        ('test.py', ('--backend', 'openvino'), '--backend and --exported DIR belong together'),
+        ('test.py', ('--backend', 'openvino', '--exported', 'none'), 'none/export.json cannot be read'),
+    ]:
+        done = tool(name, *args)
+        assert done.returncode and done.stderr.startswith('error: ') and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
