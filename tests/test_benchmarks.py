@@ -53,6 +53,24 @@ def test_train_step_compares_with_float(tmp_path):
     assert found['versions']['torch'] and found['hardware']['cores'] and found['date']
 
 
+def test_inference_compares_runtimes_with_float(tmp_path):
+    out = tmp_path / 'inference.json'
+    tiny = ('--models', 'ResNet-18', '--batches', 1, '--threads', 1, '--rounds', 1)
+    done = run('inference.py', *tiny, '--out', out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    bits = ['float', 'W8A8', 'W4A4', 'W2A4']
+    assert [(row['runtime'], row['bits']) for row in found['rows']] == [
+        ('torch', 'float'),
+        *((runtime, b) for runtime in ('onnxruntime', 'openvino') for b in bits),
+    ]
+    rows = {(row['runtime'], row['bits']): row for row in found['rows']}
+    for runtime in ('onnxruntime', 'openvino'):
+        assert rows[runtime, 'float']['faster'] == rows[runtime, 'float']['smaller'] == 1
+        assert rows[runtime, 'W4A4']['smaller'] >= 7.5 and rows[runtime, 'W4A4']['kernels'] == [21, 21]
+        assert all(rows[runtime, b]['peak_bytes'] > 0 for b in bits)
+
+
 @pytest.mark.parametrize(
     ('script', 'options', 'message'),
     [

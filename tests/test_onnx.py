@@ -5,7 +5,10 @@ import functools
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +17,7 @@ import torch.nn as nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
+from PIL import Image
 
 from gdrq_mm.apis import infer, init_model
 from gdrq_mm.cli import read_config
@@ -24,6 +28,7 @@ from gdrq_mm.deploy.parts import parts_of
 from gdrq_mm.deploy.runtime import BACKENDS, open_runtime
 from gdrq_mm.deploy.verify_onnx import record_codes, verify_onnx
 from gdrq_mm.errors import UserError
+from gdrq_mm.quantizers import METHODS, WEIGHT_METHODS
 from gdrq_mm.topology import record
 from tests.helpers import ROOT, Block, Function
 from tests.test_deploy import KINDS, layer_of, norm_of, prepared
@@ -137,9 +142,13 @@ def test_float_additions_are_slower_but_right():
     assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS)
 
 
-@pytest.mark.parametrize('method', ['gdrq', 'dorefa', 'pact', 'lsq', 'lsq_plus', 'minmax', 'ptq'])
+UNEVEN = ('hwgq', 'ttq', 'syq', 'log2')
+
+
+@pytest.mark.parametrize('method', [name for name in METHODS if name not in UNEVEN])
 def test_uniform_methods_export(method):
-    model, topology, x = trained_network(method=method)
+    bits = min(4, WEIGHT_METHODS[METHODS[method][0]].allowed_bits[-1])
+    model, topology, x = trained_network(method=method, weight=dict(bits=bits))
     assert wrong(*_rearranged(exported(model, topology, x), x)) == dict.fromkeys(BACKENDS)
 
 
@@ -306,6 +315,35 @@ def test_export_json_says_what_a_program_needs(whole):
         assert {opset.domain for opset in model.opset_import} == {''}, 'standard operators only'
         shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
         assert shape == [0, *entry['shape']] and part in PARTS[name]
+
+
+@pytest.mark.parametrize('whole', ['cls', 'seg'], indirect=True)
+def test_the_examples_need_numpy_and_a_runtime_alone(whole, tmp_path):
+    name, cfg, checkpoint, folder, picture = whole
+    cv2.imwrite(str(tmp_path / 'picture.png'), picture)
+    script = ROOT / 'examples' / {'cls': 'classify.py', 'seg': 'segment.py'}[name]
+    assert len(script.read_text().splitlines()) <= 40
+    without = "import sys; sys.modules.update(dict.fromkeys(['torch', 'mmcv', 'mmengine'])); sys.argv = sys.argv[1:];"
+    command = [
+        sys.executable,
+        '-c',
+        f'{without} import runpy; runpy.run_path(sys.argv[0])',
+        script,
+        folder,
+        'picture.png',
+    ]
+    done = subprocess.run([*command, 'mask.png'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    prediction = infer(init_model(cfg, checkpoint, 'cpu'), picture)
+    if name == 'cls':
+        best = done.stdout.splitlines()[0]
+        assert float(best.split()[-2]) == pytest.approx(100 * float(prediction.pred_score.max()), abs=0.2)
+    else:
+        mask = np.asarray(Image.open(tmp_path / 'mask.png'))
+        logits = prediction.seg_logits.data
+        first, second = logits.topk(2, dim=0).values
+        sure = (first - second > 0.05 * logits.std()).numpy()  # an untrained model is not sure of much
+        assert sure.any() and (mask == prediction.pred_sem_seg.data[0].numpy())[sure].mean() > 0.97
 
 
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)

@@ -106,6 +106,24 @@ def test_a_row_stands_beside_the_float_record_of_the_same_model_and_data(checkpo
     assert '| 92.00 | GDRQ | W4A4 | 91.50 | 1 | 0.50 |' in comparison_markdown(records)
 
 
+def test_what_a_runtime_gave_stands_beside_torch(checkpoint):
+    records = [record(checkpoint, 92.0, quantized=False), record(checkpoint, 91.5, quantized=True)]
+    for backend, top1 in (('onnxruntime', 91.4), ('openvino', 91.6)):
+        ran = record(checkpoint, top1, quantized=True)
+        records.append({**ran, 'model': {**ran['model'], 'backend': backend}})
+    (row,) = comparison_rows(records)
+    assert [row[column] for column in ('quantized', 'seeds', 'drop', 'onnxruntime', 'openvino')] == [
+        '91.50',
+        '1',
+        '0.50',
+        '91.40',
+        '91.60',
+    ]
+    assert '| 0.50 | 91.40 | 91.60 |' in comparison_markdown(records)
+    (row,) = comparison_rows(records[:1] + records[2:3])
+    assert (row['quantized'], row['onnxruntime']) == ('not run', '91.40')
+
+
 @pytest.mark.parametrize(
     'change',
     [

@@ -28,6 +28,8 @@ from .verify_onnx import Piece, record_codes, verify_onnx
 
 VERSION = 1
 """Version of export.json."""
+TURNS = ('to_rgb', '_channel_conversion')
+"""Flags of data preprocessors that turn BGR into RGB: mmpretrain's, and mmengine's, which mmdet and mmseg use."""
 LARGEST_BATCH = 16
 """Regions of interest that an export is traced and verified with, at most."""
 
@@ -52,7 +54,7 @@ def export_graphs(
     backends = installed_backends()
     task = task_of(model.cfg)
     parts, graphs = parts_of(model, task), {}
-    seen_inputs = _inputs(model, parts, predict)
+    seen_inputs = example_inputs(model, parts, predict)
     for part, twin in zip(parts, parts_of(merged, task), strict=True):
         x = seen_inputs[part.name]
         seen, outputs = record_codes(model, functools.partial(part.module, x))
@@ -107,7 +109,7 @@ def write_bundle(out: Path, model: Any, checkpoint: str, graphs: dict[str, onnx.
             parts=parts,
             mean=_numbers(normalize, 'mean'),
             std=_numbers(normalize, 'std'),
-            rgb=bool(getattr(normalize, 'to_rgb', False) or getattr(normalize, 'channel_conversion', False)),
+            rgb=any(getattr(normalize, name, False) for name in TURNS),
             classes=list(model.dataset_meta.get('classes') or []),
             versions=versions(),
         )
@@ -176,7 +178,7 @@ def _runner(runtime: Any, entry: dict[str, Any], name: str) -> Callable[[Tensor]
     return run
 
 
-def _inputs(model: Any, parts: list[Part], predict: Callable[[], Any]) -> dict[str, Tensor]:
+def example_inputs(model: Any, parts: list[Part], predict: Callable[[], Any]) -> dict[str, Tensor]:
     """An example for each part from one prediction: a batch of at least 2."""
     found: dict[str, Tensor] = {}
 

@@ -22,6 +22,7 @@ from .table import (
     NOT_RUN,
     TASK_NAMES,
     Record,
+    backend_of,
     bits_of,
     check_comparable,
     comparison_rows,
@@ -134,7 +135,8 @@ def sort_key(column: str, cell: str) -> str:
 def _entries(records: Sequence[Record]) -> list[Entry]:
     """The float baseline and the rows of each model and data set, in the order of the table."""
     groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in {record.get('path', id(record)): record for record in records}.values():
+    trained = [record for record in records if backend_of(record) == 'torch']
+    for record in {record.get('path', id(record)): record for record in trained}.values():
         groups.setdefault(identity_of(record), []).append(record)
     found: list[Entry] = []
     for number, group in enumerate(groups.values()):

@@ -20,6 +20,8 @@ METHOD_NAMES = {
     **{name: name.upper() for name in ('gdrq', 'pact', 'lsq', 'ptq', 'hwgq', 'twn', 'ttq', 'syq', 'xnor')},
     **dict(dorefa='DoReFa', lsq_plus='LSQ+', minmax='min-max', balanced='Balanced', log2='log2'),
 }
+RUNTIMES = ('onnxruntime', 'openvino')
+"""Columns of the exported graphs' results, tools/test.py --backend."""
 COLUMNS = (
     'task',
     'model',
@@ -31,6 +33,7 @@ COLUMNS = (
     'quantized',
     'seeds',
     'drop',
+    *RUNTIMES,
     'size in MB',
     'G bit operations',
     'published',
@@ -59,13 +62,25 @@ def comparison_rows(records: Sequence[Record]) -> list[dict[str, str]]:
         of_model = [r for r in records if identity_of(r) == identity]
         before = next((r for r in of_model if r['quantization'] is None), None)
         cells: Group = {}
+        ran: dict[str, Group] = {runtime: {} for runtime in RUNTIMES}
         for record in of_model:
             if record['quantization'] is not None:
-                cells.setdefault((method_of(record), tuple(record['model']['bits'])), []).append(record)
-        for method in dict.fromkeys(method for method, _ in cells):
-            for bits in sorted({bits for _, bits in cells}, reverse=True):
-                rows.append(_row(of_model[0], before, method, bits, _different(cells.get((method, bits), []))))
+                group = cells if backend_of(record) == 'torch' else ran[backend_of(record)]
+                group.setdefault((method_of(record), tuple(record['model']['bits'])), []).append(record)
+        keys = [key for group in (cells, *ran.values()) for key in group]
+        for method in dict.fromkeys(method for method, _ in keys):
+            for bits in sorted({bits for _, bits in keys}, reverse=True):
+                row = _row(of_model[0], before, method, bits, _different(cells.get((method, bits), [])))
+                for runtime, group in ran.items():
+                    values = [main_metric(r)[1] for r in _different(group.get((method, bits), []))]
+                    row[runtime] = f'{statistics.fmean(values):.2f}' if values else ''
+                rows.append(row)
     return rows
+
+
+def backend_of(record: Record) -> str:
+    """What ran the network: 'torch', or the runtime of an exported graph."""
+    return record['model'].get('backend', 'torch')
 
 
 def method_of(record: Record) -> str:
@@ -125,7 +140,7 @@ def comparison_table(records: Sequence[Record], narrow: bool = False) -> Table:
     empty = {column for column in COLUMNS if not any(row[column] for row in rows)}
     left_out = {'metric', *empty}
     if narrow:
-        left_out |= {'seeds', 'G bit operations', 'published', *(['method'] if titles else [])}
+        left_out |= {'seeds', 'G bit operations', 'published', *RUNTIMES, *(['method'] if titles else [])}
     shown = [c for c in COLUMNS if c not in left_out]
     for column in shown:
         justify = 'right' if column in ('float', 'quantized', 'drop', 'seeds', 'G bit operations') else 'left'

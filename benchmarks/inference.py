@@ -1,0 +1,279 @@
+#!/usr/bin/env python
+"""Latency, file size and memory of exported models beside float, in both runtimes.
+
+Contestants: torch float; ONNX Runtime and OpenVINO with the float graph (float32) and with the exported W8A8, W4A4 and
+W2A4 ones. A two-stage detector is the sum of its graphs. Weights are random, calibrated on noise: speed does not depend
+on them. Every round runs each contestant in an order drawn anew; the ratio is that of the medians to float in the same
+runtime. Peak memory is what loading and one call of batch 1 add to a fresh process. Prints tables, writes a JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gdrq_mm.apis import infer, init_model
+from gdrq_mm.checkpoint import write_whole
+from gdrq_mm.cli import check_writable, main, read_config
+from gdrq_mm.convert import bare_model
+from gdrq_mm.deploy import kernels, merge_model
+from gdrq_mm.deploy.bundle import example_inputs
+from gdrq_mm.deploy.onnx_export import export_onnx
+from gdrq_mm.deploy.parts import parts_of
+from gdrq_mm.deploy.runtime import BACKENDS, INTEGER_KERNELS, open_runtime
+from gdrq_mm.hooks.calibration import finish_calibration
+from gdrq_mm.quantizers import Quantizer, Stage
+from gdrq_mm.results.record import git_revision, hardware, versions
+from gdrq_mm.tasks import task_of
+from gdrq_mm.topology import record
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {
+    'ResNet-18': ('configs/cls/resnet18_gdrq_w4a4.py', (224, 224)),
+    'ResNet-50': ('configs/cls/resnet50_gdrq_w4a4.py', (224, 224)),
+    'PSPNet R18': ('configs/seg/pspnet_r18_gdrq_w4a4_camvid.py', (180, 240)),
+    'Faster R-CNN R18': ('configs/det/faster_rcnn_r18_gdrq_w4a4_bccd.py', (480, 640)),
+}
+"""Title -> config, and size of a picture."""
+BITS = {'W8A8': (8, 8), 'W4A4': (4, 4), 'W2A4': (2, 4)}
+WARM_UP = 2
+
+
+def float_model(title: str) -> Any:
+    """The model of the config without quantization, random weights."""
+    torch.manual_seed(0)
+    config, _ = MODELS[title]
+    cfg = read_config(ROOT / config)
+    cfg.pop('quantization')
+    return init_model(cfg, None, 'cpu')
+
+
+def quant_model(title: str, bits: tuple[int, int]) -> Any:
+    """The quantized model, calibrated on noise."""
+    torch.manual_seed(0)
+    config, _ = MODELS[title]
+    options = {'quantization.weight.bits': bits[0], 'quantization.activation.bits': bits[1]}
+    model = init_model(ROOT / config, None, 'cpu', options)
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+    for quantizer in quantizers:
+        quantizer.set_state(stage=Stage.OBSERVE)
+    infer(model, noise(title))
+    finish_calibration(bare_model(model))
+    for quantizer in quantizers:
+        if quantizer.stage != Stage.FLOAT:
+            quantizer.set_state(stage=Stage.QUANTIZE)
+    return model
+
+
+def noise(title: str) -> np.ndarray:
+    """A picture."""
+    return np.random.default_rng(0).integers(0, 256, (*MODELS[title][1], 3), np.uint8)
+
+
+def write_graphs(title: str, folder: Path) -> dict[str, Any]:
+    """Export a model in float and at all bits; returns its parts and their example inputs."""
+    model = float_model(title)
+    parts = parts_of(model, task_of(model.cfg))
+    inputs = example_inputs(model, parts, lambda: infer(model, noise(title)))
+    found: dict[str, Any] = dict(parts=parts, inputs=inputs, kernels={})
+    for part in parts:
+        with torch.no_grad():
+            outputs = part.module(inputs[part.name])
+        graph = export_onnx(part.module, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
+        (folder / f'float.{part.name}.onnx').write_bytes(graph.SerializeToString())
+    for name, bits in BITS.items():
+        quantized = quant_model(title, bits)
+        topology = record(quantized, lambda q=quantized: infer(q, noise(title)))
+        merged = merge_model(quantized, topology)
+        fused = whole = 0
+        for part in parts_of(merged, task_of(quantized.cfg)):
+            with torch.no_grad():
+                outputs = part.module(inputs[part.name])
+            graph = export_onnx(part.module, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
+            (folder / f'{name}.{part.name}.onnx').write_bytes(graph.SerializeToString())
+            ran = kernels(graph)
+            fused += sum(ran[kind] for kind in INTEGER_KERNELS)
+            whole += sum(node.op_type in ('Conv', 'Gemm', 'MatMul') for node in graph.graph.node)
+        found['kernels'][name] = (fused, whole)
+    return found
+
+
+def contestants(
+    folder: Path, found: dict[str, Any], batch: int, threads: int
+) -> dict[tuple[str, str], Callable[[], Any]]:
+    """(runtime, bits) -> one prediction of a batch."""
+    torch.set_num_threads(threads)
+    inputs = {
+        name: np.resize(x.numpy(), (batch if name != 'bbox_head' else len(x) * batch, *x.shape[1:])).astype(np.float32)
+        for name, x in found['inputs'].items()
+    }
+    tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
+
+    def eager() -> None:
+        with torch.no_grad():
+            for part in found['parts']:
+                part.module(tensors[part.name])
+
+    runs: dict[tuple[str, str], Callable[[], Any]] = {('torch', 'float'): eager}
+    for backend in BACKENDS:
+        for bits in ('float', *BITS):
+            opened = [
+                (open_runtime(backend, folder / f'{bits}.{part.name}.onnx', threads), inputs[part.name])
+                for part in found['parts']
+            ]
+            runs[backend, bits] = lambda opened=opened: [run([x]) for run, x in opened]
+    return runs
+
+
+def time_all(runs: dict[Any, Callable[[], Any]], rounds: int, shuffle: Callable[[list[Any]], None]) -> dict[Any, float]:
+    """Median seconds of each contestant over interleaved rounds."""
+    seconds: dict[Any, list[float]] = {key: [] for key in runs}
+    for number in range(WARM_UP + rounds):
+        keys = list(runs)
+        shuffle(keys)
+        for key in keys:
+            start = time.perf_counter()
+            runs[key]()
+            if number >= WARM_UP:
+                seconds[key].append(time.perf_counter() - start)
+    return {key: statistics.median(times) for key, times in seconds.items()}
+
+
+def peak_of_process() -> int:
+    """The most memory of this process so far, in bytes; getrusage's ru_maxrss starts from that of the parent."""
+    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))
+    return int(line.split()[1]) * 1024
+
+
+def peak_memory(backend: str, files: list[str]) -> int:
+    """Bytes that loading graphs and one call of each adds to the peak of this process."""
+    inputs = []
+    for file in files:
+        shape = [d.dim_value or 1 for d in onnx.load(file).graph.input[0].type.tensor_type.shape.dim]
+        inputs.append(np.zeros(shape, np.float32))
+    Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew: that of the imports is higher
+    before = peak_of_process()
+    for file, x in zip(files, inputs):
+        open_runtime(backend, file, 1)([x])
+    return peak_of_process() - before
+
+
+def memory_in_fresh_process(backend: str, files: list[Path]) -> int:
+    """The same, in a process of its own."""
+    command = [sys.executable, __file__, '--memory-of', backend, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    if done.returncode:
+        raise RuntimeError(f'{backend}: {done.stderr[-2000:]}')
+    return int(done.stdout.split()[-1])
+
+
+def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """A row for each model, batch, threads, runtime and bits."""
+    rows: list[dict[str, Any]] = []
+    shuffle = random.Random(0).shuffle
+    columns = (TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed}/{task.total}'))
+    steps = len(args.models) * (1 + len(args.batches) * len(args.threads))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        bar = progress.add_task('', total=steps)
+        for title in args.models:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                progress.update(bar, description=f'{title}: exporting')
+                found = write_graphs(title, folder)
+                files = {b: [folder / f'{b}.{p.name}.onnx' for p in found['parts']] for b in ('float', *BITS)}
+                memory = {(k, b): memory_in_fresh_process(k, f) for k in BACKENDS for b, f in files.items()}
+                progress.advance(bar)
+                for batch in args.batches:
+                    for threads in args.threads:
+                        progress.update(bar, description=f'{title}: batch {batch}, threads {threads}')
+                        runs = contestants(folder, found, batch, threads)
+                        for (runtime, bits), seconds in time_all(runs, args.rounds, shuffle).items():
+                            size = sum(f.stat().st_size for f in files[bits]) if runtime != 'torch' else None
+                            setting = dict(model=title, batch=batch, threads=threads, runtime=runtime, bits=bits)
+                            kept = dict(bytes=size, peak_bytes=memory.get((runtime, bits)))
+                            rows.append({**setting, 'seconds': seconds, **kept, 'kernels': found['kernels'].get(bits)})
+                        progress.advance(bar)
+    for row in rows:
+        same = [r for r in rows if all(r[k] == row[k] for k in ('model', 'batch', 'threads', 'runtime'))]
+        base = next(r for r in same if r['bits'] == 'float')
+        row['faster'] = base['seconds'] / row['seconds']
+        row['smaller'] = base['bytes'] / row['bytes'] if row['bytes'] else None
+    return rows
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    """A table for each model, batch and number of threads."""
+    for setting in dict.fromkeys((row['model'], row['batch'], row['threads']) for row in rows):
+        model, batch, threads = setting
+        title = f'{model}, batch {batch}, threads {threads}; float is float32'
+        table = Table(title=title, title_justify='left', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in ('runtime', 'bits', 'ms', 'faster', 'MB', 'smaller', 'peak MB', 'integer layers'):
+            table.add_column(column, justify='left' if column in ('runtime', 'bits') else 'right', no_wrap=True)
+        for row in [row for row in rows if (row['model'], row['batch'], row['threads']) == setting]:
+            table.add_row(
+                row['runtime'],
+                row['bits'],
+                f'{row["seconds"] * 1000:.1f}',
+                f'{row["faster"]:.2f}',
+                f'{row["bytes"] / 1e6:.1f}' if row['bytes'] else '-',
+                f'{row["smaller"]:.1f}' if row['smaller'] else '-',
+                f'{row["peak_bytes"] / 1e6:.0f}' if row['peak_bytes'] else '-',
+                '{} of {}'.format(*row['kernels']) if row['kernels'] else '-',
+            )
+        console.print(table)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', choices=list(MODELS), default=list(MODELS), help='default: all')
+    parser.add_argument('--batches', nargs='+', type=int, default=[1, 8], help='default: %(default)s')
+    parser.add_argument('--threads', nargs='+', type=int, default=[1, 2], help='default: %(default)s')
+    parser.add_argument('--rounds', type=int, default=10, help='timed calls of each contestant (default: %(default)s)')
+    out = Path('docs/figures/inference.json')
+    parser.add_argument('--out', type=Path, default=out, help='JSON file (default: %(default)s)')
+    parser.add_argument('--memory-of', nargs='+', help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run() -> None:
+    args = parse_args()
+    if args.memory_of:
+        print(peak_memory(args.memory_of[0], args.memory_of[1:]))
+        return
+    check_writable(args.out.parent)
+    console = Console()
+    rows = measure(args, console)
+    show(rows, console)
+    found = dict(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        rounds=args.rounds,
+        rows=rows,
+        versions=versions(),
+        hardware=hardware(),
+        git=git_revision(),
+    )
+    write_whole(args.out, (json.dumps(found, indent=1) + '\n').encode())
+    console.print(f'wrote {args.out}', soft_wrap=True)
+
+
+if __name__ == '__main__':
+    main(run)
