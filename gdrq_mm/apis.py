@@ -18,6 +18,7 @@ from mmengine.structures import PixelData
 
 from .checkpoint import check_finite, check_fits, other_quantization, read_checkpoint, state_of
 from .cli import read_config
+from .deploy.packed import is_packed, load_packed, read_packed
 from .errors import UserError, building
 from .runner import drop_pretrained, prepare_model
 from .tasks import task_of
@@ -42,7 +43,8 @@ def init_model(
 
     Args:
         config: path of a config, or the config.
-        checkpoint: path or address; without it the weights are random.
+        checkpoint: path or address; without it the weights are random. A packed file (tools/export.py) gives the
+            integers of the trained model, computed by torch.
         device: such as 'cuda:0'; by default a GPU if there is one.
         cfg_options: settings to override, such as {'model.test_cfg.score_thr': 0.1}.
         unsafe_load: unpickle whatever the checkpoint holds; that runs its code.
@@ -69,7 +71,11 @@ def init_model(
     noise = np.random.default_rng(0).integers(0, 256, (*NOISE, 3), np.uint8)
     prepare_model(model, cfg, lambda: infer(model, noise))
     model.eval()
-    if checkpoint is not None:
+    if checkpoint is not None and is_packed(checkpoint):
+        _, header = read_packed(checkpoint)
+        model = load_packed(model, lambda m: infer(m, noise), checkpoint)
+        model.dataset_meta = model._dataset_meta = dict(header['meta'] or {})
+    elif checkpoint is not None:
         _load(model, str(checkpoint), unsafe_load)
     if not model.dataset_meta.get('classes'):
         model.dataset_meta.update(cfg.test_dataloader.dataset.get('metainfo') or {})

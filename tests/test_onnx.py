@@ -22,7 +22,16 @@ from PIL import Image
 from gdrq_mm.apis import infer, init_model
 from gdrq_mm.cli import read_config
 from gdrq_mm.convert import quant_layers
-from gdrq_mm.deploy import export_graphs, kernels, merge_model, runtime, use_runtime, write_bundle
+from gdrq_mm.deploy import (
+    IntegerLayer,
+    export_graphs,
+    kernels,
+    merge_model,
+    runtime,
+    use_runtime,
+    write_bundle,
+    write_packed,
+)
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.parts import parts_of
 from gdrq_mm.deploy.runtime import BACKENDS, open_runtime
@@ -258,6 +267,7 @@ def whole(request, tmp_path_factory):
     checkpoint = str(folder / 'model.pth')
     torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
     topology = record(model, lambda: infer(model, picture))
+    write_packed(merge_model(model, topology), folder / 'model.gdrq', cfg.pretty_text, dict(classes=['a', 'b']))
     reported = {}
     graphs = export_graphs(
         model,
@@ -315,6 +325,33 @@ def test_export_json_says_what_a_program_needs(whole):
         assert {opset.domain for opset in model.opset_import} == {''}, 'standard operators only'
         shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
         assert shape == [0, *entry['shape']] and part in PARTS[name]
+
+
+def test_a_packed_file_predicts_what_torch_does(whole):
+    _, cfg, checkpoint, folder, picture = whole
+    model = init_model(cfg, folder.parent / 'model.gdrq', 'cpu')
+    assert model.dataset_meta == dict(classes=['a', 'b'])
+    assert all(name.startswith('auxiliary_head') for name in quant_layers(model))
+    assert sum(isinstance(m, IntegerLayer) for m in model.modules()) > 5
+    expected = values_of(infer(init_model(cfg, checkpoint, 'cpu'), picture))
+    for one, other in zip(values_of(infer(model, picture)), expected, strict=True):
+        assert one.shape == other.shape and one.numel()
+        assert torch.isclose(one, other, atol=2e-2 * float(other.abs().max()), rtol=0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize('whole', ['cls'], indirect=True)
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ({'quantization.weight.bits': 3}, r'has W4A4 in layer backbone.layer1.0.conv1, the config W3A4'),
+        ({'model.backbone.depth': 34}, r'is that of another model: backbone.layer\d.\d.conv\d is in one of them only'),
+        ({'model.head.num_classes': 7}, r'does not fit the model: size mismatch for head.fc'),
+    ],
+)
+def test_a_packed_file_of_another_model_is_refused(whole, options, message):
+    _, cfg, _, folder, _ = whole
+    with pytest.raises(UserError, match=message):
+        init_model(cfg, folder.parent / 'model.gdrq', 'cpu', options)
 
 
 @pytest.mark.parametrize('whole', ['cls', 'seg'], indirect=True)

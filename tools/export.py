@@ -83,7 +83,7 @@ def export_packed(model: Any, merged: Any, topology: Any, image: Any, out: Path)
         raise UserError(f'the merged model differs from the trained one, first in layer {wrong}; nothing was written')
     check_writable(out)
     path = out / 'model.gdrq'
-    write_packed(merged, path, model.cfg.pretty_text)
+    write_packed(merged, path, model.cfg.pretty_text, model.dataset_meta)
     CONSOLE.print(f'{path}: {path.stat().st_size / 1e6:.2f} MB, {len(results)} layers as integers', soft_wrap=True)
 
 

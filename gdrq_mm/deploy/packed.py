@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,24 @@ from torch import Tensor
 
 from ..checkpoint import write_whole
 from ..errors import UserError
-from .merge import IntegerLayer
+from ..heads import deployed
+from ..quantizers import ActivationQuantizer, Quantizer, Stage
+from ..topology import record
+from .merge import IntegerLayer, merge_model
 
 MAGIC, VERSION = b'GDRQPACK', 1
 _TYPES = {'float32': np.float32, 'int64': np.int64, 'int32': np.int32, 'bool': np.bool_}
 
 
-def write_packed(model: torch.nn.Module, path: str | Path, config: str = '') -> None:
+def write_packed(
+    model: torch.nn.Module, path: str | Path, config: str = '', meta: Mapping[str, Any] | None = None
+) -> None:
     """Write a merged model.
 
     Args:
         model: what merge_model() returned.
-        config: text of the config; it is kept beside the tensors.
+        config: text of the config; it is kept beside the tensors, to be read, never to be run.
+        meta: what the model knows of its data set, such as the names of the classes; plain data.
     """
     bits = {f'{n}.codes': m.weight_bits for n, m in model.named_modules() if isinstance(m, IntegerLayer)}
     ranges = {
@@ -42,10 +48,14 @@ def write_packed(model: torch.nn.Module, path: str | Path, config: str = '') -> 
     }
     payload, tensors = bytearray(), {}
     for name, tensor in model.state_dict().items():
+        if not deployed(name):  # auxiliary heads are for training
+            continue
         entry, data = _encode(name, tensor, bits.get(name))
         tensors[name] = {**entry, 'offset': len(payload), 'bytes': len(data)}
         payload += data
-    header = json.dumps(dict(config=config, layers=ranges, tensors=tensors)).encode()
+    header = json.dumps(
+        dict(config=config, meta=dict(meta or {}), layers=ranges, tensors=tensors), default=str
+    ).encode()
     content = MAGIC + struct.pack('<IQ', VERSION, len(header)) + header + bytes(payload)
     write_whole(path, content + hashlib.sha256(content).digest())
 
@@ -74,7 +84,52 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = {name: _decode(entry, payload) for name, entry in header['tensors'].items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f'packed file {path} is damaged: {type(error).__name__} {error}') from None
-    return state, {key: header.get(key) for key in ('config', 'layers')}
+    return state, {key: header.get(key) for key in ('config', 'meta', 'layers')}
+
+
+def load_packed(model: Any, predict: Callable[[Any], Any], path: str | Path) -> Any:
+    """The merged model of a packed file, for a quantized model that its config built; bit-exact.
+
+    Args:
+        model: quantized, not trained; it becomes unusable.
+        predict: one prediction of a model, from which is learned what feeds what.
+
+    Raises:
+        UserError: the file cannot be read, or it is that of another model or of other bits.
+    """
+    state, header = read_packed(path)
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.set_state(stage=Stage.QUANTIZE, calibrated=True)
+        if isinstance(module, ActivationQuantizer):
+            module.set_range('unsigned')
+    merged = merge_model(model, record(model, lambda: predict(model)))
+    layers = {name: m for name, m in merged.named_modules() if isinstance(m, IntegerLayer)}
+    entries = header['layers'] if isinstance(header['layers'], dict) else {}
+    if entries.keys() != layers.keys():
+        other = next(iter(entries.keys() ^ layers.keys()))
+        raise UserError(f'packed file {path} is that of another model: {other} is in one of them only')
+    try:
+        for name, layer in layers.items():
+            bits = entries[name]['weight_bits'], entries[name]['input_bits']
+            if bits != (layer.weight_bits, layer.input_bits):
+                expected = f'W{layer.weight_bits}A{layer.input_bits}'
+                raise UserError(f'packed file {path} has W{bits[0]}A{bits[1]} in layer {name}, the config {expected}')
+            layer.lo, layer.hi = int(entries[name]['lo']), int(entries[name]['hi'])
+        rest = {name: tensor for name, tensor in merged.state_dict().items() if not deployed(name)}
+        merged.load_state_dict({**rest, **state})
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f'packed file {path} does not fit the model: {str(error).splitlines()[-1].strip()}') from None
+    return merged
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a file begins as a packed one does."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> bytes:
