@@ -2,9 +2,10 @@
 """Latency, file size and memory of exported models beside float, in both runtimes.
 
 Contestants: torch float; ONNX Runtime and OpenVINO with the float graph (float32) and with the exported W8A8, W4A4 and
-W2A4 ones. A two-stage detector is the sum of its graphs. Weights are random, calibrated on noise: speed does not depend
-on them. Every round runs each contestant in an order drawn anew; the ratio is that of the medians to float in the same
-runtime. Peak memory is what loading and one call of batch 1 add to a fresh process. Prints tables, writes a JSON.
+W2A4 ones, W4A4 with other groups and with float additions. A two-stage detector is the sum of its graphs. Weights are
+random, calibrated on noise: speed does not depend on them. Every round runs each contestant in an order drawn anew; the
+ratio is that of the medians to float in the same runtime. Peak memory is what loading and one call of batch 1 add to a
+fresh process. Prints tables, writes a JSON.
 """
 
 from __future__ import annotations
@@ -54,7 +55,15 @@ MODELS = {
     'Faster R-CNN R18': ('configs/det/faster_rcnn_r18_gdrq_w4a4_bccd.py', (480, 640)),
 }
 """Title -> config, and size of a picture."""
-BITS = {'W8A8': (8, 8), 'W4A4': (4, 4), 'W2A4': (2, 4)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    'W8A8': {'weight.bits': 8, 'activation.bits': 8},
+    'W4A4': {'weight.bits': 4, 'activation.bits': 4},
+    'W2A4': {'weight.bits': 2, 'activation.bits': 4},
+    'W4A4, 1 group': {'weight.groups': 1},
+    'W4A4, a group a filter': {'weight.groups': 'channel'},
+    'W4A4, float additions': {'deployable': False},
+}
+"""Title -> settings of `quantization`; the configs are W4A4 with 4 groups a layer."""
 WARM_UP = 2
 
 
@@ -67,12 +76,11 @@ def float_model(title: str) -> Any:
     return init_model(cfg, None, 'cpu')
 
 
-def quant_model(title: str, bits: tuple[int, int]) -> Any:
+def quant_model(title: str, setting: dict[str, Any]) -> Any:
     """The quantized model, calibrated on noise."""
     torch.manual_seed(0)
-    config, _ = MODELS[title]
-    options = {'quantization.weight.bits': bits[0], 'quantization.activation.bits': bits[1]}
-    model = init_model(ROOT / config, None, 'cpu', options)
+    options = {f'quantization.{key}': value for key, value in setting.items()}
+    model = init_model(ROOT / MODELS[title][0], None, 'cpu', options)
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     for quantizer in quantizers:
         quantizer.set_state(stage=Stage.OBSERVE)
@@ -100,8 +108,8 @@ def write_graphs(title: str, folder: Path) -> dict[str, Any]:
             outputs = part.module(inputs[part.name])
         graph = export_onnx(part.module, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
         (folder / f'float.{part.name}.onnx').write_bytes(graph.SerializeToString())
-    for name, bits in BITS.items():
-        quantized = quant_model(title, bits)
+    for name, setting in SETTINGS.items():
+        quantized = quant_model(title, setting)
         topology = record(quantized, lambda q=quantized: infer(q, noise(title)))
         merged = merge_model(quantized, topology)
         fused = whole = 0
@@ -135,7 +143,7 @@ def contestants(
 
     runs: dict[tuple[str, str], Callable[[], Any]] = {('torch', 'float'): eager}
     for backend in BACKENDS:
-        for bits in ('float', *BITS):
+        for bits in ('float', *SETTINGS):
             opened = [
                 (open_runtime(backend, folder / f'{bits}.{part.name}.onnx', threads), inputs[part.name])
                 for part in found['parts']
@@ -199,7 +207,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
                 folder = Path(name)
                 progress.update(bar, description=f'{title}: exporting')
                 found = write_graphs(title, folder)
-                files = {b: [folder / f'{b}.{p.name}.onnx' for p in found['parts']] for b in ('float', *BITS)}
+                files = {b: [folder / f'{b}.{p.name}.onnx' for p in found['parts']] for b in ('float', *SETTINGS)}
                 memory = {(k, b): memory_in_fresh_process(k, f) for k in BACKENDS for b, f in files.items()}
                 progress.advance(bar)
                 for batch in args.batches:

@@ -64,6 +64,41 @@ def train_step() -> str:
     return markdown(('memory format', 'contestant', 'step in ms', 'over float', 'peak memory over float'), rows)
 
 
+def inference() -> str:
+    """Speed, size and memory of exported models: batch 1, 2 threads."""
+    rows = [
+        (
+            r['model'],
+            r['runtime'],
+            r['bits'],
+            f'{1000 * r["seconds"]:.1f}',
+            f'{r["faster"]:.2f}',
+            f'{r["bytes"] / 1e6:.1f}' if r['bytes'] else '',
+            f'{r["smaller"]:.1f}' if r['smaller'] else '',
+            f'{r["peak_bytes"] / 1e6:.0f}' if r['peak_bytes'] else '',
+            '{} of {}'.format(*r['kernels']) if r['kernels'] and r['runtime'] == 'onnxruntime' else '',
+        )
+        for r in json.loads((FIGURES / 'inference.json').read_text())['rows']
+        if (r['batch'], r['threads']) == (1, 2)
+    ]
+    columns = ('model', 'runtime', 'bits', 'ms', 'times faster', 'MB', 'times smaller', 'peak MB', 'integer layers')
+    return markdown(columns, rows)
+
+
+def inference_ratios() -> str:
+    """How many times faster than float in the same runtime, for every batch and number of threads."""
+    rows = [
+        r
+        for r in json.loads((FIGURES / 'inference.json').read_text())['rows']
+        if r['runtime'] != 'torch' and r['bits'] != 'float'
+    ]
+    settings = sorted({(r['batch'], r['threads']) for r in rows})
+    found = {(r['model'], r['runtime'], r['bits'], r['batch'], r['threads']): r['faster'] for r in rows}
+    keys = dict.fromkeys((r['model'], r['runtime'], r['bits']) for r in rows)
+    columns = ('model', 'runtime', 'bits', *(f'batch {b}, threads {t}' for b, t in settings))
+    return markdown(columns, [(*key, *(f'{found[(*key, *s)]:.2f}' for s in settings)) for key in keys])
+
+
 def quantized_loss() -> str:
     """The paper's Fig. 5 experiment at 4 bits, p = 1."""
     found = json.loads((FIGURES / 'quantized_loss.json').read_text())
@@ -85,7 +120,7 @@ def quantized_loss() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{data: partial(comparison, data) for data in ('cifar10', 'bccd', 'camvid')},
-    **{f.__name__: f for f in (per_level, cifar10_search, train_step, quantized_loss)},
+    **{f.__name__: f for f in (per_level, cifar10_search, train_step, inference, inference_ratios, quantized_loss)},
 }
 
 
