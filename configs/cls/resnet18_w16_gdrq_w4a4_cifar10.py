@@ -1,13 +1,5 @@
 _base_ = ['./resnet18_w16_cifar10.py', '../_base_/quantization/gdrq_w4a4.py']
 load_from = 'work_dirs/resnet18_w16_cifar10/epoch_180.pth'
-# Few bits regularize: crops and flips alone reach in six epochs what the float augmentation reaches in twelve.
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='RandomCrop', crop_size=32, padding=4),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    dict(type='PackInputs'),
-]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 optim_wrapper = dict(optimizer=dict(lr=0.02))
 param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', T_max=20, convert_to_iter_based=True)
 custom_hooks = []
