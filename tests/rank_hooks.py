@@ -1,0 +1,32 @@
+"""Hooks that a config names by path (type='tests.rank_hooks.Note'), for runs in processes of their own."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+
+from gdrq_mm.convert import bare_model
+
+
+class Note(Hook):
+    """Write the state of the model after each epoch, one file for each rank."""
+
+    priority = 'LOWEST'
+
+    def after_train_epoch(self, runner):
+        state = bare_model(runner.model).state_dict()
+        torch.save(state, Path(runner.work_dir) / f'state_{runner.epoch + 1}_{get_rank()}.pt')
+
+
+class Kill(Hook):
+    """Send a signal to the own process, on one rank or on all, in the middle of iteration `at`."""
+
+    def __init__(self, at, number, rank=None, group=False):
+        self.at, self.number, self.rank, self.group = at, getattr(signal, number), rank, group
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at and self.rank in (None, get_rank()):
+            os.kill(os.getpid(), self.number)
