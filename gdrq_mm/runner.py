@@ -38,6 +38,7 @@ from .datasets.check import check_dataset, checked_reading, ignored_labels
 from .distributed import no_device, synchronized
 from .errors import UserError, building
 from .hooks import CalibrationHook, FiniteLossHook, NormHook, StageHook, StatisticsHook, StopHook, ThresholdHook
+from .hooks.stop import shield_workers
 from .quantizers import Quantizer, Stage, learned_parameters
 from .seeding import SeedHook, kept_random_state, reseed_dataloader, seed_dataloader, skip_batches
 from .summary import layer_table, totals
@@ -150,6 +151,7 @@ class QuantRunner(Runner):
         """A data loader; what is wrong with its data is told with the name of the file."""
         with checked_reading(self.cfg.get('default_scope')):
             loader = super().build_dataloader(*args, **kwargs)
+        shield_workers(loader)
         check_dataset(loader.dataset, ignored_labels(self.cfg.model))
         return loader
 

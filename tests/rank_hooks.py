@@ -1,7 +1,8 @@
 """Hooks that a config names by path (type='tests.rank_hooks.Note'), for runs in processes of their own."""
 
-import os
+import multiprocessing
 import signal
+import subprocess
 from pathlib import Path
 
 import torch
@@ -22,11 +23,13 @@ class Note(Hook):
 
 
 class Kill(Hook):
-    """Send a signal to the own process, on one rank or on all, in the middle of iteration `at`."""
+    """Send a signal to the own process and to its data workers, as slurm does, in iteration `at` on one or all ranks."""
 
-    def __init__(self, at, number, rank=None, group=False):
-        self.at, self.number, self.rank, self.group = at, getattr(signal, number), rank, group
+    def __init__(self, at, number, rank=None):
+        self.at, self.number, self.rank = at, getattr(signal, number), rank
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter == self.at and self.rank in (None, get_rank()):
-            os.kill(os.getpid(), self.number)
+            processes = (*multiprocessing.active_children(), multiprocessing.current_process())
+            # Sent by another process: torch's data workers take a SIGTERM of their parent for the end of their work
+            subprocess.run(['kill', f'-{self.number}', *(str(process.pid) for process in processes)], check=False)

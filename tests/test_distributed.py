@@ -120,8 +120,15 @@ def end_of(folder):
     return {key: checkpoint[key] for key in ('state_dict', 'optimizer', 'param_schedulers')}
 
 
-@pytest.mark.parametrize('changes', [{}, {'optim_wrapper.accumulative_counts': 2}], ids=['plain', 'accumulation'])
-def test_two_processes_that_are_killed_or_stopped_lose_nothing(train_on_two, tmp_path, changes):
+@pytest.mark.parametrize(
+    ('name', 'changes', 'done'),
+    [
+        ('SIGTERM', {'train_dataloader.num_workers': 1, 'train_dataloader.persistent_workers': True}, 9),
+        ('SIGUSR1', {'optim_wrapper.accumulative_counts': 2}, 10),  # iterations: not between two steps
+    ],
+    ids=['workers', 'accumulation'],
+)
+def test_two_processes_that_are_killed_or_stopped_lose_nothing(train_on_two, tmp_path, name, changes, done):
     """BN is not synchronized here, and samples are cropped at random."""
     finished(train_on_two('whole', **changes))
     same_states(tmp_path / 'whole')
@@ -131,12 +138,11 @@ def test_two_processes_that_are_killed_or_stopped_lose_nothing(train_on_two, tmp
     assert [done.returncode for done in killed] == [-9, -9]
     finished(train_on_two('killed', '--resume', **changes))
 
-    stop = dict(type='tests.rank_hooks.Kill', at=8, number='SIGUSR1', rank=1)
+    stop = dict(type='tests.rank_hooks.Kill', at=8, number=name, rank=1)
     stopped = train_on_two('stopped', custom_hooks=[stop], **changes)
-    done = 10 if changes else 9  # iterations: not between two steps
     for process in stopped:
         assert process.returncode == 75
-        assert process.stderr.splitlines()[-1].startswith(f'SIGUSR1 after iteration {done}: saved ')
+        assert process.stderr.splitlines()[-1].startswith(f'{name} after iteration {done}: saved ')
     assert torch.load(tmp_path / 'stopped/stopped.pth', weights_only=False)['meta']['iter'] == done
     finished(train_on_two('stopped', '--resume', **changes))
 

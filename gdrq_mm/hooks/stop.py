@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from mmengine.dist import all_reduce, barrier, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from ..checkpoint import write_whole
 from ..errors import Stopped
@@ -68,3 +72,25 @@ class StopHook(Hook):
         self.after_train(runner)
         name = signal.Signals(int(received)).name
         raise Stopped(f'{name} after iteration {runner.iter + 1}: saved {path}; --resume goes on from there')
+
+
+def shield_workers(loader: DataLoader) -> None:
+    """Keep the processes that load data alive when a signal goes to all processes of a job, as slurm's does.
+
+    The iteration may wait for what they load, and torch raises in the main process when one of them dies.
+    """
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+
+
+def _start_worker(init: Callable[[int], None] | None, number: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_obey_parent, daemon=True).start()
+    if init is not None:
+        init(number)
+
+
+def _obey_parent() -> None:
+    """End at a signal of the main process only, which has to get rid of its workers."""
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
