@@ -23,7 +23,7 @@ class Note(Hook):
 
 
 class Kill(Hook):
-    """Send a signal to the own process and to its data workers, as slurm does, in iteration `at` on one or all ranks."""
+    """In iteration `at`, on one rank or all, send a signal to the own process and its data workers, as slurm does."""
 
     def __init__(self, at, number, rank=None):
         self.at, self.number, self.rank = at, getattr(signal, number), rank

@@ -45,6 +45,7 @@ def train_on_two(run_all, config, tmp_path):
     def train(name, *args, **changes):
         hooks = [dict(type='tests.rank_hooks.Note'), *changes.pop('custom_hooks', [])]
         changes = {'quantization': W4A4, **changes, 'train_dataloader.batch_size': 8, 'custom_hooks': hooks}
+        changes['env_cfg.dist_cfg.timeout'] = 30  # seconds, when one waits for what the other does not do
         config(name, **changes).dump(tmp_path / f'{name}.py')
         return run_all(ranks(), TRAIN, f'{name}.py', '--launcher', 'pytorch', *args)
 
