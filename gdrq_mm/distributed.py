@@ -48,8 +48,9 @@ class CPUSyncBatchNorm(_BatchNorm):
         if not self.training or get_world_size() == 1:
             return super().forward(input)
         dims = [d for d in range(input.dim()) if d != 1]
-        variance, mean = torch.var_mean(input.float(), dims, correction=0)
-        count = input.new_full((1,), input.numel() // input.shape[1], dtype=torch.float64)
+        x = input.float()  # half precision too, as torch does
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        count = x.new_full((1,), input.numel() // input.shape[1], dtype=torch.float64)
         sums = dist.all_reduce(torch.cat([count * mean, count * (variance + mean.double().square()), count]))
         mean, variance = sums[:-1].view(2, -1) / sums[-1]
         variance = variance - mean.square()
@@ -60,7 +61,7 @@ class CPUSyncBatchNorm(_BatchNorm):
         shift = -mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
-        return input * scale.to(input.dtype).view(shape) + shift.to(input.dtype).view(shape)
+        return (x * scale.float().view(shape) + shift.float().view(shape)).to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:

@@ -172,6 +172,17 @@ def test_one_process_stops_and_goes_on(config, tmp_path, at):
     assert same(end_of(tmp_path / 'whole'), end_of(tmp_path / 'stopped'))
 
 
+def test_slurm_without_a_gpu(run_all, config, tmp_path):
+    """In the variables that srun sets; the port comes from the number of the job."""
+    config(epochs=1, **{'env_cfg.dist_cfg.timeout': 30}).dump(tmp_path / 'config.py')
+    shared = dict(SLURM_NTASKS='2', SLURM_NODELIST='localhost', SLURM_JOB_ID=str(os.getpid()), MASTER_ADDR='127.0.0.1')
+    tasks = [dict(shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+    finished(run_all(tasks, TRAIN, 'config.py', '--launcher', 'slurm'))
+    assert (
+        torch.load(tmp_path / 'run/epoch_1.pth', weights_only=False)['meta']['iter'] == 2
+    )  # 64 pictures, 2 x 16 a step
+
+
 def test_what_would_cut_weights_into_pieces_is_refused(config):
     wrapper = dict(type='MMFullyShardedDataParallel')
     with pytest.raises(UserError, match=r"model_wrapper_cfg.type='MMFullyShardedDataParallel' .*MMDistributedDataP"):
