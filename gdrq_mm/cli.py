@@ -14,8 +14,16 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from .distributed import leave
 from .environment import check_environment
-from .errors import UserError, building
+from .errors import Stopped, UserError, building
+
+LAUNCHERS = {
+    'pytorch': ('RANK', 'torchrun (tools/dist_train.sh, tools/dist_test.sh)'),
+    'slurm': ('SLURM_PROCID', 'srun (tools/slurm_train.sh, tools/slurm_test.sh)'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'mpirun'),
+}
+"""Launcher -> a variable that its processes find, and the command that starts them."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +32,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value, a.b=value, a=[1,2]'
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--launcher', choices=['none', *LAUNCHERS], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
         '--unsafe-load', action='store_true', help='unpickle anything a checkpoint holds; that runs its code'
@@ -47,10 +55,9 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         UserError: the file does not exist or cannot be parsed, or the work directory cannot be written.
     """
-    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
-        raise UserError(
-            '--launcher pytorch is for processes that torchrun starts: torchrun --nproc_per_node=N tools/...'
-        )
+    variable, starter = LAUNCHERS.get(args.launcher, ('', ''))
+    if variable and variable not in os.environ:
+        raise UserError(f'--launcher {args.launcher} is for processes that {starter} starts')
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
@@ -100,6 +107,8 @@ def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
         raise UserError(f'runner_type={name!r} is not a registered runner, nor the full path of one')
     if hasattr(runner_class, 'unsafe_load'):
         runner_class.unsafe_load = args.unsafe_load
+    elif 'quantization' in cfg:
+        raise UserError(f'runner_type={name!r} would ignore `quantization`; take gdrq_mm.runner.QuantRunner')
     with building('the config'):
         return runner_class.from_cfg(cfg)
 
@@ -119,7 +128,7 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f'.{os.getpid()}.probe'
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a process on another machine may have the same number
     except OSError as error:
         raise UserError(f'work directory {folder} cannot be written: {error.strerror}') from None
 
@@ -160,12 +169,17 @@ def _near_files(path: Path) -> str:
 
 
 def main(command: Callable[[], None]) -> None:
-    """Run a tool; a UserError, a missing file or an interruption ends it with one line."""
+    """Run a tool; a UserError, a missing file, an interruption or a stop ends it with one line."""
     try:
         command()
+        leave()
     except (UserError, OSError) as error:
         if os.environ.get('GDRQ_DEBUG'):
             raise
         sys.exit(f'error: {error}')
+    except Stopped as stopped:
+        leave()
+        print(stopped, file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         sys.exit('interrupted')

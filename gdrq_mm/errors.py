@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """Training was asked to end, has saved a checkpoint and can be resumed. tools/ print it and exit with 75."""
+
+
 @contextmanager
 def building(what: str) -> Iterator[None]:
     """Turn what a registry or a constructor raises on a wrong config into a UserError."""

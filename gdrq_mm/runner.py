@@ -17,9 +17,10 @@ from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, revert_sync_batchnorm
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from .checkpoint import (
@@ -34,8 +35,10 @@ from .checkpoint import (
 from .config import FLOAT_BITS, Quantization
 from .convert import Report, bare_model, float_report, mute_leaves, quantize_model
 from .datasets.check import check_dataset, checked_reading, ignored_labels
+from .distributed import no_device, synchronized
 from .errors import UserError, building
-from .hooks import CalibrationHook, FiniteLossHook, StageHook, StatisticsHook, ThresholdHook
+from .hooks import CalibrationHook, FiniteLossHook, NormHook, StageHook, StatisticsHook, StopHook, ThresholdHook
+from .hooks.stop import shield_workers
 from .quantizers import Quantizer, Stage, learned_parameters
 from .seeding import SeedHook, kept_random_state, reseed_dataloader, seed_dataloader, skip_batches
 from .summary import layer_table, totals
@@ -73,11 +76,42 @@ class QuantRunner(Runner):
             drop_pretrained(cfg.model)
         return super().from_cfg(cfg)
 
+    def setup_env(self, env_cfg: dict) -> None:
+        """mmengine's; without a GPU the processes talk through gloo, and each slurm job has a port of its own."""
+        if self._launcher == 'slurm':
+            os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 10000))
+        if torch.cuda.is_available():
+            super().setup_env(env_cfg)
+            return
+        with no_device():
+            super().setup_env({**env_cfg, 'dist_cfg': {**(env_cfg.get('dist_cfg') or {}), 'backend': 'gloo'}})
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """The model in DistributedDataParallel if there are several processes.
+
+        Raises:
+            UserError: another wrapper is asked for. FSDP cuts weights into pieces, but thresholds are of whole filters.
+        """
+        name = (model_wrapper_cfg or {}).get('type', 'MMDistributedDataParallel')
+        kind = MODEL_WRAPPERS.get(name) if isinstance(name, str) else name
+        if not (isinstance(kind, type) and issubclass(kind, DistributedDataParallel)):
+            raise UserError(f'model_wrapper_cfg.type={name!r} is not supported; take MMDistributedDataParallel')
+        if self.distributed and not torch.cuda.is_available():
+            unused = self.cfg.get('find_unused_parameters', False)
+            model_wrapper_cfg = model_wrapper_cfg or dict(broadcast_buffers=False, find_unused_parameters=unused)
+            model_wrapper_cfg = {**model_wrapper_cfg, 'device_ids': None}  # mmengine's default are CUDA devices
+        sync_bn = self.cfg.pop('sync_bn', None)  # done in build_model
+        try:
+            return super().wrap_model(model_wrapper_cfg, model)
+        finally:
+            if sync_bn is not None:
+                self.cfg.sync_bn = sync_bn
+
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         """The model of the config, quantized if the config says so."""
         built = super().build_model(model)
-        if not self.distributed:
-            built = revert_sync_batchnorm(built)  # wrap_model does it too, but then would drop what is attached to it
+        # Before the layers change: wrap_model does both too, but would drop what is attached to BN
+        built = synchronized(built, self.cfg.get('sync_bn')) if self.distributed else revert_sync_batchnorm(built)
         self.quantization = read_quantization(self.cfg)
         self.report = prepare_model(built, self.cfg, lambda: self._predict(built))
         return built
@@ -117,6 +151,7 @@ class QuantRunner(Runner):
         """A data loader; what is wrong with its data is told with the name of the file."""
         with checked_reading(self.cfg.get('default_scope')):
             loader = super().build_dataloader(*args, **kwargs)
+        shield_workers(loader)
         check_dataset(loader.dataset, ignored_labels(self.cfg.model))
         return loader
 
@@ -184,7 +219,7 @@ class QuantRunner(Runner):
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """The config's hooks, and those of ours that it does not set itself."""
         super().register_hooks(default_hooks, custom_hooks)
-        ours: list[Hook] = [SeedHook(), FiniteLossHook()]
+        ours: list[Hook] = [SeedHook(), FiniteLossHook(), NormHook(), StopHook()]
         if self.quantization is not None:
             schedule = self.quantization.schedule
             ours.append(CalibrationHook(self.quantization.calibration_batches))

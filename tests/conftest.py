@@ -42,7 +42,8 @@ def float_checkpoint(digits_root, tmp_path_factory):
 
 
 # Importing the libraries takes 4 s, so one process does it once and forks for each command. What the command does, its
-# exit code and its output are those of `python TOOL ARGS`.
+# exit code and its output are those of `python TOOL ARGS`. A command can have several processes, each with variables
+# and output of its own.
 SERVER = """
 import gc, json, os, runpy, sys
 import mmpretrain.datasets, mmpretrain.engine, mmpretrain.evaluation, mmpretrain.models
@@ -50,15 +51,19 @@ import gdrq_mm.datasets.cifar10, gdrq_mm.datasets.digits, gdrq_mm.results.record
 gc.freeze()
 print('ready', flush=True)
 for line in sys.stdin:
-    sys.argv, folder, outputs = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        for number, name in enumerate(outputs, 1):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        runpy.run_path(sys.argv[0], run_name='__main__')
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    sys.argv, folder, processes = json.loads(line)
+    children = []
+    for outputs, variables in processes:
+        child = os.fork()
+        if child == 0:
+            os.chdir(folder)
+            os.environ.update(variables)
+            for number, name in enumerate(outputs, 1):
+                os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+            runpy.run_path(sys.argv[0], run_name='__main__')
+            sys.exit()
+        children.append(child)
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 """
 
 
@@ -73,15 +78,23 @@ def server():
 
 
 @pytest.fixture
-def run(server, tmp_path, tmp_path_factory):
-    """Runs a tool in tmp_path."""
-    outputs = [str(path) for path in (tmp_path_factory.mktemp('output') / name for name in ('stdout', 'stderr'))]
+def run_all(server, tmp_path, tmp_path_factory):
+    """Runs a tool in tmp_path as one process for each dict of environment variables."""
+    folder = tmp_path_factory.mktemp('output')
 
-    def run(tool, *args):
+    def run_all(variables, tool, *args):
         command = [str(part) for part in (tool, *args)]
-        server.stdin.write(json.dumps([command, str(tmp_path), outputs]) + '\n')
+        outputs = [[str(folder / f'{name}{i}') for name in ('stdout', 'stderr')] for i in range(len(variables))]
+        server.stdin.write(json.dumps([command, str(tmp_path), list(zip(outputs, variables))]) + '\n')
         server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, code, *(Path(path).read_text() for path in outputs))
+        codes = map(int, server.stdout.readline().split())
+        texts = [[Path(path).read_text() for path in paths] for paths in outputs]
+        return [subprocess.CompletedProcess(command, code, *text) for code, text in zip(codes, texts)]
 
-    return run
+    return run_all
+
+
+@pytest.fixture
+def run(run_all):
+    """Runs a tool in tmp_path."""
+    return lambda tool, *args: run_all([{}], tool, *args)[0]

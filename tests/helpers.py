@@ -11,7 +11,11 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
+ENV = {
+    **os.environ,
+    'OMP_NUM_THREADS': '1',
+    'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
+}
 """Environment of a process that a test starts."""
 COUNTS = {'cls': {'train': 64, 'test': 40}, 'scenes': {'train': 1, 'test': 1}}
 """Pictures of the small data set; all ten classes are in both splits."""

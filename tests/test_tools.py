@@ -158,6 +158,7 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('optim_wrapper.optimizer.type=SDG', ['SDG']),
         ('val_evaluator.type=Acuracy', ['Acuracy']),
         ('runner_type=QuantRuner', ['QuantRuner']),
+        ('runner_type=FlexibleRunner', ['FlexibleRunner', 'ignore', 'QuantRunner']),
         ('param_scheduler.type=CosineAnealingLR', ['CosineAnealingLR']),
         ('train_cfg.max_epochs=0', ['end=0']),
         ('memory_format=channel_last', ['memory_format', 'channel_last', 'channels_last']),
@@ -372,7 +373,8 @@ def test_a_model_whose_layers_do_not_fit(home, error_of):
 
 
 def test_a_launcher_without_its_processes(home, error_of):
-    holds(error_of(TRAIN, W4A4, '--launcher', 'pytorch'), '--launcher pytorch', 'torchrun')
+    holds(error_of(TRAIN, W4A4, '--launcher', 'pytorch'), '--launcher pytorch', 'torchrun', 'tools/dist_train.sh')
+    holds(error_of(TRAIN, W4A4, '--launcher', 'slurm'), '--launcher slurm', 'srun', 'tools/slurm_train.sh')
 
 
 # ---- what succeeds --------------------------------------------------------------------------------------------------

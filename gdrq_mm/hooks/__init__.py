@@ -2,8 +2,10 @@
 
 from .calibration import CalibrationHook
 from .guard import FiniteLossHook
+from .norms import NormHook
 from .stages import StageHook
 from .statistics import StatisticsHook
+from .stop import StopHook
 from .thresholds import ThresholdHook
 
-__all__ = ['CalibrationHook', 'FiniteLossHook', 'StageHook', 'StatisticsHook', 'ThresholdHook']
+__all__ = ['CalibrationHook', 'FiniteLossHook', 'NormHook', 'StageHook', 'StatisticsHook', 'StopHook', 'ThresholdHook']
