@@ -180,8 +180,9 @@ def peak_memory(backend: str, files: list[str]) -> int:
         inputs.append(np.zeros(shape, np.float32))
     Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew: that of the imports is higher
     before = peak_of_process()
-    for file, x in zip(files, inputs):
-        open_runtime(backend, file, 1)([x])
+    opened = [open_runtime(backend, file, 1) for file in files]
+    for runtime, x in zip(opened, inputs):
+        runtime([x])
     return peak_of_process() - before
 
 

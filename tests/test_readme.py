@@ -42,14 +42,14 @@ def test_the_settings_are_valid():
 
 def test_the_path_from_a_config_and_a_checkpoint(tmp_path):
     """Every command of that section in its order, with one epoch instead of six."""
-    for folder in ('configs', 'tools'):
+    for folder in ('configs', 'tools', 'examples'):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (config,) = [t for t in blocks('python') if '_base_' in t]
     name = config.splitlines()[0].removeprefix('# ')
     (tmp_path / name).write_text(config.replace('epoch_6', 'epoch_1'))
-    commands = [line for text in blocks('bash') for line in text.splitlines() if line.startswith('python tools/')]
-    commands = [c for c in commands if '--source' not in c]
-    assert len(commands) == 7
+    commands = [line for text in blocks('bash') for line in text.splitlines() if line.startswith('python ')]
+    commands = [c for c in commands if '--source' not in c and '/' in c.split()[1]]
+    assert len(commands) == 10
     for command in commands:
         words = command.replace('epoch_6', 'epoch_1').split()[1:]
         if words[0] == 'tools/train.py':

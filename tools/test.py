@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a picture is shown')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    parser.add_argument('--record', help='run record (default: WORK_DIR/record.json)')
+    parser.add_argument('--record', help='run record (default: WORK_DIR/record.json, or record_BACKEND.json)')
     parser.add_argument(
         '--backend', choices=list(BACKENDS), help='runtime that runs the exported graphs (default: torch)'
     )
@@ -41,7 +41,8 @@ def parse_args() -> argparse.Namespace:
 def test() -> None:
     args = parse_args()
     cfg = load_config(args)
-    record = Path(args.record or Path(cfg.work_dir) / 'record.json')
+    name = f'record_{args.backend}.json' if args.backend else 'record.json'
+    record = Path(args.record or Path(cfg.work_dir) / name)
     check_writable(record.parent)
     if record.is_dir():
         raise UserError(f'--record {record} is a folder: the run record cannot be written')
