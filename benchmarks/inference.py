@@ -269,7 +269,7 @@ def run() -> None:
         print(peak_memory(args.memory_of[0], args.memory_of[1:]))
         return
     check_writable(args.out.parent)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     rows = measure(args, console)
     show(rows, console)
     found = dict(

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Classify a picture with an exported model: onnxruntime, numpy and Pillow, nothing else.
 
+The picture is scaled to the input size; a test pipeline that crops gives slightly other scores.
+
 python examples/classify.py EXPORTED_FOLDER PICTURE
 """
 
@@ -21,7 +23,7 @@ picture = Image.open(sys.argv[2]).convert('RGB').resize((width, height), Image.R
 pixels = np.asarray(picture, np.float32)
 if not about['rgb']:
     pixels = pixels[..., ::-1]
-image = ((pixels - about['mean']) / about['std']).astype(np.float32).transpose(2, 0, 1)[None]
+image = ((pixels - (about['mean'] or 0)) / (about['std'] or 1)).astype(np.float32).transpose(2, 0, 1)[None]
 
 onnxruntime.set_default_logger_severity(3)
 session = onnxruntime.InferenceSession(folder / part['file'])

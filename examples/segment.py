@@ -21,7 +21,7 @@ picture = Image.open(sys.argv[2]).convert('RGB')
 pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float32)
 if not about['rgb']:
     pixels = pixels[..., ::-1]
-image = ((pixels - about['mean']) / about['std']).astype(np.float32).transpose(2, 0, 1)[None]
+image = ((pixels - (about['mean'] or 0)) / (about['std'] or 1)).astype(np.float32).transpose(2, 0, 1)[None]
 
 onnxruntime.set_default_logger_severity(3)
 session = onnxruntime.InferenceSession(folder / part['file'])

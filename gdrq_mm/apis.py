@@ -18,7 +18,7 @@ from mmengine.structures import PixelData
 
 from .checkpoint import check_finite, check_fits, other_quantization, read_checkpoint, state_of
 from .cli import read_config
-from .deploy.packed import is_packed, load_packed, read_packed
+from .deploy.packed import is_packed, load_packed
 from .errors import UserError, building
 from .runner import drop_pretrained, prepare_model
 from .tasks import task_of
@@ -72,9 +72,8 @@ def init_model(
     prepare_model(model, cfg, lambda: infer(model, noise))
     model.eval()
     if checkpoint is not None and is_packed(checkpoint):
-        _, header = read_packed(checkpoint)
-        model = load_packed(model, lambda m: infer(m, noise), checkpoint)
-        model.dataset_meta = model._dataset_meta = header['meta']
+        model, meta = load_packed(model, checkpoint)
+        model.dataset_meta = model._dataset_meta = meta
     elif checkpoint is not None:
         _load(model, str(checkpoint), unsafe_load)
     if not model.dataset_meta.get('classes'):

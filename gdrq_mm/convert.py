@@ -79,7 +79,8 @@ def mergeable_norms(model: nn.Module, topology: Topology) -> dict[str, str]:
     modules, layers = dict(model.named_modules()), quant_layers(model)
     readers: dict[str, int] = {}
     for conv, norm in topology.norms.items():
-        if conv in layers and isinstance(modules[norm], _BatchNorm):
+        alone = topology.reads.get(conv, 0) <= topology.calls[conv]  # nothing else reads the convolution
+        if conv in layers and isinstance(modules[norm], _BatchNorm) and alone:
             readers[norm] = readers.get(norm, 0) + topology.calls[conv]
     whole = {norm for norm, calls in readers.items() if calls == topology.calls[norm]}
     return {conv: norm for conv, norm in topology.norms.items() if norm in whole and conv in layers}

@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def building(what: str) -> Iterator[None]:
+def building(what: str, verb: str = 'cannot be built') -> Iterator[None]:
     """Turn what a registry or a constructor raises on a wrong config into a UserError."""
     try:
         yield
@@ -26,4 +26,4 @@ def building(what: str) -> Iterator[None]:
         raise
     except (KeyError, TypeError, AttributeError, AssertionError, ValueError, ImportError, RuntimeError) as error:
         reason = (str(error.args[0]) if error.args else type(error).__name__).splitlines()[0]
-        raise UserError(f'{what} cannot be built: {reason} (GDRQ_DEBUG=1 shows where)') from error
+        raise UserError(f'{what} {verb}: {reason} (GDRQ_DEBUG=1 shows where)') from error

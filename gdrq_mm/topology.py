@@ -40,6 +40,8 @@ class Topology:
     """The tensor that a module read at its first call."""
     macs: dict[str, int] = field(default_factory=dict)
     """Multiply-accumulates of each convolution and linear layer for one image."""
+    reads: dict[str, int] = field(default_factory=dict)
+    """Convolution -> how many operations read its outputs."""
     norms: dict[str, str] = field(default_factory=dict)
     """Convolution -> the batch normalization that reads its output."""
     additions: list[Addition] = field(default_factory=list)
@@ -63,6 +65,7 @@ class _Recorder(TorchFunctionMode):
         self.convs = {n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
         self.stack: list[str] = []
         self.producers: dict[Key, list[str]] = {}
+        self.made_by: dict[Key, str] = {}
         self.alive: list[Tensor] = []  # keeps identities from being used again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +76,11 @@ class _Recorder(TorchFunctionMode):
                 operands = tuple(self.producers.get(_key(t), [])[:] for t in (a, b))
                 name = self.stack[-1] if self.stack else ''
                 self.topology.additions.append(Addition(name, (tuple(operands[0]), tuple(operands[1]))))
+        read = [self.made_by[k] for k in {_key(a) for a in args if isinstance(a, Tensor)} if k in self.made_by]
         out = func(*args, **(kwargs or {}))
+        if isinstance(out, (Tensor, tuple)):  # a size or a type is no reading
+            for name in read if not isinstance(out, torch.Size) else []:
+                self.topology.reads[name] = self.topology.reads.get(name, 0) + 1
         if isinstance(out, Tensor):
             self.alive.append(out)
         return out
@@ -97,6 +104,8 @@ class _Recorder(TorchFunctionMode):
         if isinstance(out, Tensor):
             self.alive.append(out)
             self.producers.setdefault(_key(out), []).append(name)
+            if name in self.convs:
+                self.made_by[_key(out)] = name
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 x = (*args, *kwargs.values())[0]
                 self.images = self.images or max(len(x), 1)

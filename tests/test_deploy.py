@@ -152,11 +152,28 @@ def test_deployable_evaluates_with_the_biases_of_the_integer_graph():
     for name, layer in integers.items():
         spread = 127 // quant_layers(model)[name].weight_quant.hi
         codes = layer.bias.double() * spread / layer.multiplier.double().abs()
-        assert torch.allclose(codes, codes.round(), atol=1e-2), name
+        assert torch.allclose(codes, codes.round(), atol=1e-2, rtol=0), name
         assert quant_layers(model)[name].biased() is not None
     assert max(r.largest for r in compare(model, merged, topology, lambda m: m(x))) < 1e-5
     layer = model.train().one.conv1
     assert layer.bias is None and layer.biased() is None  # training has the statistics of the batch
+
+
+@pytest.mark.parametrize('deployable', [True, False])
+@pytest.mark.parametrize('gate', [lambda n, y: torch.relu(n) + y, lambda n, y: torch.sigmoid(n) * y])
+def test_a_convolution_that_two_read_is_not_merged(deployable, gate):
+    def forward(m, x):
+        y = m.a(x)
+        return m.last(gate(m.norm(y), y))
+
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()
+    model = Function(forward, a=nn.Conv2d(3, 4, 3), norm=norm, last=nn.Conv2d(4, 2, 1))
+    x = torch.randn(4, 3, 9, 9)
+    model, topology = prepared(model.eval(), x, bits=8, deployable=deployable)
+    assert topology.norms == {'a': 'norm'} and topology.reads['a'] == 2
+    with torch.no_grad():
+        torch.testing.assert_close(merge_model(model, topology)(x), model(x), atol=1e-2, rtol=1e-2)
 
 
 def test_a_wrong_merge_is_seen():

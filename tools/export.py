@@ -13,7 +13,8 @@ from rich.table import Table
 from gdrq_mm.apis import infer, init_model
 from gdrq_mm.cli import ConfigOptions, check_data, check_writable, main
 from gdrq_mm.deploy import compare, export_graphs, kernels, merge_model, write_bundle, write_packed
-from gdrq_mm.deploy.runtime import INTEGER_KERNELS
+from gdrq_mm.deploy.packed import is_packed
+from gdrq_mm.deploy.runtime import INTEGER_KERNELS, installed_backends
 from gdrq_mm.errors import UserError
 from gdrq_mm.topology import record
 
@@ -44,9 +45,13 @@ def first_picture(cfg: Config) -> str:
     """
     try:
         check_data(cfg)
-        return DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': False}).get_data_info(0)['img_path']
-    except UserError as error:
+        dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': False})
+        path = dataset.get_data_info(0).get('img_path') if len(dataset) else None
+    except (UserError, OSError) as error:
         raise UserError(f'{error}; or give a picture with --image') from None
+    if path is None:
+        raise UserError('the test set has no picture files; give a picture with --image')
+    return path
 
 
 def show(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> None:
@@ -69,14 +74,18 @@ def show_pieces(part: str, found: dict[str, list[Any]]) -> None:
     for name, pieces in found.items():
         ends = [p for p in pieces if p.step]
         differing, codes = sum(p.differing for p in ends), sum(p.values for p in ends)
-        CONSOLE.print(f'{name}: {differing} of {codes} codes differ, at rounding ties', soft_wrap=True)
+        ties = 'by the rounding of ties and of biases'
+        CONSOLE.print(f'{name}: {differing} of {codes} codes differ, {ties}', soft_wrap=True)
 
 
 def export_packed(model: Any, merged: Any, topology: Any, image: Any, out: Path) -> None:
     """Compare the merged model with the trained one and write model.gdrq."""
     results = compare(model, merged, topology, lambda m: infer(m, image))
     columns = ['layer', 'outputs', 'wrong sums', 'difference', 'codes', 'ties', 'wrong']
-    cells = [(r.outputs, r.accumulator_errors, f'{r.largest:.1e}', r.codes, r.ties, r.wrong) for r in results]
+    cells = [
+        (r.outputs, r.accumulator_errors, f'{r.largest:.1e}', *((r.codes, r.ties, r.wrong) if r.codes else '---'))
+        for r in results
+    ]
     show('', columns, [(r.name, *cell) for r, cell in zip(results, cells)])
     wrong = next((r.name for r in results if r.accumulator_errors or r.wrong or r.largest > 1e-4), None)
     if wrong is not None:
@@ -90,15 +99,20 @@ def export_packed(model: Any, merged: Any, topology: Any, image: Any, out: Path)
 def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str) -> None:
     """Export, verify and write the graphs."""
     graphs = export_graphs(model, merged, lambda: infer(model, image), show_pieces)
+    ran_as = {name: kernels(graph) for name, graph in graphs.items()} if 'onnxruntime' in installed_backends() else {}
     write_bundle(out, model, checkpoint, graphs)
     for name, graph in graphs.items():
-        ran, path = kernels(graph), out / f'{name}.onnx'
+        path = out / f'{name}.onnx'
+        if name not in ran_as:
+            CONSOLE.print(f'{path}: {path.stat().st_size / 1e6:.2f} MB', soft_wrap=True)
+            continue
+        ran = ran_as[name]
         whole = sum(node.op_type in ('Conv', 'Gemm', 'ConvTranspose', 'MatMul') for node in graph.graph.node)
         fused = sum(ran[kind] for kind in INTEGER_KERNELS)
         size = path.stat().st_size / 1e6
         text = f'{path}: {size:.2f} MB; ONNX Runtime runs {fused} of {whole} layers as integer kernels'
         if fused < whole:
-            text += ', the others in float: what reads their output does not quantize it'
+            text += ', the others in float, most of them because their output is not quantized'
         CONSOLE.print(text, soft_wrap=True)
 
 
@@ -107,6 +121,8 @@ def export() -> None:
     out = Path(args.out)
     if out.exists():
         raise UserError(f'--out {out} exists')
+    if is_packed(args.checkpoint):
+        raise UserError(f'{args.checkpoint} is packed already; export the checkpoint of the training')
     model = init_model(args.config, args.checkpoint, 'cpu', args.cfg_options, args.unsafe_load)
     if 'quantization' not in model.cfg:
         raise UserError(f'{args.config} has no quantization: there are no integers to export')

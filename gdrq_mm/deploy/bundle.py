@@ -18,11 +18,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..checkpoint import file_digest, write_whole
-from ..errors import UserError
+from ..errors import UserError, building
 from ..results.record import versions
-from ..tasks import task_of
+from ..tasks import TASKS, task_of
+from .merge import IntegerLayer
 from .onnx_export import export_onnx
-from .parts import Part, nest, parts_of
+from .parts import Part, check_nest, nest, parts_of
 from .runtime import OnnxRuntime, count_kernels, installed_backends, open_runtime
 from .verify_onnx import Piece, record_codes, verify_onnx
 
@@ -57,13 +58,15 @@ def export_graphs(
     seen_inputs = example_inputs(model, parts, predict)
     for part, twin in zip(parts, parts_of(merged, task), strict=True):
         x = seen_inputs[part.name]
-        seen, outputs = record_codes(model, functools.partial(part.module, x))
-        graph = export_onnx(twin.module, x, [f'y{i}' for i in range(len(outputs))])
+        with building(f'the part {part.name} of the model', 'cannot be exported'):
+            seen, outputs = record_codes(model, functools.partial(part.module, x))
+            graph = export_onnx(twin.module, x, [f'y{i}' for i in range(len(outputs))])
         arrays = [out.numpy() for out in outputs]
-        found = {
-            name: verify_onnx(graph, seen, [x.numpy()], arrays, functools.partial(open_runtime, name))
-            for name in backends
-        }
+        with building(f'the part {part.name} of the model', 'cannot be verified'):
+            found = {
+                name: verify_onnx(graph, seen, [x.numpy()], arrays, functools.partial(open_runtime, name))
+                for name in backends
+            }
         report(part.name, found)
         for name, pieces in found.items():
             wrong = next((piece for piece in pieces if piece.wrong), None)
@@ -75,6 +78,10 @@ def export_graphs(
         props = dict(structure=json.dumps(part.structure[0]), shape=json.dumps(list(x.shape[1:])))
         onnx.helper.set_model_props(graph, props)
         graphs[part.name] = graph
+    exported = {t.name.removesuffix('.int4') for graph in graphs.values() for t in graph.graph.initializer}
+    for name, layer in merged.named_modules():
+        if isinstance(layer, IntegerLayer) and f'model.{name}.codes' not in exported:
+            raise UserError(f'{type(model).__name__} cannot be exported: layer {name} is in none of its graphs')
     return graphs
 
 
@@ -127,9 +134,9 @@ def use_runtime(model: Any, folder: str | Path, backend: str, checkpoint: str, t
     Raises:
         UserError: the folder is no export of this checkpoint, a file was changed, the runtime is not installed.
     """
-    folder = Path(folder)
+    folder, digest = Path(folder), file_digest(checkpoint)
     about = read_bundle(folder)
-    if about['checkpoint_sha256'] != file_digest(checkpoint):
+    if digest is None or about['checkpoint_sha256'] != digest:
         raise UserError(f'{folder} was exported from another checkpoint than {checkpoint}')
     parts = parts_of(model, about['task'])
     if [part.name for part in parts] != list(about['parts']):
@@ -150,16 +157,24 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         about = json.loads(path.read_text())
         if about['export_version'] != VERSION:
             raise UserError(f'{path} has version {about["export_version"]}, this is {VERSION}')
-        for entry in about['parts'].values():
-            if Path(entry['file']).name != entry['file']:
-                raise UserError(f'{path} names a file of another folder: {entry["file"]}')
-            if file_digest(str(folder / entry['file'])) != entry['sha256']:
-                raise UserError(f'{folder / entry["file"]} was changed after its export: its checksum does not fit')
-            entry['structure'], entry['shape']
+        if about['task'] not in TASKS.values():
+            raise ValueError(f'task {about["task"]!r}')
+        for name, entry in about['parts'].items():
+            if entry['file'] != f'{Path(name).name}.onnx' or not isinstance(entry['sha256'], str):
+                raise ValueError(f'part {name!r}')
+            file = folder / entry['file']
+            if not file.is_file():
+                raise UserError(f'{file} is missing')
+            if file_digest(str(file)) != entry['sha256']:
+                raise UserError(f'{file} was changed after its export: its checksum does not fit')
+            check_nest(entry['structure'])
+            list(entry['shape'])
         about['checkpoint_sha256']
     except OSError as error:
         raise UserError(f'{error.filename} cannot be read: {error.strerror}; tools/export.py writes it') from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f'{path} is damaged: {type(error).__name__} {error}') from None
     return about
 
@@ -171,8 +186,10 @@ def _runner(runtime: Any, entry: dict[str, Any], name: str) -> Callable[[Tensor]
         if list(x.shape[1:]) != shape:
             size = ' x '.join(map(str, shape))
             raise UserError(f'{name} was exported for inputs of {size}, this one is {tuple(x.shape[1:])}')
-        batch = x if len(x) else x.new_zeros(1, *shape)  # no region of interest
-        outputs = [torch.from_numpy(y)[: len(x)] for y in runtime([batch.contiguous().float().numpy()])]
+        # Regions of interest are as many as there are: OpenVINO compiles a graph for each size of the batch.
+        batch = torch.zeros(1 << max(len(x) - 1, 0).bit_length(), *shape)
+        batch[: len(x)] = x.detach()
+        outputs = [torch.from_numpy(y)[: len(x)].to(x.device) for y in runtime([batch.numpy()])]
         return nest(entry['structure'], outputs)
 
     return run

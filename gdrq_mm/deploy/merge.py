@@ -56,6 +56,8 @@ class IntegerLayer(nn.Module):
         self.__dict__['bare'] = bare  # not a child: it has no state
 
     bare: Any
+    norm: str | None = None
+    """Name of the batch normalization that was taken up."""
 
     def input_codes(self, x: Tensor) -> Tensor:
         """Codes of an input, as floats in [lo, hi]."""
@@ -96,6 +98,7 @@ def merge_model(model: nn.Module, topology: Topology) -> nn.Module:
         if topology.calls.get(name):
             norm: Any = modules[norms[name]] if name in norms else None
             replaced[layer] = IntegerLayer(layer, norm, name)
+            replaced[layer].norm = norms.get(name)  # type: ignore[assignment]
     replaced.update({modules[name]: nn.Identity() for name in norms.values()})
     for parent in list(merged.modules()):
         for child_name, child in list(parent._modules.items()):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..layers import LARGEST_BIAS
-from ..quantizers import ActivationQuantizer
+from ..quantizers import ActivationQuantizer, Stage
 from .merge import IntegerLayer
 from .onnx_graph import finish_graph
 
@@ -178,7 +178,8 @@ def _twin(module: nn.Module) -> nn.Module:
         if isinstance(old, IntegerLayer):
             new[old] = OnnxLayer(old, name)
         elif isinstance(old, ActivationQuantizer):
-            new[old] = QuantizeDequantize(old.step(), old.lo, old.hi)
+            float_ = old.stage == Stage.FLOAT  # calibration did not reach it
+            new[old] = nn.Identity() if float_ else QuantizeDequantize(old.step(), old.lo, old.hi)
     for parent in list(twin.modules()):
         for child_name, child in list(parent._modules.items()):
             if child in new:
@@ -186,5 +187,5 @@ def _twin(module: nn.Module) -> nn.Module:
     for old, layer in new.items():
         layer._forward_hooks.update(old._forward_hooks)
         if 'output_quant' in old._modules:
-            layer.add_module('output_quant', new[old._modules['output_quant']])  # type: ignore[index]
+            layer.add_module('output_quant', old._modules['output_quant'])  # the new one: the loop has been there
     return twin

@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..checkpoint import write_whole
 from ..errors import UserError
 from ..heads import deployed
 from ..quantizers import ActivationQuantizer, Quantizer, Stage
-from ..topology import record
+from ..topology import Topology
 from .merge import IntegerLayer, merge_model
 
 MAGIC, VERSION = b'GDRQPACK', 1
@@ -42,7 +43,7 @@ def write_packed(
     """
     bits = {f'{n}.codes': m.weight_bits for n, m in model.named_modules() if isinstance(m, IntegerLayer)}
     ranges = {
-        n: dict(lo=m.lo, hi=m.hi, weight_bits=m.weight_bits, input_bits=m.input_bits)
+        n: dict(lo=m.lo, hi=m.hi, weight_bits=m.weight_bits, input_bits=m.input_bits, norm=m.norm)
         for n, m in model.named_modules()
         if isinstance(m, IntegerLayer)
     }
@@ -82,19 +83,18 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = json.loads(content[start : start + length])
         payload = memoryview(content)[start + length : -32]
         state = {name: _decode(entry, payload) for name, entry in header['tensors'].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise UserError(f'packed file {path} is damaged: {type(error).__name__} {error}') from None
     meta = header.get('meta') if isinstance(header.get('meta'), dict) else {}
     meta = {key: _colors(value) for key, value in meta.items()}
     return state, dict(config=header.get('config'), meta=meta, layers=header.get('layers'))
 
 
-def load_packed(model: Any, predict: Callable[[Any], Any], path: str | Path) -> Any:
-    """The merged model of a packed file, for a quantized model that its config built; bit-exact.
+def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The merged model of a packed file, bit-exact, and what was known of its data set.
 
     Args:
-        model: quantized, not trained; it becomes unusable.
-        predict: one prediction of a model, from which is learned what feeds what.
+        model: quantized, not trained, as the config builds it; it becomes unusable.
 
     Raises:
         UserError: the file cannot be read, or it is that of another model or of other bits.
@@ -105,14 +105,19 @@ def load_packed(model: Any, predict: Callable[[Any], Any], path: str | Path) -> 
             module.set_state(stage=Stage.QUANTIZE, calibrated=True)
         if isinstance(module, ActivationQuantizer):
             module.set_range('unsigned')
-    merged = merge_model(model, record(model, lambda: predict(model)))
-    layers = {name: m for name, m in merged.named_modules() if isinstance(m, IntegerLayer)}
     entries = header['layers'] if isinstance(header['layers'], dict) else {}
-    if entries.keys() != layers.keys():
-        other = next(iter(entries.keys() ^ layers.keys()))
-        raise UserError(f'packed file {path} is that of another model: {other} is in one of them only')
+    known = dict(model.named_modules())
     try:
-        for name, layer in layers.items():
+        norms = {name: entry['norm'] for name, entry in entries.items() if entry['norm'] is not None}
+        missing = next((n for n in [*entries, *norms.values()] if n not in known), None)
+        if missing is not None:
+            raise UserError(f'packed file {path} is that of another model: the config has no {missing}')
+        # What feeds what stands in the file: a prediction of an untrained model may not reach every head.
+        calls = {**dict.fromkeys(entries, 1), **Counter(norms.values())}
+        merged = merge_model(model, Topology(calls=calls, norms=norms))
+        for name, layer in merged.named_modules():
+            if not isinstance(layer, IntegerLayer):
+                continue
             bits = entries[name]['weight_bits'], entries[name]['input_bits']
             if bits != (layer.weight_bits, layer.input_bits):
                 expected = f'W{layer.weight_bits}A{layer.input_bits}'
@@ -120,9 +125,12 @@ def load_packed(model: Any, predict: Callable[[Any], Any], path: str | Path) -> 
             layer.lo, layer.hi = int(entries[name]['lo']), int(entries[name]['hi'])
         rest = {name: tensor for name, tensor in merged.state_dict().items() if not deployed(name)}
         merged.load_state_dict({**rest, **state})
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f'packed file {path} does not fit the model: {str(error).splitlines()[-1].strip()}') from None
-    return merged
+    except UserError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
+        raise UserError(f'packed file {path} does not fit the model: {reason}') from None
+    return merged, header['meta']
 
 
 def is_packed(path: str | Path) -> bool:
@@ -159,6 +167,8 @@ def _colors(value: Any) -> Any:
 
 
 def _encode(name: str, tensor: Tensor, bits: int | None) -> tuple[dict[str, Any], bytes]:
+    if str(tensor.dtype).removeprefix('torch.') not in (*_TYPES, 'int8'):
+        raise UserError(f'{name} cannot be packed: it is {tensor.dtype}, not one of {", ".join(_TYPES)}')
     array = tensor.detach().cpu().contiguous().numpy()
     if bits is None:
         return dict(type=array.dtype.name, shape=list(array.shape)), array.tobytes()
@@ -178,7 +188,9 @@ def _decode(entry: Mapping[str, Any], payload: memoryview) -> Tensor:
         bits = entry['bits']
         if bits not in range(1, 9):
             raise ValueError(f'codes of {bits} bits')
-        codes = unpack_codes(data, bits, math.prod(shape)).astype(np.int16)
-        return torch.from_numpy((codes * entry['stride'] + entry['lowest']).astype(np.int8).reshape(shape))
+        codes = unpack_codes(data, bits, math.prod(shape)).astype(np.int64) * entry['stride'] + entry['lowest']
+        if codes.size and (codes.min() < -128 or codes.max() > 127):
+            raise ValueError('codes beyond int8')
+        return torch.from_numpy(codes.astype(np.int8).reshape(shape))
     array: np.ndarray = np.frombuffer(data, _TYPES[entry['type']])
     return torch.from_numpy(array.reshape(shape).copy())

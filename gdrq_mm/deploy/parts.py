@@ -47,7 +47,8 @@ def parts_of(model: Any, task: str) -> list[Part]:
         return [_part('model', _Logits(model), _replace_head(lambda m: m.decode_head))]
     if hasattr(model, 'roi_head') and hasattr(model, 'rpn_head'):
         return _two_stage(model)
-    if task == 'det' and hasattr(model, 'bbox_head') and not hasattr(model, 'encoder'):
+    dense = getattr(model, 'bbox_head', None) is not None and getattr(model, 'mask_head', None) is None
+    if task == 'det' and dense and not hasattr(model, 'encoder'):
         return [_part('model', _Dense(model), _replace_head(lambda m: m.bbox_head))]
     raise UserError(f'{kind} cannot be exported: it is no classifier, no segmentor with one head, no detector with one')
 
@@ -149,6 +150,15 @@ def _flatten(value: Any, flat: list[Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return [_flatten(v, flat) for v in value]
     raise UserError(f'the model cannot be exported: its head returns {type(value).__name__}')
+
+
+def check_nest(structure: Any) -> None:
+    """Raise ValueError unless the structure is a nest of positions."""
+    if isinstance(structure, list):
+        for inner in structure:
+            check_nest(inner)
+    elif not isinstance(structure, int):
+        raise ValueError(f'structure {structure!r}')
 
 
 def nest(structure: Any, flat: Sequence[Tensor]) -> Any:
