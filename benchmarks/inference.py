@@ -11,8 +11,6 @@ fresh process. Prints tables, writes a JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import random
 import statistics
@@ -31,19 +29,17 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from shared import peak_of_process, write_figure
 
 from gdrq_mm.apis import infer, init_model
-from gdrq_mm.checkpoint import write_whole
 from gdrq_mm.cli import check_writable, main, read_config
-from gdrq_mm.convert import bare_model
-from gdrq_mm.deploy import kernels, merge_model
+from gdrq_mm.deploy import merge_model
 from gdrq_mm.deploy.bundle import example_inputs
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.parts import parts_of
-from gdrq_mm.deploy.runtime import BACKENDS, INTEGER_KERNELS, open_runtime
-from gdrq_mm.hooks.calibration import finish_calibration
-from gdrq_mm.quantizers import Quantizer, Stage
-from gdrq_mm.results.record import git_revision, hardware, versions
+from gdrq_mm.deploy.runtime import integer_layers, open_runtime
+from gdrq_mm.hooks.calibration import calibrate
+from gdrq_mm.results.record import RUNTIMES
 from gdrq_mm.tasks import task_of
 from gdrq_mm.topology import record
 
@@ -81,14 +77,7 @@ def quant_model(title: str, setting: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     options = {f'quantization.{key}': value for key, value in setting.items()}
     model = init_model(ROOT / MODELS[title][0], None, 'cpu', options)
-    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-    for quantizer in quantizers:
-        quantizer.set_state(stage=Stage.OBSERVE)
-    infer(model, noise(title))
-    finish_calibration(bare_model(model))
-    for quantizer in quantizers:
-        if quantizer.stage != Stage.FLOAT:
-            quantizer.set_state(stage=Stage.QUANTIZE)
+    calibrate(model, lambda: infer(model, noise(title)))
     return model
 
 
@@ -118,9 +107,8 @@ def write_graphs(title: str, folder: Path) -> dict[str, Any]:
                 outputs = part.module(inputs[part.name])
             graph = export_onnx(part.module, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
             (folder / f'{name}.{part.name}.onnx').write_bytes(graph.SerializeToString())
-            ran = kernels(graph)
-            fused += sum(ran[kind] for kind in INTEGER_KERNELS)
-            whole += sum(node.op_type in ('Conv', 'Gemm', 'MatMul') for node in graph.graph.node)
+            counts = integer_layers(graph)
+            fused, whole = fused + counts[0], whole + counts[1]
         found['kernels'][name] = (fused, whole)
     return found
 
@@ -142,7 +130,7 @@ def contestants(
                 part.module(tensors[part.name])
 
     runs: dict[tuple[str, str], Callable[[], Any]] = {('torch', 'float'): eager}
-    for backend in BACKENDS:
+    for backend in RUNTIMES:
         for bits in ('float', *SETTINGS):
             opened = [
                 (open_runtime(backend, folder / f'{bits}.{part.name}.onnx', threads), inputs[part.name])
@@ -164,12 +152,6 @@ def time_all(runs: dict[Any, Callable[[], Any]], rounds: int, shuffle: Callable[
             if number >= WARM_UP:
                 seconds[key].append(time.perf_counter() - start)
     return {key: statistics.median(times) for key, times in seconds.items()}
-
-
-def peak_of_process() -> int:
-    """The most memory of this process so far, in bytes; getrusage's ru_maxrss starts from that of the parent."""
-    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))
-    return int(line.split()[1]) * 1024
 
 
 def peak_memory(backend: str, files: list[str]) -> int:
@@ -209,7 +191,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
                 progress.update(bar, description=f'{title}: exporting')
                 found = write_graphs(title, folder)
                 files = {b: [folder / f'{b}.{p.name}.onnx' for p in found['parts']] for b in ('float', *SETTINGS)}
-                memory = {(k, b): memory_in_fresh_process(k, f) for k in BACKENDS for b, f in files.items()}
+                memory = {(k, b): memory_in_fresh_process(k, f) for k in RUNTIMES for b, f in files.items()}
                 progress.advance(bar)
                 for batch in args.batches:
                     for threads in args.threads:
@@ -272,16 +254,7 @@ def run() -> None:
     console = Console(width=None if sys.stdout.isatty() else 100)
     rows = measure(args, console)
     show(rows, console)
-    found = dict(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-        rounds=args.rounds,
-        rows=rows,
-        versions=versions(),
-        hardware=hardware(),
-        git=git_revision(),
-    )
-    write_whole(args.out, (json.dumps(found, indent=1) + '\n').encode())
-    console.print(f'wrote {args.out}', soft_wrap=True)
+    write_figure(args.out, dict(rounds=args.rounds, rows=rows), console)
 
 
 if __name__ == '__main__':

@@ -14,9 +14,7 @@ medians, within a memory format. Peak memory is what two steps add to a fresh pr
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import random
 import statistics
 import subprocess
@@ -39,17 +37,15 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from shared import peak_of_process, write_figure
 from torch import Tensor
 
-from gdrq_mm.checkpoint import write_whole
 from gdrq_mm.cli import check_writable, main
 from gdrq_mm.config import Quantization
 from gdrq_mm.convert import quant_layers, quantize_model
 from gdrq_mm.errors import UserError
 from gdrq_mm.hooks import ThresholdHook
-from gdrq_mm.hooks.calibration import finish_calibration
-from gdrq_mm.quantizers import Quantizer, Stage
-from gdrq_mm.results.record import git_revision, hardware, versions
+from gdrq_mm.hooks.calibration import calibrate
 from gdrq_mm.topology import record
 
 BREVITAS = 'uv pip install --no-deps brevitas==0.13.4 dependencies==2.0.1 unfoldNd==0.2.3'
@@ -125,14 +121,9 @@ def use_gdrq(model: nn.Module, images: Tensor, deployable: bool = False) -> None
     topology = record(model, lambda: model(small))
     quantize_model(model, settings(deployable), topology)
     model.to(DEVICE)
-    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-    for quantizer in quantizers:
-        quantizer.set_state(stage=Stage.OBSERVE)
     model.eval()
-    with torch.no_grad():
-        model(small)
+    calibrate(model, lambda: model(small))
     model.train()
-    finish_calibration(model)
 
 
 def use_deployable(model: nn.Module, images: Tensor) -> None:
@@ -239,22 +230,18 @@ def _threshold_update(model: nn.Module) -> Callable[[], None]:
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 
-def peak_of_process() -> int:
+def peak() -> int:
     """The most memory of this process so far, in bytes: of the accelerator if there is one, else resident."""
-    if DEVICE.type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    # The same counter as getrusage's ru_maxrss, but that one starts from the memory of the parent process.
-    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))
-    return int(line.split()[1]) * 1024
+    return torch.cuda.max_memory_allocated() if DEVICE.type == 'cuda' else peak_of_process()
 
 
 def memory_of_steps(name: str, memory_format: str, args: argparse.Namespace) -> int:
     """Bytes that two training steps add to the peak of this process."""
     contestant = build(name, memory_format, args)
-    before = peak_of_process()
+    before = peak()
     contestant.step()
     contestant.step()  # with the optimizer's momentum in memory
-    return peak_of_process() - before
+    return peak() - before
 
 
 def memory_in_fresh_process(name: str, memory_format: str, args: argparse.Namespace) -> int:
@@ -380,16 +367,12 @@ def run() -> None:
     )
     console.print(show(rows, f'Training step over the float step in the same memory format: {shape}, {where}'))
     found = dict(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         settings={key: getattr(args, key) for key in ('model_depth', 'batch', 'size', 'rounds', 'threads')},
         device=DEVICE.type,
         rows=rows,
-        versions={**versions(), 'brevitas': version('brevitas') if 'brevitas' in names else None},
-        hardware=hardware(),
-        git=git_revision(),
+        versions=dict(brevitas=version('brevitas') if 'brevitas' in names else None),
     )
-    write_whole(args.out, (json.dumps(found, indent=1) + '\n').encode())
-    console.print(f'wrote {args.out}', soft_wrap=True)
+    write_figure(args.out, found, console)
 
 
 if __name__ == '__main__':

@@ -15,9 +15,9 @@ from gdrq_mm.convert import (
     quantize_model,
 )
 from gdrq_mm.errors import UserError
-from gdrq_mm.hooks.calibration import finish_calibration
+from gdrq_mm.hooks.calibration import calibrate as start_thresholds
 from gdrq_mm.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
-from gdrq_mm.quantizers import Quantizer, Stage
+from gdrq_mm.quantizers import Quantizer
 from gdrq_mm.summary import layer_table, totals
 from gdrq_mm.topology import record
 from tests.helpers import Block, Function, conv
@@ -80,12 +80,7 @@ def calibrate(model, *batches):
     """What CalibrationHook does with a loader of these batches."""
     training = model.training
     model.eval()
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            module.set_state(stage=Stage.OBSERVE)
-    for batch in batches:
-        model(batch)
-    finish_calibration(model)
+    start_thresholds(model, lambda: [model(batch) for batch in batches])
     model.train(training)
 
 

@@ -9,8 +9,7 @@ import torch.nn as nn
 from gdrq_mm.config import Quantization
 from gdrq_mm.convert import activation_quantizers, quant_layers, quantize_model
 from gdrq_mm.errors import UserError
-from gdrq_mm.hooks.calibration import finish_calibration
-from gdrq_mm.quantizers import Quantizer, Stage
+from gdrq_mm.hooks.calibration import calibrate
 from gdrq_mm.summary import layer_table
 from gdrq_mm.topology import record
 from tests.helpers import Function, conv
@@ -33,23 +32,15 @@ def model_of(per_level=True, **settings):
     return model, x, report
 
 
-def calibrate(model, x):
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            module.set_state(stage=Stage.OBSERVE)
-    model(x)
-    finish_calibration(model)
-
-
 def test_each_level_has_the_threshold_of_its_own_values():
     model, x, _ = model_of()
-    calibrate(model, x)
+    calibrate(model, lambda: model(x))
     layer = model.head.cls_conv
     thresholds = torch.stack([quant.threshold for quant in layer.input_quant])
     # At 4 bits the default k is the same for all levels, capped at max/mean, which scaling does not change.
     torch.testing.assert_close(thresholds, thresholds[0] * torch.tensor(SCALES))
     one, _, _ = model_of(per_level=False)
-    calibrate(one, x)
+    calibrate(one, lambda: one(x))
     assert one.head.cls_conv.input_quant.threshold.dim() == 0
     assert thresholds[2] < one.head.cls_conv.input_quant.threshold < thresholds[1]
 
@@ -57,21 +48,21 @@ def test_each_level_has_the_threshold_of_its_own_values():
 def test_a_level_is_quantized_with_its_own_threshold():
     """The levels differ by a scale only, so the outputs do too, whatever the scale is."""
     model, x, _ = model_of()
-    calibrate(model, x)
+    calibrate(model, lambda: model(x))
     model.eval()
     first, *others = model(x)
     for scale, other in zip(SCALES[1:], others):
         for one, another in zip(first, other):
             torch.testing.assert_close(another, scale * one)
     shared, _, _ = model_of(per_level=False)
-    calibrate(shared, x)
+    calibrate(shared, lambda: shared(x))
     first, *others = shared.eval()(x)
     assert not torch.allclose(others[1][0], SCALES[2] * first[0], rtol=0.1)
 
 
 def test_the_level_starts_anew_with_each_forward_of_the_head():
     model, x, _ = model_of()
-    calibrate(model, x)
+    calibrate(model, lambda: model(x))
     model.eval()
     first = model(x)
     model.head.cls_conv.level = 7  # a forward that an error ended
@@ -82,7 +73,7 @@ def test_the_level_starts_anew_with_each_forward_of_the_head():
 @pytest.mark.parametrize('count', [1, 2, 4])
 def test_another_number_of_levels_is_an_error(count):
     model, x, _ = model_of()
-    calibrate(model, x)
+    calibrate(model, lambda: model(x))
     with pytest.raises(UserError, match=r'layer head.cls_conv has thresholds for 3 levels, but was called \d times'):
         model.head([x] * count)
 
@@ -97,7 +88,7 @@ def test_readers_of_a_level_share_its_quantizer():
 
 def test_gradients_averages_and_checkpoints():
     model, x, report = model_of()
-    calibrate(model, x)
+    calibrate(model, lambda: model(x))
     sum(a.sum() + b.sum() for a, b in model(x)).backward()
     assert all(layer.weight.grad is not None for layer in quant_layers(model).values())
     expected = model.eval()(x)

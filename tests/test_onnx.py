@@ -25,7 +25,6 @@ from gdrq_mm.convert import quant_layers
 from gdrq_mm.deploy import (
     IntegerLayer,
     export_graphs,
-    kernels,
     merge_model,
     runtime,
     use_runtime,
@@ -34,10 +33,12 @@ from gdrq_mm.deploy import (
 )
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.parts import parts_of
-from gdrq_mm.deploy.runtime import BACKENDS, open_runtime
+from gdrq_mm.deploy.runtime import kernels, open_runtime
 from gdrq_mm.deploy.verify_onnx import record_codes, verify_onnx
 from gdrq_mm.errors import UserError
+from gdrq_mm.hooks.calibration import calibrate
 from gdrq_mm.quantizers import METHODS, WEIGHT_METHODS, Stage
+from gdrq_mm.results.record import RUNTIMES
 from gdrq_mm.topology import record
 from tests.helpers import ROOT, Block, Function
 from tests.test_deploy import KINDS, layer_of, norm_of, prepared
@@ -61,7 +62,7 @@ def exported(model, topology, x):
 def pieces_of(graph, seen, x, out):
     """What both runtimes make of it."""
     return {
-        name: verify_onnx(graph, seen, [x.numpy()], [out], functools.partial(open_runtime, name)) for name in BACKENDS
+        name: verify_onnx(graph, seen, [x.numpy()], [out], functools.partial(open_runtime, name)) for name in RUNTIMES
     }
 
 
@@ -132,7 +133,7 @@ def test_every_layer_runs_as_an_integer_kernel(bits):
     ran = kernels(graph)
     assert sum(ran[kind] for kind in FUSED) == len(quant_layers(model)) == 7
     assert ran['Conv'] == ran['FusedConv'] == ran['Gemm'] == ran['MatMul'] == 0
-    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
 def test_groups_cost_nothing():
@@ -157,7 +158,7 @@ def test_operands_of_an_addition_without_batch_normalization():
     model, topology = prepared(model.eval(), x, bits=8, deployable=True)
     assert 'output_quant' in model.a._modules
     graph, seen, out = exported(model, topology, x)
-    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
 def test_a_quantizer_that_calibration_did_not_reach_passes_its_values():
@@ -172,7 +173,7 @@ def test_float_additions_are_slower_but_right():
     model, topology, x = trained_network(deployable=False)
     graph, seen, out = exported(model, topology, x)
     assert 0 < sum(kernels(graph)[kind] for kind in FUSED) < 7
-    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
 UNEVEN = ('hwgq', 'ttq', 'syq', 'log2')
@@ -182,18 +183,14 @@ UNEVEN = ('hwgq', 'ttq', 'syq', 'log2')
 def test_uniform_methods_export(method):
     bits = min(4, WEIGHT_METHODS[METHODS[method][0]].allowed_bits[-1])
     model, topology, x = trained_network(method=method, weight=dict(bits=bits))
-    assert wrong(*_rearranged(exported(model, topology, x), x)) == dict.fromkeys(BACKENDS)
-
-
-def _rearranged(graph_seen_out, x):
-    graph, seen, out = graph_seen_out
-    return graph, seen, x, out
+    graph, seen, out = exported(model, topology, x)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
 def test_the_batch_is_open_and_the_whole_graph_predicts_the_same():
     model, topology, x = trained_network()
     graph, _, _ = exported(model, topology, x)
-    for backend in BACKENDS:
+    for backend in RUNTIMES:
         run = open_runtime(backend, graph.SerializeToString())
         for batch in (1, 3, 4):
             with torch.no_grad():
@@ -245,9 +242,9 @@ def change(graph, name, function):
 def test_a_broken_graph_is_seen_where_it_is_broken(name, function, place):
     model, topology, x = trained_network()
     graph, seen, out = exported(model, topology, x)
-    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
     change(graph, name, function)
-    assert wrong(graph, seen, x, out) == dict.fromkeys(BACKENDS, place)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES, place)
 
 
 @pytest.mark.parametrize('bits', [4, 8])
@@ -264,7 +261,8 @@ def test_a_negative_gamma_and_the_lowest_code(bits):
         with pytest.raises(UserError, match='layer 0 cannot be exported: a negative gamma turns the code -128 into'):
             export_onnx(merge_model(model, topology), x, ['y'])
     else:  # int8 holds 8 times the spread
-        assert wrong(*_rearranged(exported(model, topology, x), x)) == dict.fromkeys(BACKENDS)
+        graph, seen, out = exported(model, topology, x)
+        assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
 # ---- whole models ---------------------------------------------------------------------------------------------------
@@ -308,16 +306,8 @@ def whole(request, tmp_path_factory):
 
 
 def calibrated(cfg, picture):
-    from gdrq_mm.hooks.calibration import finish_calibration
-    from gdrq_mm.quantizers import Quantizer, Stage
-
     model = init_model(cfg, None, 'cpu')
-    for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
-        quantizer.set_state(stage=Stage.OBSERVE)
-    infer(model, picture)
-    finish_calibration(model)
-    for quantizer in (m for m in model.modules() if isinstance(m, Quantizer) and m.stage != Stage.FLOAT):
-        quantizer.set_state(stage=Stage.QUANTIZE)
+    calibrate(model, lambda: infer(model, picture))
     return model.eval()
 
 
@@ -336,7 +326,7 @@ def values_of(prediction):
     return [prediction.seg_logits.data] if 'seg_logits' in prediction else [prediction.pred_score]
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', RUNTIMES)
 def test_a_runtime_predicts_what_torch_does(whole, backend):
     _, cfg, checkpoint, folder, picture = whole
     model = init_model(cfg, checkpoint, 'cpu')
@@ -491,7 +481,7 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     assert done.returncode == 0, done.stderr
     assert '21 of 21 layers as integer kernels' in done.stdout and 'by the rounding of ties' in done.stdout
     accuracy = []
-    for options in ((), *(('--backend', name, '--exported', 'exported') for name in BACKENDS)):
+    for options in ((), *(('--backend', name, '--exported', 'exported') for name in RUNTIMES)):
         done = tool('test.py', '--record', 'record.json', *options)
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / 'record.json').read_text())

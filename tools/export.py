@@ -12,9 +12,9 @@ from rich.table import Table
 
 from gdrq_mm.apis import infer, init_model
 from gdrq_mm.cli import ConfigOptions, check_data, check_writable, main
-from gdrq_mm.deploy import compare, export_graphs, kernels, merge_model, write_bundle, write_packed
+from gdrq_mm.deploy import compare, export_graphs, merge_model, write_bundle, write_packed
 from gdrq_mm.deploy.packed import is_packed
-from gdrq_mm.deploy.runtime import INTEGER_KERNELS, installed_backends
+from gdrq_mm.deploy.runtime import installed_backends, integer_layers
 from gdrq_mm.errors import UserError
 from gdrq_mm.topology import record
 
@@ -99,20 +99,17 @@ def export_packed(model: Any, merged: Any, topology: Any, image: Any, out: Path)
 def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str) -> None:
     """Export, verify and write the graphs."""
     graphs = export_graphs(model, merged, lambda: infer(model, image), show_pieces)
-    ran_as = {name: kernels(graph) for name, graph in graphs.items()} if 'onnxruntime' in installed_backends() else {}
+    counted = 'onnxruntime' in installed_backends()
+    counts = {name: integer_layers(graph) for name, graph in graphs.items() if counted}
     write_bundle(out, model, checkpoint, graphs)
-    for name, graph in graphs.items():
+    for name in graphs:
         path = out / f'{name}.onnx'
-        if name not in ran_as:
-            CONSOLE.print(f'{path}: {path.stat().st_size / 1e6:.2f} MB', soft_wrap=True)
-            continue
-        ran = ran_as[name]
-        whole = sum(node.op_type in ('Conv', 'Gemm', 'ConvTranspose', 'MatMul') for node in graph.graph.node)
-        fused = sum(ran[kind] for kind in INTEGER_KERNELS)
-        size = path.stat().st_size / 1e6
-        text = f'{path}: {size:.2f} MB; ONNX Runtime runs {fused} of {whole} layers as integer kernels'
-        if fused < whole:
-            text += ', the others in float, most of them because their output is not quantized'
+        text = f'{path}: {path.stat().st_size / 1e6:.2f} MB'
+        if name in counts:
+            fused, whole = counts[name]
+            text += f'; ONNX Runtime runs {fused} of {whole} layers as integer kernels'
+            if fused < whole:
+                text += ', the others in float, most of them because their output is not quantized'
         CONSOLE.print(text, soft_wrap=True)
 
 

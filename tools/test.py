@@ -10,9 +10,8 @@ from mmengine.dist import is_main_process
 from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
 from gdrq_mm.convert import bare_model
 from gdrq_mm.deploy import use_runtime
-from gdrq_mm.deploy.runtime import BACKENDS
 from gdrq_mm.errors import UserError
-from gdrq_mm.results.record import make_record, write_record
+from gdrq_mm.results.record import RUNTIMES, make_record, write_record
 from gdrq_mm.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
 
 
@@ -27,9 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a picture is shown')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     parser.add_argument('--record', help='run record (default: WORK_DIR/record.json, or record_BACKEND.json)')
-    parser.add_argument(
-        '--backend', choices=list(BACKENDS), help='runtime that runs the exported graphs (default: torch)'
-    )
+    parser.add_argument('--backend', choices=RUNTIMES, help='runtime that runs the exported graphs (default: torch)')
     parser.add_argument('--exported', help='folder that tools/export.py wrote, for --backend')
     args = parser.parse_args()
     if bool(args.backend) != bool(args.exported):

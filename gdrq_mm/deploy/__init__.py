@@ -1,6 +1,6 @@
 """From the trained model to integers: merging, packing, ONNX, runtimes, and the proof that nothing changed."""
 
-from .bundle import export_graphs, kernels, use_runtime, write_bundle
+from .bundle import export_graphs, use_runtime, write_bundle
 from .merge import IntegerLayer, merge_model
 from .packed import read_packed, write_packed
 from .verify import compare
@@ -9,7 +9,6 @@ __all__ = [
     'IntegerLayer',
     'compare',
     'export_graphs',
-    'kernels',
     'merge_model',
     'read_packed',
     'use_runtime',

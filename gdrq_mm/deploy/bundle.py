@@ -6,8 +6,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from ..tasks import TASKS, task_of
 from .merge import IntegerLayer
 from .onnx_export import export_onnx
 from .parts import Part, check_nest, nest, parts_of
-from .runtime import OnnxRuntime, count_kernels, installed_backends, open_runtime
+from .runtime import installed_backends, open_runtime
 from .verify_onnx import Piece, record_codes, verify_onnx
 
 VERSION = 1
@@ -75,7 +73,7 @@ def export_graphs(
                     f'{part.name}: {name} differs from the trained model, first at {wrong.name}: {wrong.wrong} of '
                     f'{wrong.values} values; nothing was written'
                 )
-        props = dict(structure=json.dumps(part.structure[0]), shape=json.dumps(list(x.shape[1:])))
+        props = dict(structure=json.dumps(part.module.structure), shape=json.dumps(list(x.shape[1:])))
         onnx.helper.set_model_props(graph, props)
         graphs[part.name] = graph
     exported = {t.name.removesuffix('.int4') for graph in graphs.values() for t in graph.graph.initializer}
@@ -85,26 +83,18 @@ def export_graphs(
     return graphs
 
 
-def kernels(graph: onnx.ModelProto) -> Counter[str]:
-    """How often each operator stands in the graph that ONNX Runtime makes of this one."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'optimized.onnx'
-        OnnxRuntime(graph.SerializeToString(), optimized=path)
-        return count_kernels(path)
-
-
 def write_bundle(out: Path, model: Any, checkpoint: str, graphs: dict[str, onnx.ModelProto]) -> None:
     """Write graphs and export.json into a new folder, whole or not at all.
 
     Raises:
         UserError: the folder exists or cannot be written.
     """
-    building = out.with_name(f'.{out.name}.{os.getpid()}')
+    unfinished = out.with_name(f'.{out.name}.{os.getpid()}')
     try:
-        building.mkdir(parents=True)
+        unfinished.mkdir(parents=True)
         parts = {}
         for name, graph in graphs.items():
-            file = building / f'{name}.onnx'
+            file = unfinished / f'{name}.onnx'
             write_whole(file, graph.SerializeToString())
             props = {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
             parts[name] = dict(file=file.name, sha256=file_digest(str(file)), **props)
@@ -120,12 +110,12 @@ def write_bundle(out: Path, model: Any, checkpoint: str, graphs: dict[str, onnx.
             classes=list(model.dataset_meta.get('classes') or []),
             versions=versions(),
         )
-        write_whole(building / 'export.json', (json.dumps(about, indent=1) + '\n').encode())
-        building.rename(out)
+        write_whole(unfinished / 'export.json', (json.dumps(about, indent=1) + '\n').encode())
+        unfinished.rename(out)
     except OSError as error:
         raise UserError(f'{out} cannot be written: {error.strerror}') from None
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def use_runtime(model: Any, folder: str | Path, backend: str, checkpoint: str, threads: int | None = None) -> None:

@@ -148,10 +148,9 @@ def _spread(layer: IntegerLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of the weight spread over int8, scale of each channel, bias, the latter two as float64."""
     step = layer.step.double() if layer.step > 0 else torch.ones((), dtype=torch.float64)
     scale = layer.multiplier.double() / step
-    shape = [1] * layer.codes.dim()
-    shape[1 if isinstance(layer.bare, nn.ConvTranspose2d) else 0] = -1
     if isinstance(layer.bare, nn.ConvTranspose2d):
         return layer.codes, scale, layer.bias.double()
+    shape = [-1] + [1] * (layer.codes.dim() - 1)
     codes = layer.codes.to(torch.int32) * torch.where(scale < 0, -1, 1).view(shape)
     factor = layer.spread
     if codes.numel() and int(codes.max()) > (127 // factor):

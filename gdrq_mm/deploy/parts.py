@@ -8,7 +8,7 @@ NMS and RoIAlign stay in torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
@@ -24,14 +24,12 @@ class Part:
     """One graph."""
 
     name: str
-    module: nn.Module
-    """Takes a tensor; `forward` returns a flat tuple of tensors."""
+    module: _Traced
+    """Takes a tensor; `forward` returns a flat tuple of tensors and keeps how they nest."""
     feed: Callable[[Any], Any]
     """model -> the module whose calls have the graph's inputs as arguments; None stands for the images."""
     replace: Callable[[Any, Run], None]
     """Puts a runtime in the place of the part in a model."""
-    structure: list[Any] = field(default_factory=list)
-    """How the outputs nest; filled by the first `forward`."""
 
 
 def parts_of(model: Any, task: str) -> list[Part]:
@@ -59,12 +57,13 @@ class _Traced(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.structure: list[Any] = []
+        self.structure: Any = None
+        """How the outputs of the last `forward` nest."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs of `raw`."""
         flat: list[Tensor] = []
-        self.structure[:] = [_flatten(self.raw(x), flat)]
+        self.structure = _flatten(self.raw(x), flat)
         return tuple(flat)
 
     def raw(self, x: Tensor) -> Any:
@@ -105,7 +104,7 @@ class _Head(_Traced):
 
 
 def _part(name: str, module: _Traced, replace: Callable[[Any, Run], None], feed: str | None = None) -> Part:
-    return Part(name, module, lambda m: m.get_submodule(feed) if feed else None, replace, module.structure)
+    return Part(name, module, lambda m: m.get_submodule(feed) if feed else None, replace)
 
 
 def _replace_head(head_of: Callable[[Any], Any]) -> Callable[[Any, Run], None]:

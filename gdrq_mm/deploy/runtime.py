@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,7 @@ import numpy as np
 import onnx
 
 from ..errors import UserError
-
-BACKENDS = {'onnxruntime': 'onnxruntime', 'openvino': 'openvino'}
-"""Name on the command line -> module."""
+from ..results.record import RUNTIMES
 
 
 def has_vnni() -> bool:
@@ -97,7 +96,7 @@ def installed_backends() -> list[str]:
     Raises:
         UserError: none is.
     """
-    found = [name for name, module in BACKENDS.items() if importlib.util.find_spec(module) is not None]
+    found = [name for name in RUNTIMES if importlib.util.find_spec(name) is not None]
     if not found:
         raise UserError("no runtime is installed: uv pip install 'gdrq-mm[deploy]'")
     return found
@@ -109,17 +108,27 @@ def open_runtime(backend: str, model: str | Path | bytes, threads: int | None = 
     Raises:
         UserError: it is not known or not installed.
     """
-    if backend not in BACKENDS:
-        raise UserError(f'backend {backend} is not one of {", ".join(BACKENDS)}')
+    if backend not in RUNTIMES:
+        raise UserError(f'backend {backend} is not one of {", ".join(RUNTIMES)}')
     if backend not in installed_backends():
         raise UserError(f"{backend} is not installed: uv pip install 'gdrq-mm[deploy]'")
     return OnnxRuntime(model, threads) if backend == 'onnxruntime' else OpenVino(model, threads)
 
 
-INTEGER_KERNELS = {'QLinearConv': 'Conv', 'QGemm': 'Gemm', 'QLinearMatMul': 'MatMul', 'MatMulIntegerToFloat': 'MatMul'}
-"""Operators of ONNX Runtime's optimized graph that compute with integers -> what they were."""
+INTEGER_KERNELS = ('QLinearConv', 'QGemm', 'QLinearMatMul', 'MatMulIntegerToFloat')
+"""Layers that compute with integers in the graph that ONNX Runtime makes."""
 
 
-def count_kernels(path: Path) -> Counter[str]:
-    """Operators of an optimized graph: how many of each kind."""
-    return Counter(node.op_type for node in onnx.load(path).graph.node)
+def kernels(graph: onnx.ModelProto) -> Counter[str]:
+    """How often each operator stands in the graph that ONNX Runtime makes of this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'optimized.onnx'
+        OnnxRuntime(graph.SerializeToString(), optimized=path)
+        return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def integer_layers(graph: onnx.ModelProto) -> tuple[int, int]:
+    """How many layers ONNX Runtime computes with integers, and how many there are."""
+    ran = kernels(graph)
+    whole = sum(node.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul') for node in graph.graph.node)
+    return sum(ran[kind] for kind in INTEGER_KERNELS), whole

@@ -104,8 +104,10 @@ def verify_onnx(
     """
     values = initializers(graph.graph)
     sites: dict[str, Site] = {}
+    steps: dict[str, float] = {}
     calls: dict[str, int] = {}
     for quantize, _, dequantize in quantizations(graph.graph):
+        steps[dequantize.input[0]] = float(values[quantize.input[1]])
         name = quantize.input[1].removesuffix('.scale').removesuffix('.quantize').removeprefix('model.')
         sites[dequantize.input[0]] = name, calls.setdefault(name, 0)
         calls[name] += 1
@@ -114,22 +116,17 @@ def verify_onnx(
     ends = [*sites, *(value.name for value in graph.graph.output)]
     expected = dict(zip((value.name for value in graph.graph.output), outputs, strict=True))
     pieces = []
+    types = {name: _type_of(x) for name, x in {**known, **expected}.items()}
     for end in ends:
         start = {name: x for name, x in known.items() if name != end}
-        type_of = TensorProto.UINT8 if end in sites else TensorProto.FLOAT
-        shape = known[end].shape if end in sites else expected[end].shape
-        types = {
-            name: (TensorProto.UINT8 if x.dtype == np.uint8 else TensorProto.FLOAT, x.shape)
-            for name, x in start.items()
-        }
-        part = cut(graph, types, {end: (type_of, shape)})
+        part = cut(graph, {name: types[name] for name in start}, {end: types[end]})
         if not part.graph.node:
             continue
         run = open_piece(part.SerializeToString())
         (found,) = run([start[value.name] for value in part.graph.input])
         bias = _bias_error(part, values)
         if end in sites:
-            pieces.append(_compare_codes(sites[end], seen[sites[end]], found, bias, _step(graph, end, values)))
+            pieces.append(_compare_codes(sites[end], seen[sites[end]], found, bias, steps[end]))
         else:
             pieces.append(_compare_output(end, expected[end], found, bias))
     for name, found in zip(expected, open_piece(graph.SerializeToString())(inputs), strict=True):
@@ -138,9 +135,9 @@ def verify_onnx(
     return pieces
 
 
-def _step(graph: onnx.ModelProto, codes: str, values: dict[str, np.ndarray]) -> float:
-    node = next(n for n in graph.graph.node if n.op_type == 'DequantizeLinear' and n.input[0] == codes)
-    return float(values[node.input[1]])
+def _type_of(x: np.ndarray) -> tuple[int, tuple[int, ...]]:
+    """Element type and shape of codes or of float values."""
+    return TensorProto.UINT8 if x.dtype == np.uint8 else TensorProto.FLOAT, x.shape
 
 
 def _bias_error(part: onnx.ModelProto, values: dict[str, np.ndarray]) -> float:

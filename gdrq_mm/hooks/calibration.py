@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,21 +39,31 @@ class CalibrationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         model = bare_model(runner.model)
-        quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-        if any(q.calibrated for q in quantizers):
+        if any(m.calibrated for m in model.modules() if isinstance(m, Quantizer)):
             return
         runner.logger.info(f'Calibrating thresholds on {self.batches} training batches.')
-        for quantizer in quantizers:
-            quantizer.set_state(stage=Stage.OBSERVE)
-        for layer in quant_layers(model).values():
-            layer.seen = False
-        with kept_random_state(), torch.no_grad(), _quiet(model):
-            for number, batch in enumerate(_own_loader(runner)):
-                if number == self.batches:
-                    break
-                data = model.data_preprocessor(batch, training=True)
-                model(**data, mode='loss')
-        finish_calibration(model)
+
+        def predict() -> None:
+            with kept_random_state(), _quiet(model):
+                for number, batch in enumerate(_own_loader(runner)):
+                    if number == self.batches:
+                        break
+                    data = model.data_preprocessor(batch, training=True)
+                    model(**data, mode='loss')
+
+        calibrate(model, predict)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, predict: Callable[[], Any]) -> None:
+    """Start all thresholds from what `predict` runs through the model; then every quantizer rounds."""
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.set_state(stage=Stage.OBSERVE)
+    for layer in quant_layers(model).values():
+        layer.seen = False
+    predict()
+    finish_calibration(model)
 
 
 @contextmanager

@@ -25,6 +25,9 @@ from ..tasks import dataset_of, task_of
 VERSION = 2
 """Version of the record's layout."""
 
+RUNTIMES = ('onnxruntime', 'openvino')
+"""What runs exported graphs, by the names of the packages; the others are run by torch."""
+
 PACKAGES = (
     'gdrq-mm',
     'torch',
@@ -137,6 +140,12 @@ def git_revision() -> dict[str, Any]:
         return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--untracked-files=no')))
     except (OSError, subprocess.CalledProcessError):
         return dict(commit=None, dirty=None)
+
+
+def provenance() -> dict[str, Any]:
+    """When, with what and on what something was measured."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    return dict(date=now, versions=versions(), hardware=hardware(), git=git_revision())
 
 
 def versions() -> dict[str, str | None]:

@@ -14,14 +14,13 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..tasks import MAIN_METRICS
+from .record import RUNTIMES
 
 TASK_NAMES = {'cls': 'classification', 'det': 'detection', 'seg': 'segmentation'}
 METHOD_NAMES = {
     **{name: name.upper() for name in ('gdrq', 'pact', 'lsq', 'ptq', 'hwgq', 'twn', 'ttq', 'syq', 'xnor')},
     **dict(dorefa='DoReFa', lsq_plus='LSQ+', minmax='min-max', balanced='Balanced', log2='log2'),
 }
-RUNTIMES = ('onnxruntime', 'openvino')
-"""Columns of the exported graphs' results, tools/test.py --backend."""
 COLUMNS = (
     'task',
     'model',

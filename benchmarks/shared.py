@@ -1,0 +1,27 @@
+"""What the benchmarks of time and memory share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gdrq_mm.checkpoint import write_whole
+from gdrq_mm.results.record import provenance
+
+
+def peak_of_process() -> int:
+    """The most resident memory of this process so far, in bytes.
+
+    The same counter as getrusage's ru_maxrss, but that one starts from the memory of the parent process.
+    """
+    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))
+    return int(line.split()[1]) * 1024
+
+
+def write_figure(path: Path, found: dict[str, Any], console: Console) -> None:
+    """Write what was found, with when, with what and on what."""
+    about = provenance()
+    about['versions'].update(found.pop('versions', {}))
+    write_whole(path, (json.dumps({**found, **about}, indent=1) + '\n').encode())
+    console.print(f'wrote {path}', soft_wrap=True)
