@@ -233,6 +233,11 @@ def test_a_part_alone_is_what_a_config_quantizes_alone(runner, found, digits_roo
             quantization['overrides'] = {name: dict(activation=dict(bits=32))}
     alone = QuantRunner.from_cfg(tiny_config(digits_root, tmp_path, quantization, **TEST_ONLY))
     take_weights(alone, runner)
+    if not quantization.get('deployable', True):  # the biases of the integer graph, as the whole model has them
+        names, layers = {m: n for n, m in runner.model.named_modules()}, quant_layers(runner.model)
+        for layer_name, layer in quant_layers(alone.model).items():
+            (norm,) = layers[layer_name]._norm or (None,)
+            layer.deploy_with(None if norm is None else alone.model.get_submodule(names[norm]))
     assert len(stages(alone)) == len(part.quantizers)
     with only(runner.model, part.quantizers):
         ours = logits(runner)
