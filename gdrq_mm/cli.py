@@ -108,7 +108,10 @@ def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
     if hasattr(runner_class, 'unsafe_load'):
         runner_class.unsafe_load = args.unsafe_load
     elif 'quantization' in cfg:
-        raise UserError(f'runner_type={name!r} does not quantize; take gdrq_mm.runner.QuantRunner')
+        raise UserError(
+            f'runner_type={name!r} does not quantize: it would ignore the quantization config; '
+            'take gdrq_mm.runner.QuantRunner'
+        )
     with building('the config'):
         return runner_class.from_cfg(cfg)
 
