@@ -1,15 +1,34 @@
-# The small-scale grid, for tools/sweep.py: methods x bits x seeds under one recipe, then GDRQ's ablation on CIFAR-10.
-# `make benchmark` trains the float models that are missing, runs what is not finished, and writes the tables anew.
+# The small-scale grid, for tools/sweep.py: methods x bits x seeds under one recipe (float model, epochs, learning rate), the
+# same number of trials for each method's own setting, then GDRQ's ablation. `make benchmark` trains the float models that are
+# missing, runs what is not finished, and writes the tables anew.
 work_dir = 'work_dirs/grid'
 records = 'docs/records/grid'
 
 methods = ['gdrq', 'dorefa', 'pact', 'lsq', 'lsq_plus', 'minmax']
-cifar10 = dict(
-    name='cifar10',
-    config='configs/cls/resnet18_w16_gdrq_w4a4_cifar10.py',
-    options={'train_cfg.max_epochs': 3, 'param_scheduler.T_max': 3, 'train_cfg.val_interval': 3},
-    amp=True,
-)
+cifar10 = dict(name='cifar10', config='configs/cls/resnet18_w16_gdrq_w4a4_24e_cifar10.py', amp=True)
+trials = {  # two for each method beside its defaults, which are its paper's where it has any
+    'gdrq': {
+        'search': {'quantization.weight.gdrq.threshold': 'search'},
+        'channel': {'quantization.weight.groups': 'channel'},
+    },
+    'dorefa': {'channel': {'quantization.weight.groups': 'channel'}, 'groups4': {'quantization.weight.groups': 4}},
+    'pact': {
+        'lr10': {'quantization.activation.pact.lr_mult': 10},
+        'no_decay': {'quantization.activation.pact.decay_mult': 0},
+    },
+    'lsq': {
+        'channel': {'quantization.weight.groups': 'channel'},
+        'lr01': {'quantization.weight.lsq.lr_mult': 0.1, 'quantization.activation.lsq.lr_mult': 0.1},
+    },
+    'lsq_plus': {
+        'channel': {'quantization.weight.groups': 'channel'},
+        'lr01': {'quantization.weight.lsq_plus.lr_mult': 0.1, 'quantization.activation.lsq_plus.lr_mult': 0.1},
+    },
+    'minmax': {
+        'momentum01': {'quantization.activation.minmax.momentum': 0.1},
+        'groups4': {'quantization.weight.groups': 4},
+    },
+}
 ablation = {
     'project': {'quantization.weight.gdrq.clip': 'project'},
     'straight_through': {'quantization.weight.gdrq.gradient': 'straight_through'},
@@ -17,6 +36,7 @@ ablation = {
     'groups16': {'quantization.weight.groups': 16},
     'channel': {'quantization.weight.groups': 'channel'},
     'search': {'quantization.weight.gdrq.threshold': 'search'},
+    'channel_search': {'quantization.weight.groups': 'channel', 'quantization.weight.gdrq.threshold': 'search'},
     'learned': {'quantization.weight.gdrq.threshold': 'learned'},
     'reshape': {'quantization.weight.gdrq.clip': 'project', 'quantization.schedule.reshape': 0.3},
     'undeployable': {'quantization.deployable': False},
@@ -24,13 +44,13 @@ ablation = {
 runs = [
     dict(
         cifar10,
-        float_config='configs/cls/resnet18_w16_cifar10.py',
+        float_config='configs/cls/resnet18_w16_24e_cifar10.py',
         methods=methods,
         bits=['w4a4', 'w2a4'],
         seeds=[0, 1, 2],
     ),
     dict(cifar10, methods=methods, bits=['w3a3', 'w2a2'], seeds=[0]),
-    dict(cifar10, methods=['ptq'], bits=['w4a4', 'w4a32', 'w32a4'], seeds=[0]),
+    dict(cifar10, methods=['ptq'], bits=['w8a8', 'w4a4', 'w4a32', 'w32a4'], seeds=[0]),
     dict(
         name='digits_det',
         config='configs/det/yolox_nano_gdrq_w4a4_digits.py',
@@ -47,6 +67,16 @@ runs = [
         bits=['w4a4', 'w2a4'],
         seeds=[0],
     ),
-    dict(cifar10, methods=['gdrq'], bits=['w4a4', 'w2a4'], seeds=[0], variants=ablation),
+    dict(
+        name='vgg',
+        config='configs/cls/vgg11_bn_gdrq_w4a4_8e_cifar10.py',
+        float_config='configs/cls/vgg11_bn_8e_cifar10.py',
+        methods=methods,
+        bits=['w4a4'],
+        seeds=[0],
+        amp=True,
+    ),
+    dict(cifar10, methods=['gdrq'], bits=['w2a4'], seeds=[0], variants=ablation),
+    *(dict(cifar10, methods=[method], bits=['w4a4'], seeds=[0], variants=trials[method]) for method in trials),
 ]
-del methods, cifar10, ablation
+del methods, cifar10, ablation, trials
