@@ -18,23 +18,24 @@ lint: .venv/.ready
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy gdrq_mm
 
-FLOATS := work_dirs/resnet18_w16_cifar10/epoch_180.pth work_dirs/yolox_nano_digits/epoch_20.pth \
-    work_dirs/pspnet_r18_digits/epoch_20.pth
+FLOATS := work_dirs/resnet18_w16_24e_cifar10/epoch_24.pth work_dirs/vgg11_bn_8e_cifar10/epoch_8.pth \
+    work_dirs/yolox_nano_digits/epoch_20.pth work_dirs/pspnet_r18_digits/epoch_20.pth
 
-benchmark: .venv/.ready $(FLOATS)
+benchmark: .venv/.ready data/digits $(FLOATS)
 	@$(PY) tools/sweep.py benchmarks/grid.py --jobs $(shell nproc)
 	@$(PY) benchmarks/tables.py
 
-work_dirs/resnet18_w16_cifar10/epoch_180.pth:
-	@echo "Training the float model on CIFAR-10: about 4 hours on one core."
-	@OMP_NUM_THREADS=1 $(PY) tools/train.py configs/cls/resnet18_w16_cifar10.py --amp --resume
+data/digits:
+	@$(PY) tools/prepare_data.py digits
+
+work_dirs/resnet18_w16_24e_cifar10/epoch_24.pth work_dirs/vgg11_bn_8e_cifar10/epoch_8.pth:
+	@echo "Training the float model $(word 2,$(subst /, ,$@)): about half an hour on one core."
+	@OMP_NUM_THREADS=1 $(PY) tools/train.py configs/cls/$(word 2,$(subst /, ,$@)).py --amp --resume
 
 work_dirs/yolox_nano_digits/epoch_20.pth:
-	@$(PY) tools/prepare_data.py digits
 	@$(PY) tools/train.py configs/det/yolox_nano_digits.py --resume
 
 work_dirs/pspnet_r18_digits/epoch_20.pth:
-	@$(PY) tools/prepare_data.py digits
 	@$(PY) tools/train.py configs/seg/pspnet_r18_digits.py --resume
 
 setup: .venv/.ready
