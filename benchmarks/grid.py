@@ -1,4 +1,4 @@
-# The small-scale grid, for tools/sweep.py: methods x bits x seeds under one recipe (float model, epochs, learning rate),
+# The small-scale grid, for tools/sweep.py: methods x bits x seeds under one recipe (float model, epochs, rate),
 # then GDRQ's ablation, and as many trials of each method's own setting. `make benchmark` trains the float models that
 # are missing, runs what is not finished, and writes the tables anew.
 work_dir = 'work_dirs/grid'
