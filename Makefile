@@ -18,7 +18,7 @@ lint: .venv/.ready
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy gdrq_mm
 
-FLOATS := work_dirs/resnet18_w16_24e_cifar10/epoch_24.pth work_dirs/vgg11_bn_8e_cifar10/epoch_8.pth \
+FLOATS := work_dirs/resnet18_w16_12e_cifar10/epoch_12.pth work_dirs/vgg11_bn_digits/epoch_4.pth \
     work_dirs/yolox_nano_digits/epoch_20.pth work_dirs/pspnet_r18_digits/epoch_20.pth
 
 benchmark: .venv/.ready data/digits $(FLOATS)
@@ -28,15 +28,13 @@ benchmark: .venv/.ready data/digits $(FLOATS)
 data/digits:
 	@$(PY) tools/prepare_data.py digits
 
-work_dirs/resnet18_w16_24e_cifar10/epoch_24.pth work_dirs/vgg11_bn_8e_cifar10/epoch_8.pth:
-	@echo "Training the float model $(word 2,$(subst /, ,$@)): about half an hour on one core."
-	@OMP_NUM_THREADS=1 $(PY) tools/train.py configs/cls/$(word 2,$(subst /, ,$@)).py --amp --resume
-
-work_dirs/yolox_nano_digits/epoch_20.pth:
-	@$(PY) tools/train.py configs/det/yolox_nano_digits.py --resume
-
-work_dirs/pspnet_r18_digits/epoch_20.pth:
-	@$(PY) tools/train.py configs/seg/pspnet_r18_digits.py --resume
+work_dirs/resnet18_w16_12e_cifar10/epoch_12.pth: ARGS := configs/cls/resnet18_w16_12e_cifar10.py --amp
+work_dirs/vgg11_bn_digits/epoch_4.pth: ARGS := configs/cls/vgg11_bn_digits.py --amp
+work_dirs/yolox_nano_digits/epoch_20.pth: ARGS := configs/det/yolox_nano_digits.py
+work_dirs/pspnet_r18_digits/epoch_20.pth: ARGS := configs/seg/pspnet_r18_digits.py
+$(FLOATS):
+	@echo "Training a float model of the grid: $(ARGS) (3 to 30 minutes)"
+	@$(PY) tools/train.py $(ARGS) --resume
 
 setup: .venv/.ready
 

@@ -5,7 +5,7 @@ work_dir = 'work_dirs/grid'
 records = 'docs/records/grid'
 
 methods = ['gdrq', 'dorefa', 'pact', 'lsq', 'lsq_plus', 'minmax']
-cifar10 = dict(name='cifar10', config='configs/cls/resnet18_w16_gdrq_w4a4_24e_cifar10.py', amp=True)
+cifar10 = dict(name='cifar10', config='configs/cls/resnet18_w16_gdrq_w4a4_12e_cifar10.py', amp=True)
 trials = {  # two for each method beside its defaults, which are its paper's where it has any
     'gdrq': {
         'search': {'quantization.weight.gdrq.threshold': 'search'},
@@ -44,7 +44,7 @@ ablation = {
 runs = [
     dict(
         cifar10,
-        float_config='configs/cls/resnet18_w16_24e_cifar10.py',
+        float_config='configs/cls/resnet18_w16_12e_cifar10.py',
         methods=methods,
         bits=['w4a4', 'w2a4'],
         seeds=[0, 1, 2],
@@ -68,11 +68,11 @@ runs = [
         seeds=[0],
     ),
     dict(
-        name='vgg',
-        config='configs/cls/vgg11_bn_gdrq_w4a4_8e_cifar10.py',
-        float_config='configs/cls/vgg11_bn_8e_cifar10.py',
+        name='digits_vgg',
+        config='configs/cls/vgg11_bn_gdrq_w4a4_digits.py',
+        float_config='configs/cls/vgg11_bn_digits.py',
         methods=methods,
-        bits=['w4a4'],
+        bits=['w4a4', 'w2a4'],
         seeds=[0],
         amp=True,
     ),
