@@ -28,6 +28,22 @@ def comparison(data: str) -> str:
     return comparison_markdown([read_record(path) for path in sorted(RECORDS.glob(f'*_{data}.json'))])
 
 
+GRID = {
+    'grid_cifar10': r'cifar10-(float|(?!ptq)\w+-w\da\d-seed\d)',
+    'grid_digits': r'digits_\w+-.*',
+    'grid_ptq': r'cifar10-(float|ptq-w\d+a\d+-seed0)',
+    'grid_ablation': r'cifar10-(float|gdrq(-\w+)?-w2a4-seed0)',
+    'grid_trials': r'cifar10-(float|(?!ptq)\w+(-\w+)?-w4a4-seed0)',
+}
+"""Tables of benchmarks/grid.py, and the names of the cells that stand in them."""
+
+
+def grid(cells: str) -> str:
+    """Records of the grid whose name fits."""
+    records = sorted((RECORDS / 'grid').glob('*.json'))
+    return comparison_markdown([read_record(path) for path in records if re.fullmatch(cells, path.stem)])
+
+
 def per_level() -> str:
     """The detector's RPN with one threshold for all pyramid levels and with one for each."""
     names = {
@@ -120,6 +136,7 @@ def quantized_loss() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{data: partial(comparison, data) for data in ('cifar10', 'bccd', 'camvid')},
+    **{name: partial(grid, cells) for name, cells in GRID.items()},
     **{f.__name__: f for f in (per_level, cifar10_search, train_step, inference, inference_ratios, quantized_loss)},
 }
 

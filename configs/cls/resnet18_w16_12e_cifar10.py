@@ -1,5 +1,5 @@
 _base_ = ['../_base_/models/resnet18_w16.py', '../_base_/datasets/cifar10.py', '../_base_/default_runtime_cls.py']
-# The float model of benchmarks/grid.py: crops and flips alone, and a fifteenth of the epochs of resnet18_w16_cifar10.py.
+# The float model of benchmarks/grid.py: crops and flips alone, a fifteenth of the epochs of resnet18_w16_cifar10.py.
 memory_format = 'channels_last'
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True))
 param_scheduler = [
