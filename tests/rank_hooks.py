@@ -1,6 +1,7 @@
 """Hooks that a config names by path (type='tests.rank_hooks.Note'), for runs in processes of their own."""
 
 import multiprocessing
+import resource
 import signal
 import subprocess
 from pathlib import Path
@@ -33,3 +34,15 @@ class Kill(Hook):
             processes = (*multiprocessing.active_children(), multiprocessing.current_process())
             # Sent by another process: torch's data workers take a SIGTERM of their parent for the end of their work
             subprocess.run(['kill', f'-{self.number}', *(str(process.pid) for process in processes)], check=False)
+
+
+class FullDisk(Hook):
+    """From iteration `at` on no file can grow beyond `size` bytes, as if a disk were full."""
+
+    def __init__(self, at, size):
+        self.at, self.size = at, size
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..checkpoint import last_written
 from ..convert import bare_model
 from ..errors import UserError
 
@@ -45,7 +45,4 @@ class FiniteLossHook(Hook):
 
 
 def _stop(runner: Runner, what: str) -> None:
-    pointer = Path(runner.work_dir) / 'last_checkpoint'
-    written = f'the last good checkpoint is {pointer.read_text().strip()}' if pointer.is_file() else ''
-    written = written or 'no checkpoint had been written yet'
-    raise UserError(f'{what} at iteration {runner.iter}; training stops, {written}')
+    raise UserError(f'{what} at iteration {runner.iter}; training stops, {last_written(runner.work_dir)}')
