@@ -24,6 +24,9 @@ from .quantizers import Quantizer, learned_parameters
 _QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant)\.')
 """Matches the names of what quantizers keep in a state dict."""
 
+POINTER = 'last_checkpoint'
+"""mmengine's file in a work directory that holds the path of the newest checkpoint."""
+
 
 def _history_method(owner: Any, name: str) -> Any:
     """Stands for `getattr` in a pickle: resolves the statistics of a HistoryBuffer and nothing else."""
@@ -94,6 +97,73 @@ def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = Fal
         if not isinstance(name, str):
             raise UserError(f'checkpoint {filename} has the name {name!r}, which is not a string')
     return checkpoint
+
+
+def find_resumable(work_dir: str | Path, out_dir: str | Path | None = None, unsafe: bool = False) -> tuple[str, str]:
+    """The checkpoint from which the training of a work directory goes on.
+
+    The one that `last_checkpoint` names if it is whole; no other is read then. Else, of the whole ones in the work
+    directory, the one after most iterations.
+
+    Args:
+        out_dir: the folder of the checkpoints, if it is not the work directory.
+
+    Returns:
+        Its path, '' if there is nothing to resume; and why it is not that of `last_checkpoint`, '' if it is.
+
+    Raises:
+        UserError: a training was begun here, but none of its checkpoints is whole.
+    """
+    pointer = Path(work_dir) / POINTER
+    named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    if named:
+        try:
+            if _iterations(read_checkpoint(named, unsafe=unsafe)) is not None:
+                return named, ''
+            reason = f'{named} does not hold the state of a training'
+        except UserError as error:
+            reason = str(error)
+    else:
+        reason = f'{pointer} {"is empty" if pointer.exists() else "is missing"}'
+    whole, damaged = [], []
+    for path in sorted({p for folder in {work_dir, out_dir or work_dir} for p in Path(folder).glob('*.pth')}):
+        try:
+            checkpoint = read_checkpoint(str(path), unsafe=unsafe)
+        except UserError:
+            damaged.append(path.name)
+            continue
+        iterations = _iterations(checkpoint)
+        if iterations is not None and 'optimizer' in checkpoint:  # those of the best score have none
+            whole.append((iterations, str(path)))
+    if whole:
+        return max(whole)[1], reason
+    if not damaged and not pointer.exists():
+        return '', ''
+    others = f', nor is {", ".join(damaged)}' if damaged else ''
+    raise UserError(
+        f'{work_dir} has no whole checkpoint to resume from: {reason}{others}; leave --resume out to start anew'
+    )
+
+
+def _iterations(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
+    """Iterations and epochs of the training whose state a checkpoint holds; None if it holds weights only."""
+    meta = checkpoint.get('meta')
+    found = tuple(meta.get(key) for key in ('iter', 'epoch')) if isinstance(meta, dict) else ()
+    whole = 'message_hub' in checkpoint and len(found) == 2 and all(isinstance(n, int) for n in found)
+    return found if whole else None  # type: ignore[return-value]
+
+
+def check_resumable(checkpoint: dict[str, Any], filename: str) -> None:
+    """Raise UserError if a checkpoint does not hold the state of a training."""
+    if _iterations(checkpoint) is None:
+        raise UserError(f'checkpoint {filename} holds weights only and cannot be resumed; name it in load_from instead')
+
+
+def last_written(work_dir: str | Path) -> str:
+    """Says which checkpoint of a work directory is the last good one."""
+    pointer = Path(work_dir) / POINTER
+    named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    return f'the last good checkpoint is {named}' if named else 'no checkpoint had been written yet'
 
 
 def state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,15 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
-from mmengine.dist import master_only
-from mmengine.hooks import Hook
+from mmengine.dist import all_gather_object, master_only
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -27,7 +28,9 @@ from .checkpoint import (
     ALLOWED,
     check_finite,
     check_fits,
+    check_resumable,
     file_digest,
+    last_written,
     other_quantization,
     read_checkpoint,
     without_quantizers,
@@ -37,7 +40,16 @@ from .convert import Report, bare_model, float_report, mute_leaves, quantize_mod
 from .datasets.check import check_dataset, checked_reading, ignored_labels
 from .distributed import no_device, synchronized
 from .errors import UserError, building
-from .hooks import CalibrationHook, FiniteLossHook, NormHook, StageHook, StatisticsHook, StopHook, ThresholdHook
+from .hooks import (
+    CalibrationHook,
+    FiniteLossHook,
+    NormHook,
+    StageHook,
+    StatisticsHook,
+    StopHook,
+    ThresholdHook,
+    WholeCheckpointHook,
+)
 from .hooks.stop import shield_workers
 from .quantizers import Quantizer, Stage, learned_parameters
 from .seeding import SeedHook, kept_random_state, reseed_dataloader, seed_dataloader, skip_batches
@@ -158,6 +170,9 @@ class QuantRunner(Runner):
     def resume(self, *args: Any, **kwargs: Any) -> None:
         """Resume; data loading goes on with the seed of the checkpoint, in the middle of an epoch too."""
         super().resume(*args, **kwargs)
+        iterations = all_gather_object(self.iter)
+        if len(set(iterations)) > 1:
+            raise UserError(f'the processes resume from different checkpoints, after {iterations} iterations')
         reseed_dataloader(self.train_dataloader, self.seed)
         loop = self.train_loop
         if isinstance(loop, EpochBasedTrainLoop) and loop.iter > loop.epoch * len(loop.dataloader):
@@ -225,6 +240,9 @@ class QuantRunner(Runner):
             ours.append(CalibrationHook(self.quantization.calibration_batches))
             ours.append(StageHook(schedule.reshape, schedule.freeze))
             ours += [ThresholdHook(), StatisticsHook()]
+        for hook in self.hooks:
+            if type(hook) is CheckpointHook:
+                hook.__class__ = WholeCheckpointHook
         for hook in ours:
             if not any(isinstance(theirs, type(hook)) for theirs in self.hooks):
                 self.register_hook(hook)
@@ -239,6 +257,8 @@ class QuantRunner(Runner):
         model = bare_model(self.model)
         starting = self._train_loop is not None and not self._resume
         check_fits(model, checkpoint, filename, share=self.needed_share if starting else 1.0)
+        if self._resume:
+            check_resumable(checkpoint, filename)
         mismatch = other_quantization(model, checkpoint)
         if mismatch and not starting:
             raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}')
@@ -256,7 +276,11 @@ class QuantRunner(Runner):
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """Save under a temporary name, then move into place: the file is whole or not there."""
+        """Save under a temporary name, then move into place: the file is whole or not there.
+
+        Raises:
+            UserError: it cannot be written, as on a full disk; older checkpoints are as they were.
+        """
         kwargs['meta'] = {**(kwargs.get('meta') or {}), 'start': self.training.get('start')}
         if '://' in out_dir:
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
@@ -267,10 +291,15 @@ class QuantRunner(Runner):
             super().save_checkpoint(out_dir, temporary, *args, **kwargs)
             with open(source, 'rb') as file:
                 os.fsync(file.fileno())
-        except BaseException:
-            Path(source).unlink(missing_ok=True)
-            raise
-        os.replace(source, os.path.join(out_dir, filename))
+            os.replace(source, os.path.join(out_dir, filename))
+        except OSError as error:
+            path = os.path.join(out_dir, filename)
+            raise UserError(
+                f'checkpoint {path} cannot be written: {error.strerror}; {last_written(self.work_dir)}'
+            ) from error
+        finally:
+            with suppress(OSError):  # a folder may have become read-only
+                Path(source).unlink(missing_ok=True)
 
     def load_calibrated(self) -> None:
         """Load float weights, all of them, and find thresholds on training batches.

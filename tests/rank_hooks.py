@@ -1,8 +1,10 @@
 """Hooks that a config names by path (type='tests.rank_hooks.Note'), for runs in processes of their own."""
 
 import multiprocessing
+import resource
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,3 +35,53 @@ class Kill(Hook):
             processes = (*multiprocessing.active_children(), multiprocessing.current_process())
             # Sent by another process: torch's data workers take a SIGTERM of their parent for the end of their work
             subprocess.run(['kill', f'-{self.number}', *(str(process.pid) for process in processes)], check=False)
+
+
+class FullDisk(Hook):
+    """From iteration `at` on no file can grow beyond `size` bytes, as if a disk were full."""
+
+    def __init__(self, at, size):
+        self.at, self.size = at, size
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+def spoilt(value, by=torch.inf):
+    """The same with one other value."""
+    value = value.clone().float()
+    value.view(-1)[0] = by
+    return value
+
+
+class Spoil(Hook):
+    """In iteration `at`, on one rank or all, something becomes infinite: `what` is a method below."""
+
+    def __init__(self, what, at=6, name='backbone.layer2.0.conv1', rank=None):
+        self.what, self.at, self.name, self.rank = what, at, name, rank
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at and self.rank in (None, get_rank()):
+            getattr(self, self.what)(runner, bare_model(runner.model).get_submodule(self.name), data_batch)
+
+    def input(self, runner, layer, data_batch):
+        data_batch['inputs'] = [data_batch['inputs'][0].float(), *map(spoilt, data_batch['inputs'][1:])]
+
+    def number(self, runner, layer, data_batch):
+        data_batch['inputs'] = [spoilt(picture, torch.nan) for picture in data_batch['inputs']]
+
+    def weight(self, runner, layer, data_batch):
+        layer.weight.data.copy_(spoilt(layer.weight.data))
+
+    def output(self, runner, layer, data_batch):
+        layer.register_forward_hook(lambda module, args, output: spoilt(output))
+
+    def gradient(self, runner, layer, data_batch):
+        layer.weight.register_hook(partial(spoilt, by=torch.nan))
+
+    def rate(self, runner, layer, data_batch):
+        layer.weight.register_hook(partial(spoilt, by=1e30))
+        for group in runner.optim_wrapper.optimizer.param_groups:
+            group['lr'] = 1e20

@@ -152,6 +152,25 @@ def test_two_processes_that_are_killed_or_stopped_lose_nothing(train_on_two, tmp
         assert same(same_states(tmp_path / 'whole')[1:], same_states(tmp_path / name)[1:]), name
 
 
+@pytest.mark.parametrize(
+    ('what', 'changes', 'message'),
+    [
+        ('number', SYNC, 'loss=nan at iteration 4: the input batch has values that are not finite'),
+        ('input', {}, 'the input of backbone.conv1.own_input_quant has values that are not finite after iteration 4'),
+        ('gradient', {}, 'the gradient of backbone.layer2.0.conv1.weight is not finite at iteration 4'),
+    ],
+)
+def test_what_is_not_finite_in_one_process_stops_both(train_on_two, tmp_path, what, changes, message):
+    """With the same message, after the same step."""
+    spoil = dict(type='tests.rank_hooks.Spoil', what=what, at=4, rank=1)
+    stopped = train_on_two('spoilt', custom_hooks=[spoil], **changes)
+    for process in stopped:
+        assert process.returncode == 1
+        last = process.stderr.splitlines()[-1]
+        assert last.startswith('error: ') and message in last
+        assert last.endswith(f'the last good checkpoint is {tmp_path}/spoilt/epoch_1.pth')
+
+
 @pytest.mark.parametrize('at', [5, 7], ids=['in an epoch', 'at its end'])
 def test_one_process_stops_and_goes_on(config, tmp_path, at):
     def signalled(runner):

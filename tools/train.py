@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 
+from gdrq_mm.checkpoint import find_resumable
 from gdrq_mm.cli import add_config_arguments, build_runner, load_config, main
 from gdrq_mm.errors import UserError
 from gdrq_mm.tasks import task_of
@@ -48,12 +50,23 @@ def train() -> None:
         cfg.auto_scale_lr.enable = True
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    reason = ''
     if args.resume == 'auto':
-        cfg.resume = (Path(cfg.work_dir) / 'last_checkpoint').is_file()  # else start anew, from the config's load_from
-        cfg.load_from = None if cfg.resume else cfg.get('load_from')
+        found, reason = find_resumable(cfg.work_dir, checkpoint_folder(cfg), args.unsafe_load)
+        if found:  # else start anew, from the config's load_from
+            cfg.resume, cfg.load_from = True, found
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
-    build_runner(cfg, args).train()
+    runner = build_runner(cfg, args)
+    if reason:
+        runner.logger.warning(f'{reason}; resuming from {cfg.load_from}, the newest whole checkpoint')
+    runner.train()
+
+
+def checkpoint_folder(cfg: Config) -> Path:
+    """Where mmengine's CheckpointHook writes."""
+    out_dir = (cfg.get('default_hooks') or {}).get('checkpoint', {}).get('out_dir')
+    return Path(out_dir, Path(cfg.work_dir).name) if out_dir else Path(cfg.work_dir)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ..checkpoint import write_whole
+from ..checkpoint import POINTER, write_whole
 from ..errors import Stopped
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -67,7 +67,7 @@ class StopHook(Hook):
         runner.save_checkpoint(runner.work_dir, CHECKPOINT, by_epoch=False)
         path = Path(runner.work_dir) / CHECKPOINT
         if is_main_process():
-            write_whole(Path(runner.work_dir) / 'last_checkpoint', str(path).encode())
+            write_whole(Path(runner.work_dir) / POINTER, str(path).encode())
         barrier()  # the launcher may kill all processes when the first has ended
         self.after_train(runner)
         name = signal.Signals(int(received)).name
