@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
 from gdrq_mm.convert import bare_model
+from gdrq_mm.hooks import StopHook
 
 
 class Note(Hook):
@@ -33,3 +35,34 @@ class Kill(Hook):
             processes = (*multiprocessing.active_children(), multiprocessing.current_process())
             # Sent by another process: torch's data workers take a SIGTERM of their parent for the end of their work
             subprocess.run(['kill', f'-{self.number}', *(str(process.pid) for process in processes)], check=False)
+
+
+class Hold(Hook):
+    """Once in a work directory wait for a signal: in iteration `at`, or before training for 'start'.
+
+    Each rank says by a file `held_RANK` that it waits.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, at):
+        self.at = at
+
+    def before_run(self, runner):
+        if self.at == 'start':
+            self._wait(runner)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at:
+            self._wait(runner)
+
+    def _wait(self, runner):
+        note = Path(runner.work_dir) / f'held_{get_rank()}'
+        if note.exists():
+            return
+        note.touch()
+        (stop,) = (hook for hook in runner.hooks if isinstance(hook, StopHook))
+        end = time.monotonic() + 150
+        while not stop.signal:
+            assert time.monotonic() < end, 'no signal came'
+            time.sleep(0.05)
