@@ -1,10 +1,11 @@
 # make quickstart   set up .venv if needed, then train, quantize and compare on the embedded data
 # make test         set up .venv if needed, then lint and run the tests
+# make test-slurm   train, preempt and test a detector on a slurm that is started for it (packages slurm-wlm and munge)
 # make lint         ruff and mypy
 # make benchmark    train and test the small-scale grid (hours; goes on where it stopped), write the tables anew
 PY := .venv/bin/python
 
-.PHONY: quickstart test lint setup benchmark
+.PHONY: quickstart test test-slurm lint setup benchmark
 quickstart: .venv/.ready
 	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: about 13 minutes on 2 cores."
 	@$(PY) tools/quickstart.py
@@ -12,6 +13,10 @@ quickstart: .venv/.ready
 test: lint
 	@echo "Running the tests: about 12 minutes on 2 cores."
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
+test-slurm: .venv/.ready
+	@echo "Running jobs on a slurm of two nodes on this machine: about 5 minutes on 2 cores."
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/slurm
 
 lint: .venv/.ready
 	@$(PY) -m ruff check .

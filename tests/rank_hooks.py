@@ -4,6 +4,7 @@ import multiprocessing
 import resource
 import signal
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
 from gdrq_mm.convert import bare_model
+from gdrq_mm.hooks import StopHook
 
 
 class Note(Hook):
@@ -85,3 +87,34 @@ class Spoil(Hook):
         layer.weight.register_hook(partial(spoilt, by=1e30))
         for group in runner.optim_wrapper.optimizer.param_groups:
             group['lr'] = 1e20
+
+
+class Hold(Hook):
+    """Once in a work directory wait for a signal: in iteration `at`, or before training for 'start'.
+
+    Each rank says by a file `held_RANK` that it waits.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, at):
+        self.at = at
+
+    def before_run(self, runner):
+        if self.at == 'start':
+            self._wait(runner)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at:
+            self._wait(runner)
+
+    def _wait(self, runner):
+        note = Path(runner.work_dir) / f'held_{get_rank()}'
+        if note.exists():
+            return
+        note.touch()
+        (stop,) = (hook for hook in runner.hooks if isinstance(hook, StopHook))
+        end = time.monotonic() + 150
+        while not stop.signal:
+            assert time.monotonic() < end, 'no signal came'
+            time.sleep(0.05)

@@ -213,7 +213,7 @@ def test_what_would_cut_weights_into_pieces_is_refused(config):
 COMMANDS = """#!/usr/bin/env bash
 echo "$(basename "$0")$(printf ' %q' "$@")" >> "$LOG"
 case $(basename "$0") in
-    squeue) echo "${STATE:-RUNNING}" ;;
+    scontrol) echo "JobId=7 JobState=${STATE:-RUNNING} PreemptTime=${PREEMPTED:-None} SuspendTime=None" ;;
     srun) [ -z "${STOPPED:-}" ] || { sleep 0.02; touch "$STOPPED"; exit 75; } ;;
 esac
 """
@@ -225,7 +225,7 @@ def script(tmp_path):
     """Runs a script of tools/ in tmp_path with commands of slurm that do nothing; returns how these were called."""
     folder, log = tmp_path / 'bin', tmp_path / 'calls'
     folder.mkdir()
-    for name in ('sbatch', 'srun', 'squeue', 'scontrol'):
+    for name in ('sbatch', 'srun', 'scontrol'):
         (folder / name).write_text(COMMANDS)
         (folder / name).chmod(0o755)
 
@@ -276,9 +276,10 @@ def test_slurm_train_in_its_job(script):
     [
         (dict(STOPPED='work dir/stopped.pth'), True),
         (dict(STOPPED='another file'), False),
+        (dict(STOPPED='another file', PREEMPTED='2026-01-31T10:00:00'), True),
         (dict(STOPPED='work dir/stopped.pth', STATE='COMPLETING'), False),
     ],
-    ids=['stopped', 'failed', 'cancelled'],
+    ids=['stopped', 'failed', 'preempted at its start', 'cancelled'],
 )
 def test_slurm_train_requeues_what_was_stopped_only(script, tmp_path, variables, requeued):
     (tmp_path / 'work dir').mkdir()

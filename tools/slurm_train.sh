@@ -31,9 +31,12 @@ touch "$work_dir/.started"
 code=0
 srun --cpus-per-task="$cpus" --kill-on-bad-exit=1 python -u "$(dirname "$0")/train.py" "$config" --launcher slurm \
     --work-dir "$work_dir" --resume "${@:5}" || code=$?
-# The exit code tells nothing: srun may kill the second process that stops. A cancelled job is not RUNNING any more.
-if [ "$code" -ne 0 ] && [ "$work_dir/stopped.pth" -nt "$work_dir/.started" ] &&
-    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+# The exit code tells nothing: srun may kill the second process that stops. A job that is preempted while its processes start
+# has saved nothing, and has nothing to save. A cancelled job is not RUNNING any more.
+[ "$code" -ne 0 ] || exit 0
+job=$(scontrol show job --oneliner "$SLURM_JOB_ID") || exit "$code"
+if [[ $job == *JobState=RUNNING* ]] &&
+    { [ "$work_dir/stopped.pth" -nt "$work_dir/.started" ] || [[ $job == *PreemptTime=[0-9]* ]]; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
