@@ -86,8 +86,8 @@ def noise(title: str) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*MODELS[title][1], 3), np.uint8)
 
 
-def write_graphs(title: str, folder: Path) -> dict[str, Any]:
-    """Export a model in float and at all bits; returns its parts and their example inputs."""
+def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any]:
+    """Export a model in float and with these settings; returns its parts and their example inputs."""
     model = float_model(title)
     parts = parts_of(model, task_of(model.cfg))
     inputs = example_inputs(model, parts, lambda: infer(model, noise(title)))
@@ -97,8 +97,8 @@ def write_graphs(title: str, folder: Path) -> dict[str, Any]:
             outputs = part.module(inputs[part.name])
         graph = export_onnx(part.module, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
         (folder / f'float.{part.name}.onnx').write_bytes(graph.SerializeToString())
-    for name, setting in SETTINGS.items():
-        quantized = quant_model(title, setting)
+    for name in settings:
+        quantized = quant_model(title, SETTINGS[name])
         topology = record(quantized, lambda q=quantized: infer(q, noise(title)))
         merged = merge_model(quantized, topology)
         fused = whole = 0
@@ -131,7 +131,7 @@ def contestants(
 
     runs: dict[tuple[str, str], Callable[[], Any]] = {('torch', 'float'): eager}
     for backend in RUNTIMES:
-        for bits in ('float', *SETTINGS):
+        for bits in ('float', *found['kernels']):
             opened = [
                 (open_runtime(backend, folder / f'{bits}.{part.name}.onnx', threads), inputs[part.name])
                 for part in found['parts']
@@ -189,8 +189,8 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 progress.update(bar, description=f'{title}: exporting')
-                found = write_graphs(title, folder)
-                files = {b: [folder / f'{b}.{p.name}.onnx' for p in found['parts']] for b in ('float', *SETTINGS)}
+                found = write_graphs(title, folder, args.settings)
+                files = {b: [folder / f'{b}.{p.name}.onnx' for p in found['parts']] for b in ('float', *args.settings)}
                 memory = {(k, b): memory_in_fresh_process(k, f) for k in RUNTIMES for b, f in files.items()}
                 progress.advance(bar)
                 for batch in args.batches:
@@ -236,6 +236,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', choices=list(MODELS), default=list(MODELS), help='default: all')
+    parser.add_argument('--settings', nargs='+', choices=list(SETTINGS), default=list(SETTINGS), help='default: all')
     parser.add_argument('--batches', nargs='+', type=int, default=[1, 8], help='default: %(default)s')
     parser.add_argument('--threads', nargs='+', type=int, default=[1, 2], help='default: %(default)s')
     parser.add_argument('--rounds', type=int, default=10, help='timed calls of each contestant (default: %(default)s)')

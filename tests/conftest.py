@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -68,30 +69,31 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope='session')
-def server():
-    command = [sys.executable, '-c', SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV) as process:
-        while (line := process.stdout.readline()) != 'ready\n':  # the libraries print while they are imported
-            assert line, 'the server ended'
-        yield process
-        process.stdin.close()
+def run_in(tmp_path_factory):
+    """Runs a tool in a folder as one process for each dict of environment variables."""
+    output = tmp_path_factory.mktemp('output')
 
-
-@pytest.fixture
-def run_all(server, tmp_path, tmp_path_factory):
-    """Runs a tool in tmp_path as one process for each dict of environment variables."""
-    folder = tmp_path_factory.mktemp('output')
-
-    def run_all(variables, tool, *args):
+    def run_in(folder, variables, tool, *args):
         command = [str(part) for part in (tool, *args)]
-        outputs = [[str(folder / f'{name}{i}') for name in ('stdout', 'stderr')] for i in range(len(variables))]
-        server.stdin.write(json.dumps([command, str(tmp_path), list(zip(outputs, variables))]) + '\n')
+        outputs = [[str(output / f'{name}{i}') for name in ('stdout', 'stderr')] for i in range(len(variables))]
+        server.stdin.write(json.dumps([command, str(folder), list(zip(outputs, variables))]) + '\n')
         server.stdin.flush()
         codes = map(int, server.stdout.readline().split())
         texts = [[Path(path).read_text() for path in paths] for paths in outputs]
         return [subprocess.CompletedProcess(command, code, *text) for code, text in zip(codes, texts)]
 
-    return run_all
+    command = [sys.executable, '-c', SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV) as server:
+        while (line := server.stdout.readline()) != 'ready\n':  # the libraries print while they are imported
+            assert line, 'the server ended'
+        yield run_in
+        server.stdin.close()
+
+
+@pytest.fixture
+def run_all(run_in, tmp_path):
+    """Does so in tmp_path."""
+    return functools.partial(run_in, tmp_path)
 
 
 @pytest.fixture

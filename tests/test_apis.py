@@ -1,9 +1,5 @@
 """gdrq_mm.apis, tools/infer.py: a model predicts the same outside the runner, with the libraries' functions too."""
 
-import os
-import subprocess
-import sys
-
 import cv2
 import mmdet.apis
 import mmpretrain.apis
@@ -161,16 +157,13 @@ def test_a_model_without_a_checkpoint(trained):
 # ---- tools/infer.py -------------------------------------------------------------------------------------------------
 
 
-def run(folder, *arguments):
-    command = [sys.executable, ROOT / 'tools/infer.py', *arguments]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+INFER = ROOT / 'tools/infer.py'
 
 
-def test_the_tool_writes_a_picture(trained, tmp_path):
+def test_the_tool_writes_a_picture(trained, tmp_path, run):
     task, _, checkpoint, expected = trained
     path = next(iter(expected))
-    done = run(tmp_path, ROOT / 'configs' / CONFIGS[task], checkpoint, path, '--out', 'new/drawn.png')
+    done = run(INFER, ROOT / 'configs' / CONFIGS[task], checkpoint, path, '--out', 'new/drawn.png')
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == 'new/drawn.png'
     assert cv2.imread(str(tmp_path / 'new/drawn.png')).shape[0] >= 280
@@ -185,12 +178,12 @@ def test_the_tool_writes_a_picture(trained, tmp_path):
         ('text.png', 'text.png/a.png', 'text.png'),
     ],
 )
-def test_bad_input_ends_in_one_line(data, tmp_path, image, out, message):
+def test_bad_input_ends_in_one_line(data, tmp_path, run, image, out, message):
     (tmp_path / 'text.png').write_text('not a picture')
     config = ROOT / 'configs/cls/resnet18_w16_digits.py'
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         torch.save(init_model(config).state_dict(), tmp_path / 'float.pth')
-    done = run(tmp_path, config, 'float.pth', image, '--out', out)
+    done = run(INFER, config, 'float.pth', image, '--out', out)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert message in done.stderr.splitlines()[-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ['float.pth', 'text.png']

@@ -174,9 +174,11 @@ def test_a_config_builds_a_model_of_its_kind(path):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    """A folder that holds data/digits."""
+    """A folder that holds data/digits, with few pictures."""
     home = tmp_path_factory.mktemp('home')
-    digits.build(home / 'data/digits', show_progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, 'COUNTS', {'cls': {'train': 64, 'test': 20}, 'scenes': {'train': 16, 'test': 4}})
+        digits.build(home / 'data/digits', show_progress=False)
     return home
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -381,18 +380,12 @@ def test_bad_data(error_of, digits_copy, task, path, damage, fragments):
         assert error_of(TEST, ROOT / 'configs' / CONFIGS[task], 'x.pth') == message
 
 
-def test_a_worker_process_names_the_file_too(tmp_path, digits_copy):
-    """As a user runs it: one line, exit code 1; in the middle of training."""
+def test_a_worker_process_names_the_file_too(tmp_path, digits_copy, run):
+    """One line, exit code 1; in the middle of training."""
     path = next(digits_copy.glob('cls/train/7/*'))
     path.write_text('junk')
-    command = [sys.executable, TRAIN, ROOT / 'configs' / CONFIGS['cls'], '--no-validate', '--cfg-options']
-    done = subprocess.run(
-        [*command, 'train_dataloader.num_workers=1', 'train_dataloader.batch_size=8'],
-        cwd=tmp_path,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-    )
+    command = (TRAIN, ROOT / 'configs' / CONFIGS['cls'], '--no-validate', '--cfg-options')
+    done = run(*command, 'train_dataloader.num_workers=1', 'train_dataloader.batch_size=8')
     assert done.returncode == 1
     named = f'error: {path.relative_to(tmp_path)} cannot be read: damaged or not a picture'
     assert done.stderr.startswith(named) and len(done.stderr.splitlines()) == 1, done.stderr

@@ -72,7 +72,7 @@ def wrong(graph, seen, x, out):
     return {name: next((p.name for p in pieces if p.wrong), None) for name, pieces in found.items()}
 
 
-@settings(deadline=None, max_examples=16, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(KINDS),
     channels=st.tuples(st.integers(1, 5), st.integers(1, 6)),
@@ -126,10 +126,16 @@ def trained_network(**quantization):
     return model, topology, x
 
 
+@functools.cache
+def exported_network(bits, groups):
+    """A trained network, its input, its graph, and what the trained one saw and gave: made once, not to be changed."""
+    model, topology, x = trained_network(weight=dict(bits=bits, groups=groups), activation=dict(bits=bits))
+    return model, x, *exported(model, topology, x)
+
+
 @pytest.mark.parametrize('bits', [2, 3, 4, 8])
 def test_every_layer_runs_as_an_integer_kernel(bits):
-    model, topology, x = trained_network(weight=dict(bits=bits), activation=dict(bits=bits))
-    graph, seen, out = exported(model, topology, x)
+    model, x, graph, seen, out = exported_network(bits, 4)
     ran = kernels(graph)
     assert sum(ran[kind] for kind in FUSED) == len(quant_layers(model)) == 7
     assert ran['Conv'] == ran['FusedConv'] == ran['Gemm'] == ran['MatMul'] == 0
@@ -137,10 +143,7 @@ def test_every_layer_runs_as_an_integer_kernel(bits):
 
 
 def test_groups_cost_nothing():
-    graphs = []
-    for groups in (1, 4, 'channel'):
-        model, topology, x = trained_network(weight=dict(groups=groups))
-        graphs.append(exported(model, topology, x)[0])
+    graphs = [exported_network(4, groups)[2] for groups in (1, 4, 'channel')]
     one, four, channel = ([(n.op_type, list(n.input)) for n in graph.graph.node] for graph in graphs)
     assert one == four == channel
     assert kernels(graphs[0]) == kernels(graphs[1]) == kernels(graphs[2])
@@ -179,7 +182,7 @@ def test_float_additions_are_slower_but_right():
 UNEVEN = ('hwgq', 'ttq', 'syq', 'log2')
 
 
-@pytest.mark.parametrize('method', [name for name in METHODS if name not in UNEVEN])
+@pytest.mark.parametrize('method', [name for name in METHODS if name not in (*UNEVEN, 'gdrq')])  # gdrq: see above
 def test_uniform_methods_export(method):
     bits = min(4, WEIGHT_METHODS[METHODS[method][0]].allowed_bits[-1])
     model, topology, x = trained_network(method=method, weight=dict(bits=bits))
@@ -188,8 +191,7 @@ def test_uniform_methods_export(method):
 
 
 def test_the_batch_is_open_and_the_whole_graph_predicts_the_same():
-    model, topology, x = trained_network()
-    graph, _, _ = exported(model, topology, x)
+    model, x, graph, *_ = exported_network(4, 4)
     for backend in RUNTIMES:
         run = open_runtime(backend, graph.SerializeToString())
         for batch in (1, 3, 4):
@@ -240,9 +242,8 @@ def change(graph, name, function):
     ],
 )
 def test_a_broken_graph_is_seen_where_it_is_broken(name, function, place):
-    model, topology, x = trained_network()
-    graph, seen, out = exported(model, topology, x)
-    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+    _, x, whole_graph, seen, out = exported_network(4, 4)  # that it is right is tested above
+    graph = copy.deepcopy(whole_graph)
     change(graph, name, function)
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES, place)
 

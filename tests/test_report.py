@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -93,11 +92,10 @@ def folder(digits_root, float_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def html(folder):
+def html(folder, run_in):
     """The report of it, as the tool writes it."""
     out = folder.parent / 'new' / 'report.html'
-    command = [sys.executable, ROOT / 'tools/compare_results.py', folder, '--html', out]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+    (done,) = run_in(folder.parent, [{}], ROOT / 'tools/compare_results.py', folder, '--html', out)
     assert done.returncode == 0, done.stderr
     assert os.listdir(out.parent) == ['report.html']
     return out.read_text()

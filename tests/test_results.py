@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import re
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
@@ -209,17 +207,15 @@ def test_published_numbers_stand_in_a_column_of_their_own(checkpoint):
     assert row['published'] == ''
 
 
-def compare(folder, *arguments):
-    command = [sys.executable, ROOT / 'tools/compare_results.py', *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+COMPARE = ROOT / 'tools/compare_results.py'
 
 
-def test_the_tool_writes_every_format(checkpoint, tmp_path):
+def test_the_tool_writes_every_format(checkpoint, tmp_path, run):
     write_record(record(checkpoint, 92.0, False), tmp_path / 'float.json')
     (tmp_path / 'run').mkdir()
     write_record(record(checkpoint, 91.0, True), tmp_path / 'run/record.json')
     (tmp_path / 'run/scalars.json').write_text('{"loss": 1}')
-    done = compare(tmp_path, 'float.json', 'run', '--markdown', 'new/table.md', '--csv', 'new/table.csv')
+    done = run(COMPARE, 'float.json', 'run', '--markdown', 'new/table.md', '--csv', 'new/table.csv')
     assert done.returncode == 0, done.stderr
     assert 'GDRQ' in done.stdout and '91.00' in done.stdout and '1.00' in done.stdout
     assert '| GDRQ | W4A4 | 91.00 |' in (tmp_path / 'new/table.md').read_text()
@@ -238,13 +234,13 @@ def test_the_tool_writes_every_format(checkpoint, tmp_path):
         (['float.json', 'run.json', '--csv', 'float.json/a.csv'], 'float.json'),
     ],
 )
-def test_bad_records_end_in_one_line(checkpoint, tmp_path, arguments, message):
+def test_bad_records_end_in_one_line(checkpoint, tmp_path, run, arguments, message):
     write_record(record(checkpoint, 92.0, False), tmp_path / 'float.json')
     write_record(record(checkpoint, 91.0, True), tmp_path / 'run.json')
     (tmp_path / 'damaged.json').write_text('{"record_version": 2, ')
     (tmp_path / 'old.json').write_text('{"record_version": 1}')
     (tmp_path / 'empty').mkdir()
-    done = compare(tmp_path, *arguments)
+    done = run(COMPARE, *arguments)
     assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]
 
 

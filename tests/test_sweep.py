@@ -17,12 +17,6 @@ from tests.helpers import ROOT, tiny_config
 from tools import sweep as tool
 
 
-def run(folder, tool, *arguments):
-    command = [sys.executable, ROOT / f'tools/{tool}.py', *arguments]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '200'}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
 def sweep(*arguments):
     """tools/sweep.py in this process; its cells are processes of their own."""
     with pytest.MonkeyPatch.context() as patch:
@@ -123,13 +117,13 @@ def test_cells_become_slurm_jobs(folder):
     assert subprocess.run(['bash', 'jobs.sh'], cwd=folder, env=env).returncode == 0
 
 
-def test_all_errors_are_named_at_once_before_anything_runs(folder):
+def test_all_errors_are_named_at_once_before_anything_runs(folder, run):
     write_sweep(folder, methods=['lsqq', 'xnor'], bits=['w4a4', '4'], seeds=['one'], verions={})
     with pytest.raises(UserError) as error:
         read_sweep('sweep.py')
     assert "runs[0] has no key 'verions'; did you mean 'variants'?" in str(error.value)
     write_sweep(folder, methods=['lsqq', 'xnor'], bits=['w4a4', '4'], seeds=[0, True])
-    done = run(folder, 'sweep', 'sweep.py')
+    done = run(ROOT / 'tools/sweep.py', 'sweep.py')
     assert done.returncode == 1 and 'Traceback' not in done.stderr and len(find_records(['records'])) == 3
     for message in (
         'errors in sweep.py',
@@ -185,11 +179,11 @@ def test_a_record_of_other_settings_is_not_taken_for_the_cell(folder):
 # ---- tools/calibrate.py ---------------------------------------------------------------------------------------------
 
 
-def test_calibration_writes_a_checkpoint_that_evaluates(folder, float_checkpoint):
-    done = run(folder, 'calibrate', 'quantized.py', float_checkpoint, '--out', 'new/ptq.pth', '--work-dir', 'w')
+def test_calibration_writes_a_checkpoint_that_evaluates(folder, float_checkpoint, run):
+    done = run(ROOT / 'tools/calibrate.py', 'quantized.py', float_checkpoint, '--out', 'new/ptq.pth', '--work-dir', 'w')
     assert done.returncode == 0, done.stderr
     assert 'python tools/test.py quantized.py new/ptq.pth' in done.stdout + done.stderr
-    done = run(folder, 'test', 'quantized.py', 'new/ptq.pth', '--work-dir', 'w')
+    done = run(ROOT / 'tools/test.py', 'quantized.py', 'new/ptq.pth', '--work-dir', 'w')
     assert done.returncode == 0, done.stderr
     record = json.loads((folder / 'w/record.json').read_text())
     assert record['model']['stage'] == 'quantize' and record['training']['iter'] == 0
@@ -204,8 +198,8 @@ def test_calibration_writes_a_checkpoint_that_evaluates(folder, float_checkpoint
         (['quantized.py', 'FLOAT', '--out', '.'], '--out . is a folder'),
     ],
 )
-def test_what_cannot_be_calibrated_ends_in_one_line(folder, float_checkpoint, arguments, message):
+def test_what_cannot_be_calibrated_ends_in_one_line(folder, float_checkpoint, run, arguments, message):
     arguments = [float_checkpoint if argument == 'FLOAT' else argument for argument in arguments]
-    done = run(folder, 'calibrate', *arguments, '--work-dir', 'w')
+    done = run(ROOT / 'tools/calibrate.py', *arguments, '--work-dir', 'w')
     assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]
     assert not list((folder / 'w').rglob('*.pth'))

@@ -53,10 +53,11 @@ def error_of(run, tmp_path):
 
 
 @pytest.fixture(scope='session')
-def data(tmp_path_factory):
+def data(tmp_path_factory, run_in):
     """The folder that holds data/digits."""
     folder = tmp_path_factory.mktemp('digits')
-    subprocess.run([sys.executable, PREPARE, 'digits'], cwd=folder, env=ENV, check=True, stdout=subprocess.DEVNULL)
+    (done,) = run_in(folder, [{}], PREPARE, 'digits')
+    assert done.returncode == 0, done.stderr
     return folder
 
 
