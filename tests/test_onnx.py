@@ -183,6 +183,19 @@ def test_convolutions_in_front_of_activation_functions_run_as_integer_kernels_af
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
+@pytest.mark.parametrize('bits', [3, 8])
+@pytest.mark.parametrize('function', [nn.ReLU6, lambda: nn.Hardtanh(-0.6, 0.7)], ids=['ReLU6', 'Hardtanh'])
+def test_a_function_that_clips_is_taken_up_by_the_clip_of_the_codes(function, bits):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), function(), nn.MaxPool2d(2), nn.Conv2d(8, 2, 1))
+    model[1].weight.data.fill_(4)
+    x = torch.randn(4, 3, 10, 10)
+    model, topology = prepared(model.eval(), x, bits=bits, deployable=True)
+    model[4].input_quant.threshold *= 2  # else the quantizer clips as much
+    graph, seen, out = exported(model, topology, x)
+    assert kernels(graph)['QLinearConv'] == 1
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+
+
 def test_a_quantizer_that_calibration_did_not_reach_passes_its_values():
     model, topology, x = trained_network()
     model.one.bn2.output_quant.set_state(stage=Stage.FLOAT)
