@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 """Latency, file size and memory of exported models beside float, in both runtimes.
 
-Contestants: torch float; ONNX Runtime and OpenVINO with the float graph (float32) and with the exported W8A8, W4A4 and
-W2A4 ones, W4A4 with other groups and with float additions. A two-stage detector is the sum of its graphs. Weights are
-random, calibrated on noise: speed does not depend on them. Every round runs each contestant in an order drawn anew; the
-ratio is that of the medians to float in the same runtime. Peak memory is what loading and one call of batch 1 add to a
-fresh process. Prints tables, writes a JSON.
+Contestants: torch float; ONNX Runtime and OpenVINO with the float graph (float32, batch normalization merged) and with
+the exported W8A8, W4A4 and W2A4 ones, W4A4 with other groups and with float additions. A two-stage detector is the sum
+of its graphs. Weights are random, calibrated on noise: speed does not depend on them. Every round runs each contestant
+in an order drawn anew; the ratio is that of the medians to float in the same runtime. Peak memory is what loading and
+one call of batch 1 add to a fresh process. Prints tables, writes a JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import random
 import statistics
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from mmcv.cnn import fuse_conv_bn
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -48,6 +50,7 @@ MODELS = {
     'ResNet-18': ('configs/cls/resnet18_gdrq_w4a4.py', (224, 224)),
     'ResNet-50': ('configs/cls/resnet50_gdrq_w4a4.py', (224, 224)),
     'PSPNet R18': ('configs/seg/pspnet_r18_gdrq_w4a4_camvid.py', (180, 240)),
+    'YOLOX': ('configs/det/yolox_nano_gdrq_w4a4_bccd.py', (480, 640)),
     'Faster R-CNN R18': ('configs/det/faster_rcnn_r18_gdrq_w4a4_bccd.py', (480, 640)),
 }
 """Title -> config, and size of a picture."""
@@ -95,7 +98,8 @@ def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any
     for part in parts:
         with torch.no_grad():
             outputs = part.module(inputs[part.name])
-        graph = export_onnx(part.module, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
+        merged = fuse_conv_bn(copy.deepcopy(part.module))  # ONNX Runtime does not do it with what torch exports
+        graph = export_onnx(merged, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
         (folder / f'float.{part.name}.onnx').write_bytes(graph.SerializeToString())
     for name in settings:
         quantized = quant_model(title, SETTINGS[name])

@@ -1,7 +1,8 @@
 """Which layers cost the accuracy: what quantization does to each tensor, and the metric with one layer quantized.
 
 A part of the model is what is quantized alone: a layer with its weight and input, an input that several layers read
-through one quantizer, or an operand of an addition. Layers that are not deployed (auxiliary heads) are left out.
+through one quantizer, or an output that `deployable` quantizes. Layers that are not deployed (auxiliary heads) are
+left out.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def parts_of(model: nn.Module) -> list[Part]:
     for name, quant in activation_quantizers(model).items():
         place = name.removesuffix('.output_quant')
         if place != name and deployed(place) and _in_use(quant):
-            parts.append(Part(f'{place} (operand)', 'addition', (place,), None, _in_use(quant)))
+            parts.append(Part(f'{place} (output)', 'output', (place,), None, _in_use(quant)))
     return parts
 
 

@@ -99,7 +99,8 @@ class Quantization:
     """Bits of weights and inputs of the first and last layers (METHOD: section 5); a float side stays float."""
     deployable: bool = True
     """Simulate what the integer graph needs: one quantizer for all readers of a tensor, 8-bit operands of additions,
-    and in evaluation biases that are whole multiples of one unit of the integer sums."""
+    8-bit outputs of convolutions in front of an activation function other than ReLU, and in evaluation biases that are
+    whole multiples of one unit of the integer sums."""
     schedule: Schedule = Schedule()
     calibration_batches: int = 8
     """Training batches from which thresholds start (ours)."""

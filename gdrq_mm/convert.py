@@ -42,8 +42,9 @@ class Report:
     """What became of each layer."""
 
     layers: list[LayerReport]
-    additions: list[tuple[str, str]]
-    """Module whose output is quantized for an addition, or a place with the reason why it is not."""
+    outputs: list[tuple[str, str, str]]
+    """Module whose output is quantized, or a place with the reason why it is not; in front of what, 'addition' or
+    'activation'; bits or reason."""
 
 
 def bare_model(model: nn.Module) -> Any:
@@ -57,7 +58,7 @@ def mute_leaves(model: nn.Module) -> None:
     """Evaluation mode for the modules without children, BN and dropout among them; the others keep theirs.
 
     Some models compute a loss in training mode only (Deformable DETR, PIDNet). A quantizer is no child here: BN has one
-    where its output is an operand of an addition.
+    where its output is quantized.
     """
     for module in model.modules():
         if all(isinstance(child, (ActivationQuantizer, WeightQuantizer)) for child in module.children()):
@@ -70,7 +71,7 @@ def quant_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Name -> activation quantizer, each once: inputs of layers and operands of additions."""
+    """Name -> activation quantizer, each once: inputs of layers, and outputs that `deployable` quantizes."""
     return {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
 
 
@@ -130,17 +131,17 @@ def quantize_model(model: nn.Module, config: Quantization, topology: Topology | 
                 parent._modules[child_name] = replaced[child]
     if topology is not None:
         split_levels(model, quant_layers(model), topology)
-    additions: list[tuple[str, str]] = []
+    outputs: list[tuple[str, str, str]] = []
     if config.deployable and topology is not None:
         _share_inputs(model, topology)
-        additions = _quantize_additions(model, config, topology)
+        outputs = _quantize_outputs(model, config, topology, edges)
         _round_biases(model, topology)
     for name, quantizer in activation_quantizers(model).items():
         quantizer.name = name.replace('.own_input_quant', '')
     for name, layer in quant_layers(model).items():
         if layer.weight_quant is not None:
             layer.weight_quant.name = name
-    return Report(rows, additions)
+    return Report(rows, outputs)
 
 
 def _has_filters(module: nn.Module) -> bool:
@@ -204,27 +205,51 @@ def _round_biases(model: nn.Module, topology: Topology) -> None:
 
 
 def quantize_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-    """Forward hook of a module whose output is an operand of an addition."""
+    """Forward hook of a module whose output is quantized."""
     return module.output_quant(out)  # type: ignore[operator]
 
 
-def _quantize_additions(model: nn.Module, config: Quantization, topology: Topology) -> list[tuple[str, str]]:
-    """Put an 8-bit quantizer behind each module that makes an operand of an addition."""
+def _quantize_outputs(
+    model: nn.Module, config: Quantization, topology: Topology, edges: dict[str, str]
+) -> list[tuple[str, str, str]]:
+    """Put an 8-bit quantizer behind what is added, and behind convolutions in front of an activation function."""
     if config.activation.bits == FLOAT_BITS:
         return []
     settings = dataclasses.replace(config.activation.with_bits(8), range='auto')
     modules = dict(model.named_modules())
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[str, str, str]] = []
     done: set[str] = set()
+
+    def quantize(name: str, before: str) -> None:
+        done.add(name)
+        modules[name].add_module('output_quant', make_activation_quantizer(settings))
+        modules[name].register_forward_hook(quantize_output)
+        rows.append((name, before, '8 bits'))
+
     for addition in topology.additions:
         for side, producers in enumerate(addition.operands):
             usable = [p for p in producers if topology.calls[p] == 1 and not isinstance(modules[p], _CONTAINERS)]
             if not usable:
                 why = 'made by a function' if not producers else 'made by a module that is called several times'
-                rows.append((f'{addition.module or "model"}, operand {side}', f'float: {why}'))
+                rows.append((f'{addition.module or "model"}, operand {side}', 'addition', f'float: {why}'))
             elif not done.intersection(producers):
-                done.add(usable[0])
-                modules[usable[0]].add_module('output_quant', make_activation_quantizer(settings))
-                modules[usable[0]].register_forward_hook(quantize_output)
-                rows.append((usable[0], '8 bits'))
+                quantize(usable[0], 'addition')
+    for name in _before_activations(model, topology, edges):
+        if name not in done:
+            quantize(name, 'activation')
     return rows
+
+
+def _before_activations(model: nn.Module, topology: Topology, edges: dict[str, str]) -> list[str]:
+    """Convolutions, or their batch normalization, all of whose results an activation function other than ReLU reads.
+
+    The integer kernel of a convolution needs a quantized output; behind ReLU the quantizer of the next layer is one.
+    Linear layers do not need it, and the last layers are left: their output is that of the model.
+    """
+    norms = mergeable_norms(model, topology)
+    ends = {
+        norms.get(name, name): None
+        for name, layer in quant_layers(model).items()
+        if FLOAT_BITS not in layer.bits and isinstance(layer, nn.Conv2d) and edges.get(name) != 'last'
+    }
+    return [name for name in ends if len(topology.activated.get(name, ())) == topology.calls.get(name)]

@@ -89,10 +89,10 @@ def layer_table(model: nn.Module, report: Report) -> str:
             note,
         )
     modules = dict(model.named_modules())
-    for place, what in report.additions:
+    for place, before, what in report.outputs:
         quant = getattr(modules.get(place), 'output_quant', None)
         bits = str(quant.bits_in_use) if quant is not None else str(FLOAT_BITS)
-        table.add_row(place, 'addition', '', '', '', bits, _range(quant), what)
+        table.add_row(place, before, '', '', '', bits, _range(quant), what)
     console = Console(file=io.StringIO(), width=240)
     console.print(table)
     text = '\n'.join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """What feeds what in a model, recorded during one eager prediction: no torch.fx, no tracing.
 
-Forward hooks tell which module reads and returns which tensor; a TorchFunctionMode tells the operands of additions. A
-tensor is known by its identity and version, so an in-place ReLU makes a new one.
+Forward hooks tell which module reads and returns which tensor; a TorchFunctionMode tells the operands of additions and
+what activation functions read. A tensor is known by its identity and version, so an in-place ReLU makes a new one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 Key = tuple[int, int]
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+_ACTIVATIONS = set(
+    'celu elu gelu hardsigmoid hardswish leaky_relu logsigmoid mish prelu rrelu selu sigmoid silu softplus tanh'.split()
+)
+"""Names of functions that a runtime cannot take up into the clip of a quantizer, as it does ReLU."""
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -45,6 +49,8 @@ class Topology:
     norms: dict[str, str] = field(default_factory=dict)
     """Convolution -> the batch normalization that reads its output."""
     additions: list[Addition] = field(default_factory=list)
+    activated: dict[str, set[Key]] = field(default_factory=dict)
+    """Module -> those of its results that an activation function other than ReLU reads."""
 
 
 def _key(tensor: Tensor) -> Key:
@@ -76,6 +82,9 @@ class _Recorder(TorchFunctionMode):
                 operands = tuple(self.producers.get(_key(t), [])[:] for t in (a, b))
                 name = self.stack[-1] if self.stack else ''
                 self.topology.additions.append(Addition(name, (tuple(operands[0]), tuple(operands[1]))))
+        if getattr(func, '__name__', '').rstrip('_') in _ACTIVATIONS and pair and isinstance(pair[0], Tensor):
+            for producer in self.producers.get(_key(pair[0]), [])[:1]:
+                self.topology.activated.setdefault(producer, set()).add(_key(pair[0]))
         read = [self.made_by[k] for k in {_key(a) for a in args if isinstance(a, Tensor)} if k in self.made_by]
         out = func(*args, **(kwargs or {}))
         if isinstance(out, (Tensor, tuple)):  # a size or a type is no reading

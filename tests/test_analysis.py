@@ -147,7 +147,7 @@ def test_statistics_of_inputs(runner, found):
         handle.remove()
         x, step = torch.cat(seen).double().numpy(), float(quant.step())
         error = x - np.clip(np.round(x / step), quant.lo, quant.hi) * step
-        assert row.input.bits == (8 if row.kind == 'addition' else 4)
+        assert row.input.bits == (8 if row.kind == 'output' else 4)
         assert row.input.sqnr == pytest.approx(10 * np.log10((x**2).sum() / (error**2).sum()), abs=0.01)
         outside = (x > quant.hi * step) | (x < quant.lo * step)
         assert row.input.clip_ratio == pytest.approx(outside.mean(), abs=1e-5)
@@ -165,7 +165,7 @@ def test_every_quantizer_is_in_one_part(runner):
     assert len(counted) == len(set(counted)) == len(stages(runner))
     kinds = {part.name: part.kind for part in parts}
     assert kinds[f'{FORKED[0]} (input of 2)'] == 'shared input'
-    assert kinds['backbone.layer1.0.bn2 (operand)'] == 'addition'
+    assert kinds['backbone.layer1.0.bn2 (output)'] == 'output'
     shared = part_of(runner, f'{FORKED[0]} (input of 2)')
     assert shared.readers == FORKED and shared.layer is None
     for name in FORKED:
@@ -222,7 +222,7 @@ def test_a_part_alone_is_what_a_config_quantizes_alone(runner, found, digits_roo
     """By `skip`, or by `overrides` where only a weight or only an input is quantized."""
     quantization = copy.deepcopy(QUANTIZATION)
     part = part_of(runner, name)
-    if part.kind == 'shared input':  # additions are quantized only where inputs are by default
+    if part.kind == 'shared input':  # outputs are quantized only where inputs are by default
         quantization['activation'] = dict(bits=32)
         only_input = dict(weight=dict(bits=32), activation=dict(bits=4))
         quantization['overrides'] = {'*': FLOAT_SIDES, **dict.fromkeys(part.readers, only_input)}
@@ -308,13 +308,13 @@ def scripted(runner, monkeypatch):
 
 @pytest.mark.parametrize('reference', ['float', 'quantized'])
 def test_costs_and_their_order(runner, scripted, reference):
-    costs = {'head.fc': 2.0, f'{FORKED[0]} (input of 2)': 5.0, 'backbone.layer1.0.bn2 (operand)': -1.0}
+    costs = {'head.fc': 2.0, f'{FORKED[0]} (input of 2)': 5.0, 'backbone.layer1.0.bn2 (output)': -1.0}
     scripted(costs)
     found = analyze(runner, reference=reference, show_progress=False)
     assert (found.metric.unquantized, found.metric.quantized) == (90, 84)
     assert {row.name: row.cost for row in found.rows if row.cost} == costs
     names = [row.name for row in found.rows]
-    assert names[:2] == [f'{FORKED[0]} (input of 2)', 'head.fc'] and names[-1] == 'backbone.layer1.0.bn2 (operand)'
+    assert names[:2] == [f'{FORKED[0]} (input of 2)', 'head.fc'] and names[-1] == 'backbone.layer1.0.bn2 (output)'
     assert found.rows[0].metric == (85 if reference == 'float' else 89)
     assert (found.pictures, found.available) == (40, 40)
 

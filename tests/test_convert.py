@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.functional import silu
 
 from gdrq_mm.config import Quantization
 from gdrq_mm.convert import (
@@ -363,7 +364,7 @@ def test_operands_of_additions_are_quantized_at_8_bits_identity_shortcuts_too():
     report = quantize(model)
     # the shortcut of the first block is the stem's ReLU; that of the second the first block, whose ReLU runs twice
     assert outputs(model) == {'relu': 8, 'blocks.0.bn2': 8, 'blocks.0': 8, 'blocks.1.bn2': 8}
-    assert sorted(report.additions) == sorted((name, '8 bits') for name in outputs(model))
+    assert sorted(report.outputs) == sorted((name, 'addition', '8 bits') for name in outputs(model))
 
 
 def test_a_downsample_shortcut_is_quantized_behind_its_batch_normalization():
@@ -386,30 +387,30 @@ def test_an_operand_of_two_additions_is_quantized_once():
 
     model = Function(forward, a=conv(), b=conv(), c=conv(), last=conv())
     report = quantize(model)
-    assert [name for name, _ in report.additions] == ['a', 'c', 'b'] and len(model.a._forward_hooks) == 1
+    assert [name for name, *_ in report.outputs] == ['a', 'c', 'b'] and len(model.a._forward_hooks) == 1
 
 
 def test_no_operand_is_quantized_if_the_model_is_not_to_be_deployed():
     model = Net(Block(), Block(downsample=True))
-    assert quantize(model, deployable=False).additions == [] and outputs(model) == {}
+    assert quantize(model, deployable=False).outputs == [] and outputs(model) == {}
 
 
 def test_no_operand_is_quantized_if_activations_are_float():
     model = Net(Block())
-    assert quantize(model, activation=dict(bits=32)).additions == [] and outputs(model) == {}
+    assert quantize(model, activation=dict(bits=32)).outputs == [] and outputs(model) == {}
 
 
 def test_an_operand_that_a_function_made_stays_float_with_a_reason():
     model = Function(lambda m, x: m.last(m.a(x) + nn.functional.relu(m.b(x))), a=conv(), b=conv(), last=conv())
     report = quantize(model)
-    assert outputs(model) == {'a': 8} and report.additions[0] == ('a', '8 bits')
-    assert report.additions[1] == ('model, operand 1', 'float: made by a function')
+    assert outputs(model) == {'a': 8} and report.outputs[0] == ('a', 'addition', '8 bits')
+    assert report.outputs[1] == ('model, operand 1', 'addition', 'float: made by a function')
 
 
 def test_an_operand_of_a_module_called_twice_stays_float_with_a_reason():
     model = Function(lambda m, x: m.last(m.a(x) + m.a(2 * x)), a=conv(), last=conv())
     report = quantize(model)
-    assert outputs(model) == {} and {what.split(':')[0] for _, what in report.additions} == {'float'}
+    assert outputs(model) == {} and {what.split(':')[0] for *_, what in report.outputs} == {'float'}
 
 
 def test_the_operands_that_are_added_are_quantized():
@@ -446,6 +447,84 @@ def test_a_copied_model_quantizes_its_own_operands():
     assert model.relu.output_quant.calibrated and not other.relu.output_quant.calibrated
     other.train()(x)
     assert other.relu.output_quant.calibrated
+
+
+# ---- outputs in front of activation functions -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.Identity])
+def test_a_convolution_in_front_of_silu_is_quantized_behind_its_batch_normalization(norm):
+    model = Function(lambda m, x: m.last(silu(m.bn(m.a(x)))), a=conv(), bn=norm(4), last=conv())
+    report = quantize(model)
+    place = 'bn' if norm is nn.BatchNorm2d else 'a'
+    assert outputs(model) == {place: 8} and report.outputs == [(place, 'activation', '8 bits')]
+
+
+def test_the_activation_function_reads_what_was_quantized():
+    read = []
+
+    def forward(model, x):
+        read.append(model.a(x))
+        return model.last(silu(read[-1]))
+
+    model, x = Function(forward, a=conv(), last=conv()), image()
+    quantize(model, x)
+    calibrate(model, x)
+    model(x)
+    step = model.a.output_quant.step()
+    torch.testing.assert_close(read[-1], (read[-1] / step).round() * step)
+    assert len(read[-1].unique()) > 15  # 8 bits
+
+
+@pytest.mark.parametrize(
+    'forward',
+    [
+        lambda m, x: m.last(torch.relu(m.bn(m.a(x)))),  # the clip of the next quantizer takes it up
+        lambda m, x: silu(m.last(m.bn(m.a(x)))),  # the output of the model
+        lambda m, x: m.last(silu(m.group(m.a(x)))),  # not merged: the convolution does not end there
+        lambda m, x: m.last(silu(m.a(x)) + m.a(2 * x)),  # one call of two
+        lambda m, x: m.last(silu(m.up(x))),  # no integer kernel has it
+        lambda m, x: m.last(silu(m.fc(x))),  # its integer kernel has a float output
+    ],
+)
+def test_other_layers_keep_their_float_output(forward):
+    model = Function(
+        forward,
+        a=conv(),
+        bn=nn.BatchNorm2d(4),
+        group=nn.GroupNorm(1, 4),
+        up=nn.ConvTranspose2d(4, 4, 2),
+        fc=nn.Linear(8, 8),
+        last=conv(),
+    )
+    report = quantize(model)
+    assert outputs(model) == {} and not any(before == 'activation' for _, before, _ in report.outputs)
+
+
+@pytest.mark.parametrize(
+    'quantization',
+    [
+        dict(deployable=False),
+        dict(activation=dict(bits=32)),
+        dict(skip=['a']),
+        dict(overrides={'a': dict(weight=dict(bits=32))}),
+    ],
+    ids=str,
+)
+def test_an_output_of_what_does_not_become_an_integer_layer_stays_float(quantization):
+    model = Function(lambda m, x: m.last(silu(m.a(m.first(x)))), first=conv(), a=conv(), last=conv())
+    quantize(model, **quantization)
+    assert outputs(model) == {}
+
+
+def test_an_output_that_is_added_and_activated_is_quantized_once():
+    def forward(model, x):
+        y = model.a(x)
+        return model.last(y + silu(y))
+
+    model = Function(forward, a=conv(), last=conv())
+    report = quantize(model)
+    assert report.outputs[0] == ('a', 'addition', '8 bits') and len(model.a._forward_hooks) == 1
 
 
 # ---- wrappers and summary -------------------------------------------------------------------------------------------
@@ -543,7 +622,7 @@ def test_the_table_has_each_layer_with_its_bits_and_range():
     assert lines['fc'][:6] == ['fc', 'Linear', '20', '8', '4', '8'] and lines['fc'][-1] == 'last'
     assert lines['other'][:5] == ['other', 'OwnForward', '16', '32', '32']
     assert lines['blocks.0.bn2'][:4] == ['blocks.0.bn2', 'addition', '8', 'signed']
-    assert set(lines) >= {row.name for row in report.layers} | {name for name, _ in report.additions}
+    assert set(lines) >= {row.name for row in report.layers} | {name for name, *_ in report.outputs}
 
 
 def test_the_range_is_undecided_before_calibration():

@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from mmcv.cnn import ConvModule
+from mmdet.models.backbones.darknet import ResBlock
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
@@ -33,7 +35,7 @@ from gdrq_mm.deploy import (
 )
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.parts import parts_of
-from gdrq_mm.deploy.runtime import kernels, open_runtime
+from gdrq_mm.deploy.runtime import integer_layers, kernels, open_runtime
 from gdrq_mm.deploy.verify_onnx import record_codes, verify_onnx
 from gdrq_mm.errors import UserError
 from gdrq_mm.hooks.calibration import calibrate
@@ -161,6 +163,39 @@ def test_operands_of_an_addition_without_batch_normalization():
     model, topology = prepared(model.eval(), x, bits=8, deployable=True)
     assert 'output_quant' in model.a._modules
     graph, seen, out = exported(model, topology, x)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+
+
+@pytest.mark.parametrize('function', ['LeakyReLU', 'Swish'])
+def test_convolutions_in_front_of_activation_functions_run_as_integer_kernels_after_a_training_step(function):
+    """A stage of YOLOv3's backbone: convolutions with batch normalization, the function, and an addition."""
+    options = dict(norm_cfg=dict(type='BN'), act_cfg=dict(type=function))
+    stage = [ConvModule(3, 8, 3, padding=1, **options), ResBlock(8, **options), nn.Conv2d(8, 5, 1)]
+    model, x = nn.Sequential(*stage), torch.randn(4, 3, 12, 12)
+    model.train()(x)
+    model, topology = prepared(model.eval(), x, bits=8, deployable=True)
+    before = model[1].conv1.conv.weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.train()(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model[1].conv1.conv.weight, before)
+    graph, seen, out = exported(model.eval(), topology, x)
+    ran = kernels(graph)
+    assert (ran['QLinearConv'], ran['Conv'] + ran['FusedConv']) == (3, 1)  # the last one's output is that of the model
+    assert {'0.bn.output_quant', '1.conv1.bn.output_quant', '1.conv2.bn.output_quant'} < {name for name, _ in seen}
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+
+
+@pytest.mark.parametrize('bits', [3, 8])
+@pytest.mark.parametrize('function', [nn.ReLU6, lambda: nn.Hardtanh(-0.6, 0.7)], ids=['ReLU6', 'Hardtanh'])
+def test_a_function_that_clips_is_taken_up_by_the_clip_of_the_codes(function, bits):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), function(), nn.MaxPool2d(2), nn.Conv2d(8, 2, 1))
+    model[1].weight.data.fill_(4)
+    x = torch.randn(4, 3, 10, 10)
+    model, topology = prepared(model.eval(), x, bits=bits, deployable=True)
+    model[4].input_quant.threshold *= 2  # else the quantizer clips as much
+    graph, seen, out = exported(model, topology, x)
+    assert kernels(graph)['QLinearConv'] == 1
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
@@ -350,6 +385,12 @@ def test_export_json_says_what_a_program_needs(whole):
         assert {opset.domain for opset in model.opset_import} == {''}, 'standard operators only'
         shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
         assert shape == [0, *entry['shape']] and part in PARTS[name]
+
+
+@pytest.mark.parametrize('whole', ['yolox'], indirect=True)
+def test_all_convolutions_of_yolox_but_those_of_its_outputs_are_integer_kernels(whole):
+    _, _, _, folder, _ = whole
+    assert integer_layers(onnx.load(folder / 'model.onnx')) == (83 - 3 * 3, 83)  # boxes, classes, objectness
 
 
 def test_a_packed_file_predicts_what_torch_does(whole):

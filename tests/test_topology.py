@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
+from mmcv.cnn.bricks import build_activation_layer
 from torch.utils.checkpoint import checkpoint
 
 from gdrq_mm.topology import record
@@ -147,6 +148,52 @@ def test_an_in_place_addition_is_recorded():
 @pytest.mark.parametrize('other', [2.0, torch.ones(4, 1, 1)], ids=['number', 'bias'])
 def test_adding_a_constant_is_no_addition_of_two_activations(other):
     assert topology_of(Function(lambda m, x: m.a(x) + other, a=conv())).additions == []
+
+
+# ---- activation functions --------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    'nn.SiLU': nn.SiLU(),
+    'nn.SiLU in place': nn.SiLU(inplace=True),
+    'mmcv Swish': build_activation_layer(dict(type='Swish')),
+    'nn.LeakyReLU': nn.LeakyReLU(0.1),
+    'nn.LeakyReLU in place': nn.LeakyReLU(0.1, inplace=True),
+    'nn.Hardswish': nn.Hardswish(),
+    'nn.GELU': nn.GELU(),
+    'nn.Mish': nn.Mish(),
+    'nn.PReLU': nn.PReLU(),
+    'F.silu': nn.functional.silu,
+    'x * torch.sigmoid(x)': lambda x: x * torch.sigmoid(x),
+    'x.tanh()': lambda x: x.tanh(),
+    'x.sigmoid_()': lambda x: x.sigmoid_(),
+}
+
+
+@pytest.mark.parametrize('spelling', ACTIVATIONS)
+def test_what_an_activation_function_reads_is_recorded_however_it_is_written(spelling):
+    function = ACTIVATIONS[spelling]
+    children = dict(act=function) if isinstance(function, nn.Module) else {}
+    model = Function(lambda m, x: function(m.bn(m.a(x))), a=conv(), bn=nn.BatchNorm2d(4), **children)
+    activated = topology_of(model).activated
+    assert {name: len(results) for name, results in activated.items()} == {'bn': 1}
+
+
+@pytest.mark.parametrize('function', [torch.relu, nn.ReLU(inplace=True), nn.MaxPool2d(2), lambda x: x * 2], ids=str)
+def test_other_functions_are_no_activation_functions(function):
+    assert topology_of(Function(lambda m, x: function(m.a(x)), a=conv())).activated == {}
+
+
+def test_a_result_behind_relu_is_not_that_of_the_convolution():
+    assert topology_of(Function(lambda m, x: torch.sigmoid(torch.relu(m.a(x))), a=conv())).activated == {}
+
+
+def test_a_result_that_two_functions_read_is_one_and_not_all_results_need_be_read():
+    def forward(m, x):
+        y = m.a(x)
+        return torch.sigmoid(y) * torch.tanh(y) + torch.sigmoid(m.b(m.b(x)))
+
+    (one, two) = topology_of(Function(forward, a=conv(), b=conv())).activated.items()
+    assert (one[0], len(one[1])) == ('a', 1) and (two[0], len(two[1])) == ('b', 1)
 
 
 # ---- multiply-accumulates -------------------------------------------------------------------------------------------

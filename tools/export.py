@@ -127,7 +127,7 @@ def export() -> None:
     topology = record(model, lambda: infer(model, image))
     merged = merge_model(model, topology)
     if not model.cfg.quantization.get('deployable', False):
-        CONSOLE.print('The model was trained with deployable=False: additions stay float, which is slower.')
+        CONSOLE.print('The model was trained with deployable=False: more stays float, which is slower.')
     if args.format == 'packed':
         export_packed(model, merged, topology, image, out)
     else:

@@ -126,7 +126,7 @@ def _check(layer: QuantLayer, norm: _BatchNorm | None, name: str) -> None:
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """What is attached to the output of a module, such as the quantizer of an operand of an addition."""
+    """What is attached to the output of a module, such as its quantizer."""
     new._forward_hooks.update(old._forward_hooks)
     if 'output_quant' in old._modules:
         new.add_module('output_quant', old._modules['output_quant'])

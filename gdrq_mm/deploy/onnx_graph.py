@@ -17,6 +17,7 @@ def finish_graph(graph: Any) -> None:
     """Change a traced graph in place."""
     _merge_equal(graph)
     _quantize_before_pooling(graph)
+    _clip_codes(graph)
     _pack_weights(graph)
     read = {name for node in graph.node for name in node.input}
     for tensor in [t for t in graph.initializer if t.name not in read]:
@@ -105,6 +106,55 @@ def _quantize_before_pooling(graph: Any) -> None:
             graph.node.extend(nodes)
             moved = True
             break
+
+
+def _clip_codes(graph: Any) -> None:
+    """Where ReLU6 stands in front of a quantizer, clip the codes instead: rounding keeps the order, so it is the same.
+
+    A convolution in front of a float Clip is no integer kernel.
+    """
+    making, reading, values = makers(graph), readers(graph), initializers(graph)
+    kept = {output.name for output in graph.output}
+    for quantize, last, _ in list(quantizations(graph)):
+        clip = making.get(quantize.input[0])
+        if clip is None or clip.op_type != 'Clip' or len(reading[clip.output[0]]) > 1 or clip.output[0] in kept:
+            continue
+        bounds = [_constant(name, making) for name in clip.input[1:]]
+        if len(bounds) < 2 or any(bound is None for bound in bounds):
+            continue
+        scale, zero_point = values[quantize.input[1]], values[quantize.input[2]]
+        codes = [np.clip(np.round(bound / scale) + zero_point, 0, 255) for bound in bounds]
+        if last is not quantize:
+            codes = [np.maximum(codes[0], values[last.input[1]]), np.minimum(codes[1], values[last.input[2]])]
+            graph.node.remove(last)
+        name = last.output[0]
+        unclipped, ends = f'{name}.unclipped', [f'{name}.low', f'{name}.high']
+        for code, end in zip(codes, ends):
+            graph.initializer.append(numpy_helper.from_array(np.array(code, np.uint8), end))
+        place = list(graph.node).index(quantize)
+        quantize.input[0], quantize.output[0] = clip.input[0], unclipped
+        graph.node.insert(place + 1, helper.make_node('Clip', [unclipped, *ends], [name]))
+    _remove_unread(graph)
+
+
+def _constant(name: str, making: dict[str, Any]) -> np.ndarray | None:
+    """The value of a Constant behind casts to the type of what is clipped."""
+    node = making.get(name)
+    while node is not None and node.op_type in ('Cast', 'CastLike'):
+        node = making.get(node.input[0])
+    if node is None or node.op_type != 'Constant':
+        return None
+    value = helper.get_attribute_value(node.attribute[0])
+    return numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.array(value, np.float32)
+
+
+def _remove_unread(graph: Any) -> None:
+    kept = {output.name for output in graph.output}
+    for node in reversed(list(graph.node)):
+        if not kept.intersection(node.output):
+            graph.node.remove(node)
+        else:
+            kept.update(node.input)
 
 
 def _pack_weights(graph: Any) -> None:

@@ -43,9 +43,9 @@ class Row:
 
     name: str
     kind: str
-    """'layer': its weight, and its input if no other layer reads it; 'shared input'; 'addition': an operand of one."""
+    """'layer': its weight, and its input if no other layer reads it; 'shared input'; 'output': of a module."""
     readers: tuple[str, ...]
-    """The layers whose input it is; of an addition the module that makes the operand."""
+    """The layers whose input it is; of an output the module that makes it."""
     weight: Damage | None
     input: Damage | None
     """Of the values that the quantized model computes."""
@@ -139,7 +139,7 @@ def worst_first(rows: Sequence[Row]) -> list[Row]:
 
 
 def analysis_table(analysis: Analysis) -> Table:
-    """The table; W is the weight, A the input (of an addition its operand)."""
+    """The table; W is the weight, A the input, or the output."""
     title = analysis.metric.title if analysis.metric else ''
     table = Table(title=analysis.summary(), title_justify='left', title_style='', box=None, pad_edge=False)
     table.add_column('layer', min_width=max((len(row.name) for row in analysis.rows), default=0))
