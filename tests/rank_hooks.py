@@ -1,5 +1,6 @@
 """Hooks that a config names by path (type='tests.rank_hooks.Note'), for runs in processes of their own."""
 
+import ctypes
 import multiprocessing
 import signal
 import subprocess
@@ -35,6 +36,14 @@ class Kill(Hook):
             processes = (*multiprocessing.active_children(), multiprocessing.current_process())
             # Sent by another process: torch's data workers take a SIGTERM of their parent for the end of their work
             subprocess.run(['kill', f'-{self.number}', *(str(process.pid) for process in processes)], check=False)
+
+
+class AbortAtExit(Hook):
+    """Abort when the process ends, as C++ does when it destroys a thread that runs."""
+
+    def after_run(self, runner):
+        libc = ctypes.CDLL(None)
+        getattr(libc, '__cxa_atexit')(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
 
 
 class Hold(Hook):
