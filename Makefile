@@ -15,7 +15,7 @@ test: lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 test-slurm: .venv/.ready
-	@echo "Running jobs on a slurm of two nodes on this machine: about 5 minutes on 2 cores."
+	@echo "Running jobs on a slurm of two nodes on this machine: up to 10 minutes on 2 cores."
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/slurm
 
 lint: .venv/.ready

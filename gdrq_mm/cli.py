@@ -175,14 +175,14 @@ def main(command: Callable[[], None]) -> None:
     """Run a tool; a UserError, a missing file, an interruption or a stop ends it with one line."""
     try:
         command()
-        leave()
+        leave(os.EX_OK)
     except (UserError, OSError) as error:
         if os.environ.get('GDRQ_DEBUG'):
             raise
         sys.exit(f'error: {error}')
     except Stopped as stopped:
-        leave()
         print(stopped, file=sys.stderr)
+        leave(os.EX_TEMPFAIL)
         sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         sys.exit('interrupted')

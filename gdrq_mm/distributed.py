@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,10 +31,19 @@ def no_device() -> Iterator[None]:
         torch.cuda.set_device = select
 
 
-def leave() -> None:
-    """Leave the other processes; a process that ends with gloo's threads alive can be aborted by them."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def leave(code: int) -> None:
+    """Leave the other processes and end with an exit code; returns if there are no others.
+
+    The process ends without C++'s clean-up: gloo's threads may live as long as the model, and what destroys them then
+    can abort a process that has done its work.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()  # data workers, loggers
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class CPUSyncBatchNorm(_BatchNorm):

@@ -191,6 +191,11 @@ def test_one_process_stops_and_goes_on(config, tmp_path, at):
     assert same(end_of(tmp_path / 'whole'), end_of(tmp_path / 'stopped'))
 
 
+def test_what_is_left_when_the_work_is_done_does_not_abort_a_process(train_on_two):
+    """Seen on slurm: a job whose training had ended well failed."""
+    finished(train_on_two('run', epochs=1, custom_hooks=[dict(type='tests.rank_hooks.AbortAtExit')]))
+
+
 def test_slurm_without_a_gpu(run_all, config, tmp_path):
     """In the variables that srun sets; the port comes from the number of the job."""
     config(epochs=1, **{'env_cfg.dist_cfg.timeout': 30}).dump(tmp_path / 'config.py')

@@ -112,7 +112,7 @@ def test_slurm_test_measures_what_training_did(site, whole):
     site.run(*command, '--work-dir', 'work/test', **TWO)
     record = json.loads((site.folder / 'work/test/record.json').read_text())
     assert record['metrics'] == whole[0]
-    assert (record['task'], record['bits']) == ('det', [4, 4])
+    assert (record['task'], record['model']['bits']) == ('det', [4, 4])
 
 
 def test_a_training_that_is_preempted_while_it_starts_is_requeued(site):
