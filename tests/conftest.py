@@ -59,6 +59,7 @@ for line in sys.stdin:
         if child == 0:
             os.chdir(folder)
             os.environ.update(variables)
+            sys.path[0] = os.path.dirname(sys.argv[0])
             for number, name in enumerate(outputs, 1):
                 os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
             runpy.run_path(sys.argv[0], run_name='__main__')

@@ -1,9 +1,6 @@
 """benchmarks/ as a user runs them, at a tiny setting: tables and files, no times."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +8,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(script, *options):
-    # One thread: two wait for each other where other processes have the cores.
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
-    command = [sys.executable, ROOT / 'benchmarks' / script, *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+@pytest.fixture
+def run(run_in):
+    return lambda script, *options: run_in(ROOT, [dict(COLUMNS='100')], ROOT / 'benchmarks' / script, *options)[0]
 
 
-def test_quantized_loss_reproduces_the_orders(tmp_path):
+def test_quantized_loss_reproduces_the_orders(run, tmp_path):
     done = run('quantized_loss.py', '--samples', 20_000, '--out', tmp_path)
     assert done.returncode == 0, done.stderr
     for order in ('QL: Laplace > Gaussian > uniform', 'T*/sigma: Laplace > Gaussian > uniform'):
@@ -39,7 +34,7 @@ def test_quantized_loss_reproduces_the_orders(tmp_path):
     assert (tmp_path / 'quantized_loss.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_train_step_compares_with_float(tmp_path):
+def test_train_step_compares_with_float(run, tmp_path):
     out = tmp_path / 'train_step.json'
     tiny = ('--size', 64, '--batch', 2, '--rounds', 2, '--threads', 1, '--formats', 'channels_last')
     done = run('train_step.py', *tiny, '--contestants', 'gdrq-deployable', 'torch.ao', '--out', out)
@@ -53,7 +48,7 @@ def test_train_step_compares_with_float(tmp_path):
     assert found['versions']['torch'] and found['hardware']['cores'] and found['date']
 
 
-def test_inference_compares_runtimes_with_float(tmp_path):
+def test_inference_compares_runtimes_with_float(run, tmp_path):
     out = tmp_path / 'inference.json'
     tiny = ('--models', 'ResNet-18', '--batches', 1, '--threads', 1, '--rounds', 1)
     bits = ['float', 'W4A4', 'W4A4, float additions']
@@ -79,6 +74,6 @@ def test_inference_compares_runtimes_with_float(tmp_path):
         ('train_step.py', ['--rounds', 0], 'error: --rounds 0 is less than 1'),
     ],
 )
-def test_a_wrong_option_is_one_line(script, options, message):
+def test_a_wrong_option_is_one_line(run, script, options, message):
     done = run(script, *options)
     assert (done.returncode, done.stderr.strip()) == (1, message)
