@@ -161,11 +161,37 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('runner_type=FlexibleRunner', ['FlexibleRunner', 'ignore', 'QuantRunner']),
         ('param_scheduler.type=CosineAnealingLR', ['CosineAnealingLR']),
         ('train_cfg.max_epochs=0', ['end=0']),
+        ('model=[]', ['has no model']),
+        ('x=[1,2', ['--cfg-options', 'x=[1,2', 'brackets']),
+        ('a b=1', ['a b=1', 'key=value']),
+        ('a..b=1', ['a..b=1', 'key=value']),
+        ('train_dataloader=5', ['train_dataloader cannot be read']),
+        ('train_dataloader.dataset.datasets=3', ['train_dataloader cannot be read']),
+        ('train_dataloader.dataset.data_root=7', ['train_dataloader', 'data folder 7 does not exist']),
+        ('auto_scale_lr=3', ['auto_scale_lr=3 is not a dict']),
         ('memory_format=channel_last', ['memory_format', 'channel_last', 'channels_last']),
     ],
 )
 def test_a_wrong_option(home, error_of, option, fragments):
     holds(error_of(TRAIN, W4A4, '--cfg-options', *TINY, option), *fragments)
+
+
+@pytest.mark.parametrize(
+    ('tool', 'options', 'fragments'),
+    [
+        (TRAIN, ['--cfg-options', 'work_dir=4'], ['work_dir=4 is not a path']),
+        (TRAIN, ['--amp', '--cfg-options', 'default_scope=[]'], ['default_scope=[]', 'mmpretrain']),
+        (TRAIN, ['--amp', '--cfg-options', 'optim_wrapper=None'], ['the config cannot be used']),
+        (TRAIN, ['--resume', '--cfg-options', 'default_hooks.checkpoint=3'], ['default_hooks.checkpoint cannot be']),
+        (
+            TEST,
+            ['x.pth', '--tta', '--cfg-options', 'test_dataloader.dataset.pipeline=3'],
+            ['the config cannot be used'],
+        ),
+    ],
+)
+def test_a_config_that_an_option_cannot_change(home, error_of, tool, options, fragments):
+    holds(error_of(tool, W4A4, *options), *fragments)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
