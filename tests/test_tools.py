@@ -19,7 +19,7 @@ from gdrq_mm.checkpoint import read_checkpoint
 from gdrq_mm.datasets import cifar10, digits
 from gdrq_mm.errors import UserError
 from gdrq_mm.tasks import MAIN_METRICS
-from tests.helpers import ENV
+from tests.helpers import ENV, same
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, TEST, PREPARE = (ROOT / 'tools' / name for name in ('train.py', 'test.py', 'prepare_data.py'))
@@ -528,6 +528,20 @@ def test_detection_and_segmentation(home, run, task, out):
         masks = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (home / out).glob('*.png')]
         assert [mask.shape for mask in masks] == [(96, 96)] * 4 and max(mask.max() for mask in masks) <= 10
     assert len(list((home / 'shown').rglob('*.png'))) == 4
+
+
+@pytest.mark.parametrize('config', [W4A4.relative_to(ROOT / 'configs'), *SCENES.values()])
+def test_the_same_seed_gives_the_same_model(home, run, config):
+    """To the last bit, on a CPU: weights, thresholds, optimizer, and the losses on the way."""
+    ends = []
+    for work_dir in ('one', 'two'):
+        options = (*FEW, 'train_dataloader.batch_size=4', 'default_hooks.logger.interval=1')
+        done = run(TRAIN, ROOT / 'configs' / config, '--work-dir', work_dir, '--no-validate', '--cfg-options', *options)
+        assert done.returncode == 0, done.stderr
+        checkpoint = read_checkpoint(str(home / work_dir / 'epoch_1.pth'))
+        losses = checkpoint['message_hub']['log_scalars']['train/loss'].data[0].tolist()
+        ends.append({**{part: checkpoint[part] for part in ('state_dict', 'optimizer')}, 'losses': losses})
+    assert len(losses) == 2 and same(*ends)
 
 
 def test_mixed_precision_on_a_cpu_for_segmentation(home, run):
