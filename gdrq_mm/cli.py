@@ -44,9 +44,13 @@ class ConfigOptions(DictAction):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for value in values:
-            if '=' not in value:
+            first, *parts = value.partition('=')[0].split('.')
+            if '=' not in value or not first.isidentifier() or not all(parts):
                 raise UserError(f'--cfg-options {value}: write key=value')
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, ValueError) as error:
+            raise UserError(f'--cfg-options {" ".join(values)}: {error}'.splitlines()[0]) from None
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -61,6 +65,8 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    if not isinstance(cfg.work_dir, str):
+        raise UserError(f'work_dir={cfg.work_dir!r} is not a path')
     check_writable(Path(cfg.work_dir))
     check_data(cfg)
     return cfg
@@ -84,7 +90,7 @@ def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Co
         cfg.merge_from_dict(options or {})
     except (TypeError, KeyError, IndexError) as error:
         raise UserError(f'--cfg-options do not fit the config: {error}'.splitlines()[0]) from None
-    if 'model' not in cfg:
+    if not isinstance(cfg.get('model'), dict):
         raise UserError(f'config {path} has no model')
     return cfg
 
@@ -139,7 +145,9 @@ def check_writable(folder: Path) -> None:
 def check_data(cfg: Config) -> None:
     """Say which command prepares the data that is missing."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        for root in _data_roots((cfg.get(name) or {}).get('dataset') or {}):
+        with building(name, 'cannot be read'):
+            roots = list(_data_roots((cfg.get(name) or {}).get('dataset') or {}))
+        for root in map(str, roots):
             if '://' not in root and not Path(root).is_dir():
                 known = next((PREPARED[part] for part in Path(root).parts if part in PREPARED), None)
                 how = f'; prepare it with: python tools/prepare_data.py {known}' if known else ''

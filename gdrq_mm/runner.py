@@ -84,6 +84,8 @@ class QuantRunner(Runner):
     def from_cfg(cls, cfg: Config) -> Runner:
         """Build a runner; a pretrained init that `load_from` replaces is dropped, so it is not downloaded."""
         read_quantization(cfg)
+        if not isinstance(cfg.get('auto_scale_lr') or {}, dict):
+            raise UserError(f'auto_scale_lr={cfg.auto_scale_lr!r} is not a dict')
         if cfg.get('load_from') or cfg.get('resume'):
             drop_pretrained(cfg.model)
         return super().from_cfg(cfg)

@@ -31,7 +31,7 @@ def task_of(cfg: Config) -> str:
         UserError: the config's default_scope is none of the three libraries.
     """
     scope = cfg.get('default_scope')
-    if scope not in TASKS:
+    if not isinstance(scope, str) or scope not in TASKS:
         raise UserError(f'default_scope={scope!r} of the config is not one of {", ".join(TASKS)}')
     return TASKS[scope]
 

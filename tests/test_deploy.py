@@ -1,6 +1,9 @@
 """gdrq_mm/deploy/: merging, comparing and packing, on generated layers and on whole models."""
 
 import copy
+import hashlib
+import json
+import struct
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from gdrq_mm.config import Quantization
 from gdrq_mm.convert import quant_layers, quantize_model
 from gdrq_mm.deploy import IntegerLayer, compare, merge_model, read_packed, write_packed
-from gdrq_mm.deploy.packed import pack_codes, unpack_codes
+from gdrq_mm.deploy.packed import MAGIC, pack_codes, unpack_codes
 from gdrq_mm.errors import UserError
 from gdrq_mm.quantizers import METHODS, WEIGHT_METHODS
 from gdrq_mm.topology import record
@@ -275,3 +278,38 @@ def test_a_damaged_file_is_refused(packed, tmp_path_factory, data):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match='cannot be read: No such file'):
         read_packed(tmp_path / 'none.gdrq')
+
+
+def crafted(packed, change):
+    """The same file with another header and a checksum that fits it."""
+    start = len(MAGIC) + 12
+    size = struct.unpack_from('<Q', packed, len(MAGIC) + 4)[0]
+    header = json.loads(packed[start : start + size])
+    text = change(header)
+    text = text if isinstance(text, str) else json.dumps(header)
+    content = MAGIC + struct.pack('<IQ', 1, len(text)) + text.encode() + packed[start + size : -32]
+    return content + hashlib.sha256(content).digest()
+
+
+def codes_of(header):
+    return next(entry for entry in header['tensors'].values() if entry['type'] == 'codes')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda header: codes_of(header).update(lowest=[[0]] * 4000),  # broadcast to 4000 times the size
+        lambda header: codes_of(header).update(stride=float('nan')),  # codes that are no numbers
+        lambda header: codes_of(header).update(stride=0),
+        lambda header: codes_of(header).update(bits=4.0),
+        lambda header: '[' * 100_000,
+        lambda header: header['tensors'].update({f'{n}': codes_of(header) for n in range(999)}),  # the same bytes
+    ],
+    ids=['lowest', 'stride', 'no stride', 'bits', 'nested', 'shared bytes'],
+)
+def test_a_crafted_header_is_refused(packed, tmp_path, change):
+    (tmp_path / 'model.gdrq').write_bytes(crafted(packed, lambda header: None))
+    assert read_packed(tmp_path / 'model.gdrq')[0], 'unchanged it is good'
+    (tmp_path / 'model.gdrq').write_bytes(crafted(packed, change))
+    with pytest.raises(UserError, match='damaged'):
+        read_packed(tmp_path / 'model.gdrq')

@@ -91,6 +91,36 @@ def test_what_is_not_a_record_is_refused(tmp_path, text):
         read_record(tmp_path / 'record.json')
 
 
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda r: r.pop('task'), 'task is missing'),
+        (lambda r: r.update(task='x'), "task='x' is not one of cls, det, seg"),
+        (lambda r: r.update(model=[]), 'model is a list, not a dict'),
+        (lambda r: r['model'].update(methods=['gdrq', 3]), 'model.methods is a int'),
+        (lambda r: r['model'].update(bits=[4]), 'model.bits is not a list of 2'),
+        (lambda r: r['model'].update(backend='x'), "model.backend='x' is not one of torch, onnxruntime, openvino"),
+        (lambda r: r.update(metrics={'accuracy/top1': 'x'}), "metrics['accuracy/top1'] is a str"),
+        (lambda r: r.update(training={}), 'training.seed is missing'),
+        (lambda r: r['training'].update(start=3), 'training.start is a int, not a dict'),
+        (lambda r: r['checkpoint'].update(sha256=[]), 'checkpoint.sha256 is a list'),
+        (lambda r: r.update(hardware=dict(gpus=3)), 'hardware.gpus is a int'),
+    ],
+)
+def test_a_record_without_what_a_comparison_needs_is_refused(checkpoint, tmp_path, change, message):
+    found = record(checkpoint, 91.5, quantized=True)
+    change(found)
+    write_record(found, tmp_path / 'record.json')
+    with pytest.raises(UserError, match=re.escape(f'record.json cannot be used: {message}')):
+        read_record(tmp_path / 'record.json')
+
+
+def test_a_deeply_nested_record_is_refused(tmp_path):
+    (tmp_path / 'record.json').write_text('[' * 100_000)
+    with pytest.raises(UserError, match='record'):
+        read_record(tmp_path / 'record.json')
+
+
 def test_names_of_models():
     assert model_name(config(**{'model.backbone.type': 'mmpretrain.VGG', 'model.backbone.depth': 16})) == 'VGG-16'
     assert model_name(config(**{'model.type': 'FasterRCNN'})) == 'FasterRCNN ResNet-18'

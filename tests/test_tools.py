@@ -19,7 +19,7 @@ from gdrq_mm.checkpoint import read_checkpoint
 from gdrq_mm.datasets import cifar10, digits
 from gdrq_mm.errors import UserError
 from gdrq_mm.tasks import MAIN_METRICS
-from tests.helpers import ENV
+from tests.helpers import ENV, same
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, TEST, PREPARE = (ROOT / 'tools' / name for name in ('train.py', 'test.py', 'prepare_data.py'))
@@ -162,11 +162,37 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('runner_type=FlexibleRunner', ['FlexibleRunner', 'ignore', 'QuantRunner']),
         ('param_scheduler.type=CosineAnealingLR', ['CosineAnealingLR']),
         ('train_cfg.max_epochs=0', ['end=0']),
+        ('model=[]', ['has no model']),
+        ('x=[1,2', ['--cfg-options', 'x=[1,2', 'brackets']),
+        ('a b=1', ['a b=1', 'key=value']),
+        ('a..b=1', ['a..b=1', 'key=value']),
+        ('train_dataloader=5', ['train_dataloader cannot be read']),
+        ('train_dataloader.dataset.datasets=3', ['train_dataloader cannot be read']),
+        ('train_dataloader.dataset.data_root=7', ['train_dataloader', 'data folder 7 does not exist']),
+        ('auto_scale_lr=3', ['auto_scale_lr=3 is not a dict']),
         ('memory_format=channel_last', ['memory_format', 'channel_last', 'channels_last']),
     ],
 )
 def test_a_wrong_option(home, error_of, option, fragments):
     holds(error_of(TRAIN, W4A4, '--cfg-options', *TINY, option), *fragments)
+
+
+@pytest.mark.parametrize(
+    ('tool', 'options', 'fragments'),
+    [
+        (TRAIN, ['--cfg-options', 'work_dir=4'], ['work_dir=4 is not a path']),
+        (TRAIN, ['--amp', '--cfg-options', 'default_scope=[]'], ['default_scope=[]', 'mmpretrain']),
+        (TRAIN, ['--amp', '--cfg-options', 'optim_wrapper=None'], ['the config cannot be used']),
+        (TRAIN, ['--resume', '--cfg-options', 'default_hooks.checkpoint=3'], ['default_hooks.checkpoint cannot be']),
+        (
+            TEST,
+            ['x.pth', '--tta', '--cfg-options', 'test_dataloader.dataset.pipeline=3'],
+            ['the config cannot be used'],
+        ),
+    ],
+)
+def test_a_config_that_an_option_cannot_change(home, error_of, tool, options, fragments):
+    holds(error_of(tool, W4A4, *options), *fragments)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -503,6 +529,20 @@ def test_detection_and_segmentation(home, run, task, out):
         masks = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (home / out).glob('*.png')]
         assert [mask.shape for mask in masks] == [(96, 96)] * 4 and max(mask.max() for mask in masks) <= 10
     assert len(list((home / 'shown').rglob('*.png'))) == 4
+
+
+@pytest.mark.parametrize('config', [W4A4.relative_to(ROOT / 'configs'), *SCENES.values()])
+def test_the_same_seed_gives_the_same_model(home, run, config):
+    """To the last bit, on a CPU: weights, thresholds, optimizer, and the losses on the way."""
+    ends = []
+    for work_dir in ('one', 'two'):
+        options = (*FEW, 'train_dataloader.batch_size=4', 'default_hooks.logger.interval=1')
+        done = run(TRAIN, ROOT / 'configs' / config, '--work-dir', work_dir, '--no-validate', '--cfg-options', *options)
+        assert done.returncode == 0, done.stderr
+        checkpoint = read_checkpoint(str(home / work_dir / 'epoch_1.pth'))
+        losses = checkpoint['message_hub']['log_scalars']['train/loss'].data[0].tolist()
+        ends.append({**{part: checkpoint[part] for part in ('state_dict', 'optimizer')}, 'losses': losses})
+    assert len(losses) == 2 and same(*ends)
 
 
 def test_mixed_precision_on_a_cpu_for_segmentation(home, run):

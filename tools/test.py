@@ -10,7 +10,7 @@ from mmengine.dist import is_main_process
 from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
 from gdrq_mm.convert import bare_model
 from gdrq_mm.deploy import use_runtime
-from gdrq_mm.errors import UserError
+from gdrq_mm.errors import UserError, building
 from gdrq_mm.results.record import RUNTIMES, make_record, write_record
 from gdrq_mm.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
 
@@ -43,13 +43,14 @@ def test() -> None:
     check_writable(record.parent)
     if record.is_dir():
         raise UserError(f'--record {record} is a folder: the run record cannot be written')
-    prepare_test(cfg, args.checkpoint)
-    if args.show or args.show_dir:
-        show_predictions(cfg, args.show, args.show_dir, args.wait_time)
-    if args.tta:
-        use_tta(cfg)
-    if args.out:
-        dump_before_build(cfg, args.out)
+    with building('the config', 'cannot be used'):
+        prepare_test(cfg, args.checkpoint)
+        if args.show or args.show_dir:
+            show_predictions(cfg, args.show, args.show_dir, args.wait_time)
+        if args.tta:
+            use_tta(cfg)
+        if args.out:
+            dump_before_build(cfg, args.out)
     runner = build_runner(cfg, args)
     if args.out:
         dump_after_build(cfg, runner, args.out)

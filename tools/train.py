@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from gdrq_mm.checkpoint import find_resumable
 from gdrq_mm.cli import add_config_arguments, build_runner, load_config, main
-from gdrq_mm.errors import UserError
+from gdrq_mm.errors import UserError, building
 from gdrq_mm.tasks import task_of
 
 
@@ -37,6 +37,25 @@ def parse_args() -> argparse.Namespace:
 def train() -> None:
     args = parse_args()
     cfg = load_config(args)
+    with building('the config', 'cannot be used'):
+        adapt(cfg, args)
+    reason = ''
+    if args.resume == 'auto':
+        with building('default_hooks.checkpoint', 'cannot be used'):
+            folder = checkpoint_folder(cfg)
+        found, reason = find_resumable(cfg.work_dir, folder, args.unsafe_load)
+        if found:  # else start anew, from the config's load_from
+            cfg.resume, cfg.load_from = True, found
+    elif args.resume is not None:
+        cfg.resume, cfg.load_from = True, args.resume
+    runner = build_runner(cfg, args)
+    if reason:
+        runner.logger.warning(f'{reason}; resuming from {cfg.load_from}, the newest whole checkpoint')
+    runner.train()
+
+
+def adapt(cfg: Config, args: argparse.Namespace) -> None:
+    """Change the config as the options say."""
     if args.amp:
         if torch.cuda.is_available():
             cfg.optim_wrapper.type = 'AmpOptimWrapper'
@@ -50,17 +69,6 @@ def train() -> None:
         cfg.auto_scale_lr.enable = True
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    reason = ''
-    if args.resume == 'auto':
-        found, reason = find_resumable(cfg.work_dir, checkpoint_folder(cfg), args.unsafe_load)
-        if found:  # else start anew, from the config's load_from
-            cfg.resume, cfg.load_from = True, found
-    elif args.resume is not None:
-        cfg.resume, cfg.load_from = True, args.resume
-    runner = build_runner(cfg, args)
-    if reason:
-        runner.logger.warning(f'{reason}; resuming from {cfg.load_from}, the newest whole checkpoint')
-    runner.train()
 
 
 def checkpoint_folder(cfg: Config) -> Path:

@@ -82,6 +82,8 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         header = json.loads(content[start : start + length])
         payload = memoryview(content)[start + length : -32]
+        if sum(entry['bytes'] for entry in header['tensors'].values()) > len(payload):
+            raise ValueError('its tensors are larger than the file')  # many that share bytes would fill the memory
         state = {name: _decode(entry, payload) for name, entry in header['tensors'].items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise UserError(f'packed file {path} is damaged: {type(error).__name__} {error}') from None
@@ -179,16 +181,24 @@ def _encode(name: str, tensor: Tensor, bits: int | None) -> tuple[dict[str, Any]
     return dict(type='codes', shape=list(array.shape), bits=bits, lowest=lowest, stride=stride), pack_codes(codes, bits)
 
 
+def _integer(entry: Mapping[str, Any], key: str, least: int) -> int:
+    """An integer of a header: bits up to 8, a stride or a lowest code that int8 can hold."""
+    value, most = entry[key], 8 if key == 'bits' else 127
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f'{key} of codes is {value}')
+    return value
+
+
 def _decode(entry: Mapping[str, Any], payload: memoryview) -> Tensor:
     offset, size, shape = entry['offset'], entry['bytes'], entry['shape']
     if not all(isinstance(v, int) and v >= 0 for v in (offset, size, *shape)) or offset + size > len(payload):
         raise ValueError('a tensor lies outside the file')
     data = payload[offset : offset + size]
     if entry['type'] == 'codes':
-        bits = entry['bits']
-        if bits not in range(1, 9):
-            raise ValueError(f'codes of {bits} bits')
-        codes = unpack_codes(data, bits, math.prod(shape)).astype(np.int64) * entry['stride'] + entry['lowest']
+        bits, stride, lowest = (
+            _integer(entry, key, least) for key, least in (('bits', 1), ('stride', 1), ('lowest', -128))
+        )
+        codes = unpack_codes(data, bits, math.prod(shape)).astype(np.int32) * stride + lowest
         if codes.size and (codes.min() < -128 or codes.max() > 127):
             raise ValueError('codes beyond int8')
         return torch.from_numpy(codes.astype(np.int8).reshape(shape))

@@ -20,7 +20,7 @@ from mmengine.config import Config
 
 from ..checkpoint import file_digest, write_whole
 from ..errors import UserError
-from ..tasks import dataset_of, task_of
+from ..tasks import TASKS, dataset_of, task_of
 
 VERSION = 2
 """Version of the record's layout."""
@@ -39,6 +39,36 @@ PACKAGES = (
     'onedl-mmpretrain',
     'numpy',
 )
+
+NUMBER = (int, float)
+FILE = {'file': (str, type(None)), 'sha256': (str, type(None))}
+SHAPE = {
+    'task': TASKS.values(),
+    'model': {
+        'name': str,
+        'config_sha256': str,
+        'methods': [str, str],
+        'options': {},
+        'bits': [int, int],
+        'deployable': (bool, type(None)),
+        **dict.fromkeys(('float_bytes', 'bytes', 'bit_operations'), NUMBER),
+    },
+    'data': {'name': str, 'evaluation_sha256': str},
+    'metrics': {},
+    'quantization': (dict, type(None)),
+    'checkpoint': FILE,
+    'training': {'seed': (int, type(None))},
+}
+"""What a comparison needs of a record: types, the choices of a value, or the keys of a dict, which may have more."""
+OPTIONAL = {
+    'model': {'backend': ('torch', *RUNTIMES)},
+    'training': {'start': FILE},
+    'config': {'file': (str, type(None))},
+    'git': {},
+    'hardware': {'gpus': list},
+    'versions': {},
+}
+"""What is looked at if it is there and not None."""
 
 
 def make_record(
@@ -83,16 +113,45 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
-        UserError: not JSON, not a record, or a record of another version.
+        UserError: not JSON, not a record, a record of another version, or without what a comparison needs.
     """
     try:
         record = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'record {path} cannot be read: {error}') from None
     found = record.get('record_version') if isinstance(record, dict) else None
     if found != VERSION:
         raise UserError(f'{path} is not a run record of version {VERSION} (record_version={found!r})')
+    wrong = _misfit(record, SHAPE) or _misfit(record, OPTIONAL, optional=True)
+    for key, value in {} if wrong else record['metrics'].items():
+        wrong = wrong or _misfit(value, NUMBER, place=f'metrics[{key!r}]')
+    if wrong:
+        raise UserError(f'record {path} cannot be used: {wrong}')
     return record
+
+
+def _misfit(value: Any, shape: Any, optional: bool = False, place: str = '') -> str:
+    """Where plain data do not have a shape (see SHAPE); '' if they have it."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f'{place} is a {type(value).__name__}, not a dict'
+        for key, inner in shape.items():
+            where = f'{place}.{key}' if place else key
+            if key not in value and not optional:
+                return f'{where} is missing'
+            if not (optional and value.get(key) is None):
+                wrong = _misfit(value[key], inner, optional, where)
+                if wrong:
+                    return wrong
+        return ''
+    if isinstance(shape, list):
+        if not isinstance(value, list) or len(value) != len(shape):
+            return f'{place} is not a list of {len(shape)}'
+        return next(filter(None, (_misfit(v, s, optional, place) for v, s in zip(value, shape))), '')
+    types = shape if isinstance(shape, tuple) else (shape,)
+    if isinstance(shape, type) or all(isinstance(t, type) for t in types):
+        return '' if isinstance(value, types) else f'{place} is a {type(value).__name__}'
+    return '' if value in list(shape) else f'{place}={value!r} is not one of {", ".join(shape)}'
 
 
 def find_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
