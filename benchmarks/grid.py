@@ -14,7 +14,7 @@ trials = {  # two for each method beside its defaults, which are its paper's whe
     'dorefa': {'channel': {'quantization.weight.groups': 'channel'}, 'groups4': {'quantization.weight.groups': 4}},
     'pact': {
         'lr10': {'quantization.activation.pact.lr_mult': 10},
-        'no_decay': {'quantization.activation.pact.decay_mult': 0},
+        'decay01': {'quantization.activation.pact.decay_mult': 0.1},
     },
     'lsq': {
         'channel': {'quantization.weight.groups': 'channel'},
