@@ -509,6 +509,20 @@ def test_a_model_that_has_no_such_parts_is_refused():
 
 
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)
+def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits_root, run):
+    _, cfg, checkpoint, _, picture = whole
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/digits').symlink_to(digits_root)
+    command = ('export.py', ROOT / 'configs' / CONFIGS['cls'], checkpoint, '--format', 'packed', '--out', 'out')
+    done = run(ROOT / 'tools' / command[0], *command[1:])
+    assert done.returncode == 0, done.stderr
+    assert '21 layers as integers' in done.stdout
+    expected = infer(init_model(cfg, checkpoint, 'cpu'), picture).pred_score
+    found = infer(init_model(cfg, tmp_path / 'out/model.gdrq', 'cpu'), picture).pred_score
+    assert agreement(found, expected) > 0.9
+
+
+@pytest.mark.parametrize('whole', ['cls'], indirect=True)
 def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, run):
     """As a user runs them: export, test in both runtimes, and what goes wrong."""
     _, _, checkpoint, _, _ = whole
