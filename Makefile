@@ -2,10 +2,11 @@
 # make test         set up .venv if needed, then lint and run the tests
 # make test-slurm   train, preempt and test a detector on a slurm that is started for it (packages slurm-wlm and munge)
 # make lint         ruff and mypy
+# make campaigns    kill training at random moments, feed crafted input, watch memory: about half an hour
 # make benchmark    train and test the small-scale grid (hours; goes on where it stopped), write the tables anew
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-slurm lint setup benchmark
+.PHONY: quickstart test test-slurm lint setup benchmark campaigns
 quickstart: .venv/.ready
 	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: about 13 minutes on 2 cores."
 	@$(PY) tools/quickstart.py
@@ -22,6 +23,11 @@ lint: .venv/.ready
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy gdrq_mm
+
+campaigns: .venv/.ready
+	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.kill
+	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.fuzz
+	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.memory
 
 FLOATS := work_dirs/resnet18_w16_12e_cifar10/epoch_12.pth work_dirs/vgg11_bn_digits/epoch_4.pth \
     work_dirs/yolox_nano_digits/epoch_20.pth work_dirs/pspnet_r18_digits/epoch_20.pth

@@ -134,10 +134,21 @@ def quantized_loss() -> str:
     return markdown(('codes', 'distribution', 'ours', 'paper', 'T*/max', 'T*/sigma', 'k = T*/mean'), rows)
 
 
+def campaigns() -> str:
+    """What the campaigns of tests/campaigns/ counted."""
+    paths = [FIGURES / f'{name}.json' for name in ('kill', 'fuzz', 'memory')]
+    found = {path.stem: json.loads(path.read_text()) for path in paths if path.is_file()}
+    rows = [(name, what, f'{count:,}') for name, figure in found.items() for what, count in figure['rows'].items()]
+    return markdown(('campaign', 'what', 'number'), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{data: partial(comparison, data) for data in ('cifar10', 'bccd', 'camvid')},
     **{name: partial(grid, cells) for name, cells in GRID.items()},
-    **{f.__name__: f for f in (per_level, cifar10_search, train_step, inference, inference_ratios, quantized_loss)},
+    **{
+        f.__name__: f
+        for f in (per_level, cifar10_search, train_step, inference, inference_ratios, quantized_loss, campaigns)
+    },
 }
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gdrq_mm.config import Quantization
 from gdrq_mm.convert import quant_layers, quantize_model
 from gdrq_mm.deploy import IntegerLayer, compare, merge_model, read_packed, write_packed
-from gdrq_mm.deploy.packed import MAGIC, pack_codes, unpack_codes
+from gdrq_mm.deploy.packed import MAGIC, load_packed, pack_codes, unpack_codes
 from gdrq_mm.errors import UserError
 from gdrq_mm.quantizers import METHODS, WEIGHT_METHODS
 from gdrq_mm.topology import record
@@ -313,3 +313,13 @@ def test_a_crafted_header_is_refused(packed, tmp_path, change):
     (tmp_path / 'model.gdrq').write_bytes(crafted(packed, change))
     with pytest.raises(UserError, match='damaged'):
         read_packed(tmp_path / 'model.gdrq')
+
+
+@pytest.mark.parametrize(
+    'change', [dict(lo=float('inf')), dict(hi='x'), dict(norm=[]), dict(norm='x'), dict(weight_bits=9)]
+)
+def test_a_crafted_header_does_not_fit_the_model(packed, tmp_path, change):
+    (tmp_path / 'model.gdrq').write_bytes(crafted(packed, lambda header: header['layers']['a'].update(change)))
+    model, _ = prepared(network(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(UserError, match=r'model\.gdrq'):
+        load_packed(model, tmp_path / 'model.gdrq')

@@ -103,6 +103,7 @@ def test_what_is_not_a_record_is_refused(tmp_path, text):
         (lambda r: r.update(metrics={'accuracy/top1': 'x'}), "metrics['accuracy/top1'] is a str"),
         (lambda r: r.update(training={}), 'training.seed is missing'),
         (lambda r: r['training'].update(start=3), 'training.start is a int, not a dict'),
+        (lambda r: r['training'].update(start=dict(file='x')), 'training.start.sha256 is missing'),
         (lambda r: r['checkpoint'].update(sha256=[]), 'checkpoint.sha256 is a list'),
         (lambda r: r.update(hardware=dict(gpus=3)), 'hardware.gpus is a int'),
     ],

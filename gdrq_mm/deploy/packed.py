@@ -129,7 +129,7 @@ def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
         merged.load_state_dict({**rest, **state})
     except UserError:
         raise
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise UserError(f'packed file {path} does not fit the model: {reason}') from None
     return merged, header['meta']

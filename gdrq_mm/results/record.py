@@ -61,11 +61,12 @@ SHAPE = {
 }
 """What a comparison needs of a record: types, the choices of a value, or the keys of a dict, which may have more."""
 OPTIONAL = {
-    'model': {'backend': ('torch', *RUNTIMES)},
-    'training': {'start': FILE},
-    'config': {'file': (str, type(None))},
+    'model.backend': ('torch', *RUNTIMES),
+    'training.start': FILE,
+    'config.file': str,
     'git': {},
-    'hardware': {'gpus': list},
+    'hardware': {},
+    'hardware.gpus': list,
     'versions': {},
 }
 """What is looked at if it is there and not None."""
@@ -122,32 +123,34 @@ def read_record(path: str | Path) -> dict[str, Any]:
     found = record.get('record_version') if isinstance(record, dict) else None
     if found != VERSION:
         raise UserError(f'{path} is not a run record of version {VERSION} (record_version={found!r})')
-    wrong = _misfit(record, SHAPE) or _misfit(record, OPTIONAL, optional=True)
+    wrong = _misfit(record, SHAPE)
     for key, value in {} if wrong else record['metrics'].items():
-        wrong = wrong or _misfit(value, NUMBER, place=f'metrics[{key!r}]')
+        wrong = wrong or _misfit(value, NUMBER, f'metrics[{key!r}]')
+    for place, shape in OPTIONAL.items():
+        value = record
+        for key in place.split('.'):
+            value = value.get(key) if isinstance(value, dict) else value
+        wrong = wrong or ('' if value is None else _misfit(value, shape, place))
     if wrong:
         raise UserError(f'record {path} cannot be used: {wrong}')
     return record
 
 
-def _misfit(value: Any, shape: Any, optional: bool = False, place: str = '') -> str:
+def _misfit(value: Any, shape: Any, place: str = '') -> str:
     """Where plain data do not have a shape (see SHAPE); '' if they have it."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return f'{place} is a {type(value).__name__}, not a dict'
         for key, inner in shape.items():
             where = f'{place}.{key}' if place else key
-            if key not in value and not optional:
-                return f'{where} is missing'
-            if not (optional and value.get(key) is None):
-                wrong = _misfit(value[key], inner, optional, where)
-                if wrong:
-                    return wrong
+            wrong = _misfit(value[key], inner, where) if key in value else f'{where} is missing'
+            if wrong:
+                return wrong
         return ''
     if isinstance(shape, list):
         if not isinstance(value, list) or len(value) != len(shape):
             return f'{place} is not a list of {len(shape)}'
-        return next(filter(None, (_misfit(v, s, optional, place) for v, s in zip(value, shape))), '')
+        return next(filter(None, (_misfit(v, s, place) for v, s in zip(value, shape))), '')
     types = shape if isinstance(shape, tuple) else (shape,)
     if isinstance(shape, type) or all(isinstance(t, type) for t in types):
         return '' if isinstance(value, types) else f'{place} is a {type(value).__name__}'
