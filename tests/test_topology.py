@@ -178,7 +178,11 @@ def test_what_an_activation_function_reads_is_recorded_however_it_is_written(spe
     assert {name: len(results) for name, results in activated.items()} == {'bn': 1}
 
 
-@pytest.mark.parametrize('function', [torch.relu, nn.ReLU(inplace=True), nn.MaxPool2d(2), lambda x: x * 2], ids=str)
+@pytest.mark.parametrize(
+    'function',
+    [torch.relu, nn.ReLU(inplace=True), nn.MaxPool2d(2), lambda x: x * 2],
+    ids=['torch.relu', 'nn.ReLU', 'nn.MaxPool2d', 'x * 2'],
+)
 def test_other_functions_are_no_activation_functions(function):
     assert topology_of(Function(lambda m, x: function(m.a(x)), a=conv())).activated == {}
 
