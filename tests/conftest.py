@@ -1,16 +1,29 @@
 """What several test files share."""
 
 import functools
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from yapf.yapflib import yapf_api
 
 from gdrq_mm.datasets import digits
 from gdrq_mm.runner import QuantRunner
 from tests.helpers import COUNTS, ENV, checkpoint_of, tiny_config
+
+# mmengine formats the config for every checkpoint; here each text is formatted once.
+_format = yapf_api.FormatCode
+_formatted = functools.cache(lambda text, style: _format(text, style_config=dict(style)))
+yapf_api.FormatCode = lambda text, style_config: _formatted(text, tuple(style_config.items()))
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of garbage collection: mmengine collects whenever it builds a data set."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope='session')
