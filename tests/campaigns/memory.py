@@ -80,6 +80,7 @@ def campaign(folder, iterations):
         'default_hooks.logger.interval': 10,
         'custom_hooks': [dict(type='StatisticsHook', interval=iterations // 20)],
         'train_dataloader.batch_size': 8,
+        'train_dataloader.sampler.type': 'InfiniteSampler',  # mmengine waits 2 s before an epoch of any other
     }
     schedule = dict(reshape=0.05, freeze=1.0)
     cfg = tiny_config(data, folder / 'run', quantization={**QUANTIZATION, 'schedule': schedule}, **changes)
