@@ -88,7 +88,7 @@ def campaign(folder, iterations):
     found = {}
 
     def look(runner):
-        if runner.iter in (iterations // 10 - 1, iterations - 1):  # neither is right after a validation
+        if runner.iter in (iterations // 10 + 1, iterations - 1):  # checkpoints were written, no validation just before
             found[runner.iter] = kept(runner)
             print(runner.iter, found[runner.iter], flush=True)
 
