@@ -3,8 +3,8 @@
     python -m tests.campaigns.memory --iterations 10000
 
 At a tenth of them and at the end: resident memory, and the bytes of what our quantizers, our hooks and mmengine's
-message hub keep. Those of ours may grow by less than a byte an iteration. The hub keeps every logged scalar of every iteration, up to a million
-each; that is mmengine's, and what resident memory may grow by, with 5 % for the allocator.
+message hub keep. Those of ours may grow by less than a byte an iteration. The hub keeps every logged scalar of every
+iteration, up to a million each; that is mmengine's, and what resident memory may grow by, with 5 % for the allocator.
 """
 
 import argparse
