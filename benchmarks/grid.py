@@ -6,6 +6,7 @@ records = 'docs/records/grid'
 
 methods = ['gdrq', 'dorefa', 'pact', 'lsq', 'lsq_plus', 'minmax']
 cifar10 = dict(name='cifar10', config='configs/cls/resnet18_w16_gdrq_w4a4_12e_cifar10.py', amp=True)
+digits = dict(methods=methods, bits=['w4a4', 'w2a4'], seeds=[0])
 trials = {  # two for each method beside its defaults, which are its paper's where it has any
     'gdrq': {
         'search': {'quantization.weight.gdrq.threshold': 'search'},
@@ -52,31 +53,25 @@ runs = [
     dict(cifar10, methods=methods, bits=['w3a3', 'w2a2'], seeds=[0]),
     dict(cifar10, methods=['ptq'], bits=['w8a8', 'w4a4', 'w4a32', 'w32a4'], seeds=[0]),
     dict(
+        digits,
         name='digits_det',
         config='configs/det/yolox_nano_gdrq_w4a4_digits.py',
         float_config='configs/det/yolox_nano_digits.py',
-        methods=methods,
-        bits=['w4a4', 'w2a4'],
-        seeds=[0],
     ),
     dict(
+        digits,
         name='digits_seg',
         config='configs/seg/pspnet_r18_gdrq_w4a4_digits.py',
         float_config='configs/seg/pspnet_r18_digits.py',
-        methods=methods,
-        bits=['w4a4', 'w2a4'],
-        seeds=[0],
     ),
     dict(
+        digits,
         name='digits_vgg',
         config='configs/cls/vgg11_bn_gdrq_w4a4_digits.py',
         float_config='configs/cls/vgg11_bn_digits.py',
-        methods=methods,
-        bits=['w4a4', 'w2a4'],
-        seeds=[0],
         amp=True,
     ),
     dict(cifar10, methods=['gdrq'], bits=['w2a4'], seeds=[0], variants=ablation),
     *(dict(cifar10, methods=[method], bits=['w4a4'], seeds=[0], variants=trials[method]) for method in trials),
 ]
-del methods, cifar10, ablation, trials
+del methods, cifar10, digits, ablation, trials
