@@ -57,9 +57,9 @@ def float_checkpoint(digits_root, tmp_path_factory):
 
 # Importing the libraries takes 4 s, so one process does it once and forks for each command. What the command does, its
 # exit code and its output are those of `python TOOL ARGS`. A command can have several processes, each with variables
-# and output of its own.
+# and output of its own. One that hangs ends after five minutes and says where.
 SERVER = """
-import gc, json, os, runpy, sys
+import faulthandler, gc, json, os, runpy, sys
 import mmpretrain.datasets, mmpretrain.engine, mmpretrain.evaluation, mmpretrain.models
 import gdrq_mm.datasets.cifar10, gdrq_mm.datasets.digits, gdrq_mm.results.record, gdrq_mm.runner
 gc.freeze()
@@ -75,6 +75,7 @@ for line in sys.stdin:
             sys.path[0] = os.path.dirname(sys.argv[0])
             for number, name in enumerate(outputs, 1):
                 os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+            faulthandler.dump_traceback_later(300, exit=True)
             runpy.run_path(sys.argv[0], run_name='__main__')
             sys.exit()
         children.append(child)
