@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import RUNNERS
@@ -181,16 +182,24 @@ def _near_files(path: Path) -> str:
 
 def main(command: Callable[[], None]) -> None:
     """Run a tool; a UserError, a missing file, an interruption or a stop ends it with one line."""
+    code, last = os.EX_OK, ''
     try:
         command()
-        leave(os.EX_OK)
     except (UserError, OSError) as error:
         if os.environ.get('GDRQ_DEBUG'):
             raise
-        sys.exit(f'error: {error}')
+        code, last = 1, f'error: {error}'
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        leave(os.EX_TEMPFAIL)
-        sys.exit(os.EX_TEMPFAIL)
+        code, last = os.EX_TEMPFAIL, str(stopped)
     except KeyboardInterrupt:
-        sys.exit('interrupted')
+        code, last = 1, 'interrupted'
+    except Exception:
+        if not torch.distributed.is_initialized():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if last:
+        print(last, file=sys.stderr)
+    leave(code)
+    if code:
+        sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -32,15 +33,19 @@ def no_device() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Leave the other processes and end with an exit code; returns if there are no others.
+    """End a process of several with an exit code, and its data workers in any case.
 
-    The process ends without C++'s clean-up: gloo's threads may live as long as the model, and what destroys them then
-    can abort a process that has done its work.
+    Data workers get no time to stop: a signal to them can be lost, as they shield themselves (hooks/stop.py), and one
+    may hang. A process of several ends without C++'s clean-up: gloo's threads may live as long as the model, and what
+    destroys them then can abort a process that has done its work, or wait for processes that never come.
     """
+    for worker in multiprocessing.active_children():
+        worker.kill()
     if not torch.distributed.is_initialized():
         return
-    torch.distributed.destroy_process_group()
-    atexit._run_exitfuncs()  # data workers, loggers
+    if code == os.EX_OK:
+        torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()  # loggers
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

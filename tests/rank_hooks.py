@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import os
 import resource
 import signal
 import subprocess
@@ -38,6 +39,18 @@ class Kill(Hook):
             processes = (*multiprocessing.active_children(), multiprocessing.current_process())
             # Sent by another process: torch's data workers take a SIGTERM of their parent for the end of their work
             subprocess.run(['kill', f'-{self.number}', *(str(process.pid) for process in processes)], check=False)
+
+
+class Freeze(Hook):
+    """In iteration `at` halt the data workers, as a file system that does not answer does."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGSTOP)
 
 
 class FullDisk(Hook):
@@ -90,10 +103,21 @@ class Spoil(Hook):
             group['lr'] = 1e20
 
 
+class Break(Hook):
+    """In iteration `at` there is a bug."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at:
+            raise ZeroDivisionError('broken')
+
+
 class AbortAtExit(Hook):
     """Abort when the process ends, as C++ does when it destroys a thread that runs."""
 
-    def after_run(self, runner):
+    def before_run(self, runner):
         libc = ctypes.CDLL(None)
         getattr(libc, '__cxa_atexit')(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
 

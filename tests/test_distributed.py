@@ -191,9 +191,29 @@ def test_one_process_stops_and_goes_on(config, tmp_path, at):
     assert same(end_of(tmp_path / 'whole'), end_of(tmp_path / 'stopped'))
 
 
-def test_what_is_left_when_the_work_is_done_does_not_abort_a_process(train_on_two):
-    """Seen on slurm: a job whose training had ended well failed."""
-    finished(train_on_two('run', epochs=1, custom_hooks=[dict(type='tests.rank_hooks.AbortAtExit')]))
+@pytest.mark.parametrize(
+    ('hooks', 'code', 'last'),
+    [
+        ([], 0, ''),
+        ([dict(type='Spoil', what='gradient', at=2)], 1, 'error: the gradient of '),
+        ([dict(type='Kill', at=2, number='SIGTERM')], 75, 'SIGTERM after iteration 3: saved '),
+        ([dict(type='Break', at=2)], 1, 'ZeroDivisionError: broken'),
+    ],
+    ids=['done', 'error', 'stopped', 'bug'],
+)
+def test_what_is_left_of_other_processes_does_not_change_an_end(train_on_two, hooks, code, last):
+    """Seen on slurm: a job whose training had ended well was aborted by gloo's threads."""
+    hooks = [dict(hook, type=f'tests.rank_hooks.{hook["type"]}') for hook in [*hooks, dict(type='AbortAtExit')]]
+    for process in train_on_two('run', epochs=1, custom_hooks=hooks):
+        assert process.returncode == code, process.stderr
+        assert last in (process.stderr.splitlines() or [''])[-1]
+
+
+def test_a_data_worker_that_hangs_does_not_keep_a_run_from_its_end(run, config, tmp_path):
+    hooks = [dict(type='tests.rank_hooks.Freeze', at=2), dict(type='tests.rank_hooks.Kill', at=2, number='SIGTERM')]
+    config(custom_hooks=hooks, **{'train_dataloader.num_workers': 1}).dump(tmp_path / 'run.py')
+    stopped = run(TRAIN, 'run.py')
+    assert stopped.returncode == 75 and 'SIGTERM after iteration 3: saved ' in stopped.stderr, stopped.stderr
 
 
 def test_slurm_without_a_gpu(run_all, config, tmp_path):
