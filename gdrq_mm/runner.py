@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import os
 import pickle
 import re
@@ -371,7 +372,13 @@ def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any]) -> 
 
 
 def read_quantization(cfg: Config) -> Quantization | None:
-    """The validated `quantization` dict of a config; None if it has none."""
+    """The validated `quantization` dict of a config; None if it has none.
+
+    Raises:
+        UserError: a value in it is wrong, or the config has a name that looks like it: nothing reads that.
+    """
+    for name in difflib.get_close_matches('quantization', set(cfg) - {'quantization'}, n=1, cutoff=0.8):
+        raise UserError(f"{name} is not a setting; did you mean 'quantization'?")
     return Quantization.from_dict(cfg.quantization) if 'quantization' in cfg else None
 
 

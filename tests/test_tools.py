@@ -170,6 +170,7 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('train_dataloader.dataset.datasets=3', ['train_dataloader cannot be read']),
         ('train_dataloader.dataset.data_root=7', ['train_dataloader', 'data folder 7 does not exist']),
         ('auto_scale_lr=3', ['auto_scale_lr=3 is not a dict']),
+        ('quantisation.weight.bits=5', ['quantisation', "did you mean 'quantization'"]),
         ('memory_format=channel_last', ['memory_format', 'channel_last', 'channels_last']),
     ],
 )
