@@ -80,6 +80,26 @@ def train_step() -> str:
     return markdown(('memory format', 'contestant', 'step in ms', 'over float', 'peak memory over float'), rows)
 
 
+def scaling() -> str:
+    """A training step of one and of two processes."""
+    found = json.loads((FIGURES / 'scaling.json').read_text())
+    columns = ('model', 'one process, ms', 'two processes, ms', 'efficiency')
+    rows = [
+        (r['model'], f'{1000 * r["one"]:.0f}', f'{1000 * r["two"]:.0f}', f'{r["efficiency"]:.2f}')
+        for r in found['steps']
+    ]
+    return markdown(columns, rows)
+
+
+def synchronization() -> str:
+    """Adding up the statistics of thresholds: measured for two processes, on paper for more."""
+    found = json.loads((FIGURES / 'scaling.json').read_text())['synchronization']
+    measured = ('2, measured', f'{1000 * found["seconds"]:.2f}', '', f'{100 * found["seconds"]:.2f}')
+    paper = [(f'{r["gpus"]}', *(f'{1000 * r[t]:.2f}' for t in ('ring', 'tree'))) for r in found['on_paper']]
+    rows = [measured, *((*row, f'{float(row[2]) / 10:.2f}') for row in paper)]
+    return markdown(('processes', 'ring, ms', 'tree, ms', '1 % of a step of, in s'), rows)
+
+
 def inference() -> str:
     """Speed, size and memory of exported models: batch 1, 2 threads."""
     rows = [
@@ -147,7 +167,17 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     **{
         f.__name__: f
-        for f in (per_level, cifar10_search, train_step, inference, inference_ratios, quantized_loss, campaigns)
+        for f in (
+            per_level,
+            cifar10_search,
+            train_step,
+            scaling,
+            synchronization,
+            inference,
+            inference_ratios,
+            quantized_loss,
+            campaigns,
+        )
     },
 }
 

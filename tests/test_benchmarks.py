@@ -48,6 +48,29 @@ def test_train_step_compares_with_float(run, tmp_path):
     assert found['versions']['torch'] and found['hardware']['cores'] and found['date']
 
 
+def test_scaling_compares_two_processes_with_one(run, tmp_path):
+    out = tmp_path / 'scaling.json'
+    done = run('scaling.py', '--size', 64, '--batch', 2, '--rounds', 1, '--collectives', 3, '--out', out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [row['model'] for row in found['steps']] == ['float', 'gdrq']
+    assert all(row['efficiency'] == row['one'] / row['two'] > 0 for row in found['steps'])
+    sync = found['synchronization']
+    assert sync['numbers'] == 21 * 2  # two statistics for each input of ResNet-18
+    assert sync['share'] == sync['seconds'] / found['steps'][1]['two']
+    assert [row['gpus'] for row in sync['on_paper']] == [8, 64, 512]
+
+
+def test_the_formula_of_a_ring_gives_its_constants():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / 'benchmarks')
+        import scaling
+    times = {n: [2 * 5e-5 + 4 * n / 1e9] for n in scaling.SIZES}
+    assert scaling.constants(times) == pytest.approx((5e-5, 1e9))
+    (row, *_) = scaling.on_paper(5e-5, 1e9, 400)
+    assert row == pytest.approx(dict(gpus=8, ring=14 * (5e-5 + 50e-9), tree=6 * (5e-5 + 400e-9)))
+
+
 def test_inference_compares_runtimes_with_float(run, tmp_path):
     out = tmp_path / 'inference.json'
     tiny = ('--models', 'ResNet-18', '--batches', 1, '--threads', 1, '--rounds', 1)
