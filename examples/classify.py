@@ -14,6 +14,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+if len(sys.argv) != 3 or not Path(sys.argv[1], 'export.json').is_file():
+    sys.exit(f'{__doc__}\nEXPORTED_FOLDER is what tools/export.py wrote.')
 folder = Path(sys.argv[1])
 about = json.loads((folder / 'export.json').read_text())
 part = about['parts']['model']

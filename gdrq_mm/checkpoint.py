@@ -88,7 +88,9 @@ def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = Fal
                 f'checkpoint {filename} holds more than tensors and plain data and was not loaded: '
                 f'{refused[1]} (--unsafe-load runs what it holds)'
             ) from None
-        reason = f'{type(error).__name__} {str(error)[:80]}'.splitlines()[0]
+        reason = f'{type(error).__name__} {error}'.splitlines()[0]
+        if 'Weights only load failed' in reason:  # followed by advice that is not ours
+            reason = 'it cannot be read as tensors and plain data'
         raise UserError(f'checkpoint {filename} is truncated or damaged: {reason}') from None
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(state, dict):
@@ -202,6 +204,8 @@ def other_quantization(model: nn.Module, checkpoint: dict[str, Any]) -> str:
         return ''
     prefixes = [(name, m) for name, m in model.named_modules() if isinstance(m, Quantizer)]
     ours = {f'{name}.{key}': value for name, m in prefixes for key, value in m.state_dict().items()}
+    if not ours:
+        return 'this config quantizes nothing'
     for name in sorted(theirs ^ set(ours)):
         return f'{name} is in the {"checkpoint" if name in theirs else "config"} only'
     for name, m in prefixes:

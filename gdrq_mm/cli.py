@@ -16,7 +16,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .distributed import leave
-from .environment import check_environment
+from .environment import check_environment, mute_debug_prints
 from .errors import Stopped, UserError, building
 
 LAUNCHERS = {
@@ -68,8 +68,8 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if not isinstance(cfg.work_dir, str):
         raise UserError(f'work_dir={cfg.work_dir!r} is not a path')
-    check_writable(Path(cfg.work_dir))
     check_data(cfg)
+    check_writable(Path(cfg.work_dir))
     return cfg
 
 
@@ -83,6 +83,7 @@ def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Co
     if not path.is_file():
         raise UserError(f'config {path} does not exist{_near_files(path)}')
     mend_bases()
+    mute_debug_prints()
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python code: anything can go wrong in it

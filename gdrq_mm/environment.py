@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import mmengine.logging
 
 from .errors import UserError
 
 UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
+
+
+_print_log = mmengine.logging.print_log
+
+
+def mute_debug_prints() -> None:
+    """Keep back what libraries print at debug level: without a logger, mmengine 0.10.12's print_log ignores the level.
+
+    "Could not import OneDL", of a data format that nobody here uses, looks like a broken installation.
+    """
+
+    def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
+        if logger is not None or level >= logging.INFO:
+            _print_log(msg, logger, level)
+
+    mmengine.logging.print_log = print_log
 
 
 def check_environment() -> None:

@@ -375,10 +375,12 @@ def read_quantization(cfg: Config) -> Quantization | None:
     """The validated `quantization` dict of a config; None if it has none.
 
     Raises:
-        UserError: a value in it is wrong, or the config has a name that looks like it: nothing reads that.
+        UserError: a value in it is wrong, or the config has a name that looks like it or like load_from: nothing reads
+            that, and the training would be another one.
     """
-    for name in difflib.get_close_matches('quantization', set(cfg) - {'quantization'}, n=1, cutoff=0.8):
-        raise UserError(f"{name} is not a setting; did you mean 'quantization'?")
+    for setting in ('quantization', 'load_from'):
+        for name in difflib.get_close_matches(setting, set(cfg) - {setting}, n=1, cutoff=0.85):
+            raise UserError(f"{name} is not a setting; did you mean '{setting}'?")
     return Quantization.from_dict(cfg.quantization) if 'quantization' in cfg else None
 
 

@@ -100,6 +100,7 @@ def test_no_flipped_bit_goes_unseen(tmp_path):
     ('write', 'reason'),
     [
         (lambda path: path.write_text('epoch: 3\nloss: 0.1\n'), 'is truncated or damaged'),
+        (lambda path: path.write_text('# A text'), 'damaged: it cannot be read as tensors and plain data'),
         (lambda path: path.write_bytes(bytes(1000)), 'is truncated or damaged'),
         (lambda path: path.write_bytes(pickle.dumps({'weight': 1})[:-3]), 'is truncated or damaged'),
         (lambda path: torch.save([torch.zeros(2)], path), 'holds a list, not a dict'),
@@ -228,7 +229,7 @@ FOUR = dict(weight=dict(bits=4, groups=2), activation=dict(bits=4), first_last_b
         ),
         (FOUR, {**FOUR, 'skip': ['2']}, '2.own_input_quant.k is in the checkpoint only'),
         ({**FOUR, 'skip': ['0']}, FOUR, '0.own_input_quant.k is in the config only'),
-        (FOUR, {}, '0.own_input_quant.k is in the checkpoint only'),
+        (FOUR, {}, 'this config quantizes nothing'),
     ],
 )
 def test_thresholds_of_another_quantization_are_recognized(theirs, ours, reason):

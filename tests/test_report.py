@@ -85,6 +85,8 @@ def folder(digits_root, float_checkpoint, tmp_path_factory):
         other = dict(model=model, metrics={'accuracy/top1': top1}, checkpoint=dict(file=f'{seed}.pth', sha256=None))
         training = {**record['training'], 'seed': seed}
         write_record({**record, **other, 'training': training, 'hardware': None}, runs / f'lsq_{seed}.json')
+    runtime = {**record, 'model': {**record['model'], 'backend': 'onnxruntime'}, 'metrics': {'accuracy/top1': 12.5}}
+    write_record(runtime, runs / 'w4a4' / 'record_onnxruntime.json')
     save_picture(runs / 'w4a4' / 'predictions.png')
     save_picture(runs / 'w4a4' / 'analysis' / 'sensitivity.png')
     save_picture(runs / 'quickstart.png')
@@ -108,7 +110,7 @@ def page(html):
 
 def test_the_rows_are_those_of_the_table(folder, page):
     cells = {cell for row in comparison_rows(find_records([folder])) for cell in row.values()}
-    assert {'GDRQ', 'W2A4', '10.00 ± 1.41', 'not run'} <= cells and all(cell in page.text for cell in cells)
+    assert {'GDRQ', 'W2A4', '10.00 ± 1.41', 'not run', '12.50'} <= cells and all(cell in page.text for cell in cells)
     assert len(page.all('td', **{'class': 'missing'})) == 2  # GDRQ W2A4 and LSQ W4A4
     linked = {attrs['href'] for attrs in page.all('a')}
     assert linked and linked <= {f'#{attrs["id"]}' for attrs in page.all('section')}
@@ -154,7 +156,8 @@ def test_facts_are_those_of_the_records(folder, page):
     ]
     shown += [f'torch {record["versions"]["torch"]}', json.dumps(record['quantization'])]
     assert all(fact in page.text for fact in shown)
-    assert page.text.count('Facts of') == 4
+    assert page.text.count('Facts of') == 4  # the runtime's numbers are of the same checkpoint
+    assert 'onnxruntime' in page.text and 'no checkpoint' in page.text
 
 
 def test_what_is_missing_says_so(page):

@@ -171,6 +171,7 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('train_dataloader.dataset.data_root=7', ['train_dataloader', 'data folder 7 does not exist']),
         ('auto_scale_lr=3', ['auto_scale_lr=3 is not a dict']),
         ('quantisation.weight.bits=5', ['quantisation', "did you mean 'quantization'"]),
+        ('load_form=epoch_1.pth', ['load_form', "did you mean 'load_from'"]),
         ('memory_format=channel_last', ['memory_format', 'channel_last', 'channels_last']),
     ],
 )
@@ -300,8 +301,9 @@ def test_a_checkpoint_of_another_quantization(home, error_of, trained):
         ('resnet18_gdrq_w4a4.py', ['data/imagenet']),
     ],
 )
-def test_missing_data(error_of, config, fragments):
+def test_missing_data(error_of, tmp_path, config, fragments):
     holds(error_of(TRAIN, ROOT / 'configs/cls' / config), 'train_dataloader', 'does not exist', *fragments)
+    assert not (tmp_path / 'work_dirs').exists()
 
 
 def test_a_data_folder_without_pictures(tmp_path, error_of):
@@ -761,3 +763,9 @@ def test_masks_open_with_mmseg(scenes):
         sample = dataset[0]
         assert sample['img'].shape == (96, 96, 3) and sample['gt_seg_map'].shape == (96, 96)
         assert 2 <= len(np.unique(sample['gt_seg_map'])) and sample['gt_seg_map'].max() <= 10
+
+
+@pytest.mark.parametrize('example', ['classify.py', 'segment.py'])
+def test_an_example_says_how_it_is_called(run, example):
+    done = run(ROOT / 'examples' / example, 'nowhere', 'picture.png', *['mask.png'] * (example == 'segment.py'))
+    assert done.returncode == 1 and 'EXPORTED_FOLDER PICTURE' in done.stderr and 'Traceback' not in done.stderr

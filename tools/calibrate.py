@@ -26,7 +26,8 @@ def calibrate() -> None:
     if not hasattr(runner, 'calibrate'):
         raise UserError(f'runner_type={cfg.runner_type!r} does not quantize')
     runner.calibrate(str(out))
-    runner.logger.info(f'Wrote {out}; evaluate it with: python tools/test.py {args.config} {out}')
+    command = f'python tools/test.py {args.config} {out} --work-dir {out.parent}'
+    runner.logger.info(f'Wrote {out}; evaluate it with: {command}')
 
 
 if __name__ == '__main__':

@@ -41,6 +41,8 @@ class CalibrationHook(Hook):
         model = bare_model(runner.model)
         if any(m.calibrated for m in model.modules() if isinstance(m, Quantizer)):
             return
+        if not runner._load_from:
+            runner.logger.warning('The config has no load_from: quantization starts without a trained float model.')
         runner.logger.info(f'Calibrating thresholds on {self.batches} training batches.')
 
         def predict() -> None:

@@ -397,7 +397,8 @@ def zero_point_of(threshold: float, low: float, bits: int) -> int:
 
 
 def _uncalibrated(name: str) -> str:
+    layer = 'a layer' if name == '?' else f'layer {name}'  # one that a hand-written model has built itself
     return (
-        f'layer {name} has no threshold yet: train it first, or load a checkpoint of the quantized model '
+        f'{layer} has no threshold yet: train it first, or load a checkpoint of the quantized model '
         '(a float checkpoint holds no thresholds)'
     )

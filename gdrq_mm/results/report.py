@@ -135,14 +135,16 @@ def sort_key(column: str, cell: str) -> str:
 def _entries(records: Sequence[Record]) -> list[Entry]:
     """The float baseline and the rows of each model and data set, in the order of the table."""
     groups: dict[tuple[str, ...], list[Record]] = {}
-    trained = [record for record in records if backend_of(record) == 'torch']
-    for record in {record.get('path', id(record)): record for record in trained}.values():
+    for record in {record.get('path', id(record)): record for record in records}.values():
         groups.setdefault(identity_of(record), []).append(record)
     found: list[Entry] = []
     for number, group in enumerate(groups.values()):
         name = title_of(group[0])
         metric, _ = main_metric(group[0])
-        floats = [record for record in group if record['quantization'] is None]
+        trained = [
+            record for record in group if backend_of(record) == 'torch'
+        ]  # the others are of the same checkpoints
+        floats = [record for record in trained if record['quantization'] is None]
         value = f'{metric} {main_metric(floats[0])[1]:.2f} %' if floats else NOT_RUN
         before = f'run-{len(found)}'
         found.append(Entry(before, f'{name}: float', value, floats, number))
@@ -150,7 +152,7 @@ def _entries(records: Sequence[Record]) -> list[Entry]:
             label = row['method'], row['bits']
             of_row = [
                 r
-                for r in group
+                for r in trained
                 if r['quantization'] is not None and (method_of(r), bits_of(r['model']['bits'])) == label
             ]
             value = f'{metric} {row["quantized"]} %' if of_row else NOT_RUN
@@ -238,7 +240,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         'quantization': json.dumps(record['quantization']) if record['quantization'] else 'none: a float model',
         'checkpoint': record['checkpoint']['file'],
         'SHA-256 of the checkpoint': record['checkpoint']['sha256'],
-        'trained from': f'{start["file"]}, SHA-256 {start["sha256"] or NOT_RECORDED}' if start else None,
+        'trained from': _start(start) if start else 'no checkpoint' if training.get('iter') else None,
         **{f'training {key}': training.get(key) for key in ('seed', 'epoch', 'iter')},
         'git revision': f'{git["commit"]}{dirty}' if git.get('commit') else None,
         'versions': ', '.join(f'{name} {found or "absent"}' for name, found in (record.get('versions') or {}).items()),
@@ -247,6 +249,10 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         'GPUs': (', '.join(map(str, hardware['gpus'])) or 'none') if 'gpus' in hardware else None,
     }
     return [(name, NOT_RECORDED if value in (None, '') else str(value)) for name, value in facts.items()]
+
+
+def _start(start: dict[str, Any]) -> str:
+    return f'{start["file"]}, SHA-256 {start["sha256"] or NOT_RECORDED}'
 
 
 def _between(folders: Iterable[str | Path], work_dirs: Iterable[Path]) -> Iterator[Path]:

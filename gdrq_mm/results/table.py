@@ -118,7 +118,8 @@ def check_comparable(records: Sequence[Record]) -> None:
         other = cells.setdefault((identity_of(record), method_of(record), bits, seed), record)
         if _checkpoint(other) != _checkpoint(record):
             raise UserError(
-                f'{_two(other, record)} claim the same cell: {name}, {method_of(record)}, {bits_of(bits)}, seed {seed}'
+                f'{_two(other, record)} claim the same cell: {name}, {method_of(record)}, {bits_of(bits)}, '
+                f'seed {seed}; compare folders with one of them'
             )
     for record in records:
         start, before = record['training'].get('start'), floats.get(identity_of(record))
