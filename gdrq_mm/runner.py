@@ -170,6 +170,15 @@ class QuantRunner(Runner):
         check_dataset(loader.dataset, ignored_labels(self.cfg.model))
         return loader
 
+    def train(self) -> nn.Module:
+        """Train; a file that cannot be written on the way, as on a full disk, ends it with what is left."""
+        try:
+            return super().train()
+        except OSError as error:
+            if not self.iter:
+                raise
+            raise UserError(f'{error}; {last_written(self.work_dir)}') from error
+
     def resume(self, *args: Any, **kwargs: Any) -> None:
         """Resume; data loading goes on with the seed of the checkpoint, in the middle of an epoch too."""
         super().resume(*args, **kwargs)

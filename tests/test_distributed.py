@@ -102,6 +102,12 @@ def test_two_processes_give_the_model_of_one(train_on_two, config, tmp_path, cas
                 assert torch.equal(value, two[key]), key
 
 
+def test_two_processes_hold_the_same_model_in_mixed_precision(train_on_two, tmp_path):
+    finished(train_on_two('amp', '--amp', sync_bn='torch'))
+    (state, *_) = same_states(tmp_path / 'amp')
+    assert all(value.isfinite().all() for value in state.values())
+
+
 def finished(processes):
     assert [done.returncode for done in processes] == [0] * len(processes), processes[0].stderr
 

@@ -166,6 +166,19 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, config, tmp_path):
     assert find_resumable(tmp_path / 'run') == (str(first), '')
 
 
+def test_a_folder_that_becomes_read_only_leaves_the_last_checkpoint(run, config, tmp_path):
+    hooks = [dict(type='tests.rank_hooks.ReadOnly', at=7)]
+    config('run', **KEEP_ONE, custom_hooks=hooks).dump(tmp_path / 'run.py')
+    done = run(TRAIN, 'run.py')
+    if 'no mount' in done.stderr:
+        pytest.skip('a root without the right to mount cannot make a folder read-only')
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    first = tmp_path / 'run/epoch_1.pth'
+    assert f'Read-only file system: {str(tmp_path / "run")!r}'[:-1] in done.stderr
+    assert f'the last good checkpoint is {first}' in done.stderr
+    assert find_resumable(tmp_path / 'run') == (str(first), '')
+
+
 def test_old_checkpoints_go_when_the_new_one_is_written(make):
     """The best one too, and the pointer is replaced: another link to the old file still holds what it held."""
     seen = []
