@@ -39,6 +39,11 @@ ablation = {
     'search': {'quantization.weight.gdrq.threshold': 'search'},
     'channel_search': {'quantization.weight.groups': 'channel', 'quantization.weight.gdrq.threshold': 'search'},
     'learned': {'quantization.weight.gdrq.threshold': 'learned'},
+    'full_range': {'quantization.weight.gdrq.narrow_range': False},  # four levels of 2 bits, as LSQ's paper has them
+    'learned_full_range': {
+        'quantization.weight.gdrq.threshold': 'learned',
+        'quantization.weight.gdrq.narrow_range': False,
+    },
     'reshape': {'quantization.weight.gdrq.clip': 'project', 'quantization.schedule.reshape': 0.3},
     'undeployable': {'quantization.deployable': False},
 }
