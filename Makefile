@@ -17,7 +17,7 @@ test: lint
 
 test-slurm: .venv/.ready
 	@echo "Running jobs on a slurm of two nodes on this machine: up to 10 minutes on 2 cores."
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/slurm
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -o faulthandler_exit_on_timeout=false tests/slurm
 
 lint: .venv/.ready
 	@$(PY) -m ruff check .

@@ -51,7 +51,7 @@ def serve(commands: Connection, rank: int, size: int, store: str, args: argparse
         contestant = build(name, 'contiguous', args)
         following = [q for q in activation_quantizers(contestant.model).values() if q.follows]
         numbers = max(numbers, sum(q.statistics().numel() for q in following))
-        contestant.model = DistributedDataParallel(contestant.model)
+        contestant.model = DistributedDataParallel(contestant.model, broadcast_buffers=False)  # as mmengine does
         steps[name] = contestant.step
     for command in iter(commands.recv, 'end'):
         if command in steps:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import RUNNERS
@@ -186,21 +185,18 @@ def main(command: Callable[[], None]) -> None:
     code, last = os.EX_OK, ''
     try:
         command()
-    except (UserError, OSError) as error:
-        if os.environ.get('GDRQ_DEBUG'):
-            raise
-        code, last = 1, f'error: {error}'
     except Stopped as stopped:
         code, last = os.EX_TEMPFAIL, str(stopped)
     except KeyboardInterrupt:
         code, last = 1, 'interrupted'
-    except Exception:
-        if not torch.distributed.is_initialized():
-            raise
-        sys.excepthook(*sys.exc_info())
+    except Exception as error:
         code = 1
-    if last:
+        if isinstance(error, (UserError, OSError)) and not os.environ.get('GDRQ_DEBUG'):
+            last = f'error: {error}'
+        else:
+            sys.excepthook(*sys.exc_info())
+    leave(code, last)
+    if code == os.EX_TEMPFAIL:
         print(last, file=sys.stderr)
-    leave(code)
     if code:
-        sys.exit(code)
+        sys.exit(last if code == 1 and last else code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,17 +33,20 @@ def no_device() -> Iterator[None]:
         torch.cuda.set_device = select
 
 
-def leave(code: int) -> None:
-    """End a process of several with an exit code, and its data workers in any case.
+def leave(code: int, last: str) -> None:
+    """End a process of several with an exit code and a last line, and its data workers in any case.
 
     Data workers get no time to stop: a signal to them can be lost, as they shield themselves (hooks/stop.py), and one
     may hang. A process of several ends without C++'s clean-up: gloo's threads may live as long as the model, and what
     destroys them then can abort a process that has done its work, or wait for processes that never come.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a data worker is killed
     for worker in multiprocessing.active_children():
         worker.kill()
     if not torch.distributed.is_initialized():
         return
+    if last:
+        print(last, file=sys.stderr)
     if code == os.EX_OK:
         torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()  # loggers

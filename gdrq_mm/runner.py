@@ -171,13 +171,13 @@ class QuantRunner(Runner):
         return loader
 
     def train(self) -> nn.Module:
-        """Train; a file that cannot be written on the way, as on a full disk, ends it with what is left."""
+        """Train; a file that cannot be read or written on the way, as on a full disk, ends it with what is left."""
         try:
             return super().train()
         except OSError as error:
             if not self.iter:
                 raise
-            raise UserError(f'{error}; {last_written(self.work_dir)}') from error
+            raise UserError(f'{str(error).splitlines()[0]}; {last_written(self.work_dir)}') from error
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
         """Resume; data loading goes on with the seed of the checkpoint, in the middle of an epoch too."""
@@ -275,7 +275,7 @@ class QuantRunner(Runner):
         if mismatch and not starting:
             raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}')
         if mismatch:
-            self.logger.info(f'Thresholds of {filename} are of another quantization ({mismatch}); ours start anew.')
+            self.logger.info(f'Thresholds of {filename} are left out: {mismatch}.')
             checkpoint = without_quantizers(checkpoint)
         meta = checkpoint.get('meta') or {}
         start = dict(file=Path(filename).name, sha256=file_digest(filename)) if starting else meta.get('start')
@@ -389,7 +389,7 @@ def read_quantization(cfg: Config) -> Quantization | None:
     """
     for setting in ('quantization', 'load_from'):
         for name in difflib.get_close_matches(setting, set(cfg) - {setting}, n=1, cutoff=0.85):
-            raise UserError(f"{name} is not a setting; did you mean '{setting}'?")
+            raise UserError(f"{name} is not a setting; did you mean '{setting}'? (else rename it)")
     return Quantization.from_dict(cfg.quantization) if 'quantization' in cfg else None
 
 

@@ -1,6 +1,7 @@
 """Hooks that a config names by path (type='tests.rank_hooks.Note'), for runs in processes of their own."""
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import resource
@@ -88,7 +89,8 @@ class ReadOnly(Hook):
             or libc.mount(None, folder, None, bind | remount | read_only, None)
         )
         if failed:
-            raise OSError(ctypes.get_errno(), 'no mount')
+            number = ctypes.get_errno()
+            raise OSError(number, 'no mount' if number == errno.EPERM else os.strerror(number))
 
 
 def spoilt(value, by=torch.inf):

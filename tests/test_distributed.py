@@ -215,11 +215,26 @@ def test_what_is_left_of_other_processes_does_not_change_an_end(train_on_two, ho
         assert last in (process.stderr.splitlines() or [''])[-1]
 
 
-def test_a_data_worker_that_hangs_does_not_keep_a_run_from_its_end(run, config, tmp_path):
-    hooks = [dict(type='tests.rank_hooks.Freeze', at=2), dict(type='tests.rank_hooks.Kill', at=2, number='SIGTERM')]
+@pytest.mark.parametrize(
+    ('hook', 'code', 'last'),
+    [
+        (dict(type='Kill', at=2, number='SIGTERM'), 75, 'SIGTERM after iteration 3: saved '),
+        (dict(type='Break', at=2), 1, 'ZeroDivisionError: broken'),
+    ],
+    ids=['stopped', 'bug'],
+)
+def test_a_data_worker_that_hangs_does_not_keep_a_run_from_its_end(run, config, tmp_path, hook, code, last):
+    hooks = [dict(type='tests.rank_hooks.Freeze', at=2), dict(hook, type=f'tests.rank_hooks.{hook["type"]}')]
     config(custom_hooks=hooks, **{'train_dataloader.num_workers': 1}).dump(tmp_path / 'run.py')
-    stopped = run(TRAIN, 'run.py')
-    assert stopped.returncode == 75 and 'SIGTERM after iteration 3: saved ' in stopped.stderr, stopped.stderr
+    ended = run(TRAIN, 'run.py')
+    assert ended.returncode == code and ended.stderr.splitlines()[-1].startswith(last), ended.stderr
+
+
+def test_data_workers_that_stay_until_the_end_leave_no_error(run, config, tmp_path):
+    workers = {'train_dataloader.num_workers': 2, 'train_dataloader.persistent_workers': True}
+    config(epochs=1, **workers).dump(tmp_path / 'run.py')
+    done = run(TRAIN, 'run.py')
+    assert (done.returncode, done.stderr) == (0, '')
 
 
 def test_slurm_without_a_gpu(run_all, config, tmp_path):

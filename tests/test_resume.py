@@ -174,7 +174,7 @@ def test_a_folder_that_becomes_read_only_leaves_the_last_checkpoint(run, config,
         pytest.skip('a root without the right to mount cannot make a folder read-only')
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     first = tmp_path / 'run/epoch_1.pth'
-    assert f'Read-only file system: {str(tmp_path / "run")!r}'[:-1] in done.stderr
+    assert 'Read-only file system' in done.stderr or 'Permission denied' in done.stderr  # a root, or anybody else
     assert f'the last good checkpoint is {first}' in done.stderr
     assert find_resumable(tmp_path / 'run') == (str(first), '')
 

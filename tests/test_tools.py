@@ -769,3 +769,11 @@ def test_masks_open_with_mmseg(scenes):
 def test_an_example_says_how_it_is_called(run, example):
     done = run(ROOT / 'examples' / example, 'nowhere', 'picture.png', *['mask.png'] * (example == 'segment.py'))
     assert done.returncode == 1 and 'EXPORTED_FOLDER PICTURE' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_nothing_is_said_of_a_data_format_that_nobody_uses(tmp_path):
+    """At debug level: mmengine prints it all the same, and it looks like a broken installation."""
+    program = 'import gdrq_mm.cli as cli; cli.read_config(cli.sys.argv[1]); import mmdet.datasets, mmpretrain.datasets'
+    command = [sys.executable, '-c', program, W4A4]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and 'OneDL' not in done.stdout + done.stderr, done.stderr

@@ -141,9 +141,8 @@ def _entries(records: Sequence[Record]) -> list[Entry]:
     for number, group in enumerate(groups.values()):
         name = title_of(group[0])
         metric, _ = main_metric(group[0])
-        trained = [
-            record for record in group if backend_of(record) == 'torch'
-        ]  # the others are of the same checkpoints
+        # What a runtime gave is in the row; it is of the same checkpoint
+        trained = [record for record in group if backend_of(record) == 'torch']
         floats = [record for record in trained if record['quantization'] is None]
         value = f'{metric} {main_metric(floats[0])[1]:.2f} %' if floats else NOT_RUN
         before = f'run-{len(found)}'
@@ -161,10 +160,10 @@ def _entries(records: Sequence[Record]) -> list[Entry]:
 
 
 def _metric_plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """For each task and data set the metric against size and against bits, and which baselines are missing."""
+    """For each task and data set that was tested the metric against size and bits, and which baselines are missing."""
     parts: dict[tuple[str, ...], list[tuple[int, dict[str, str]]]] = {}
     for entry in entries:
-        if entry.row is not None:
+        if entry.row is not None and entry.records:
             key = entry.row['task'], entry.row['data'], entry.row['metric']
             parts.setdefault(key, []).append((entry.group, entry.row))
     methods = list(dict.fromkeys(row['method'] for rows in parts.values() for _, row in rows))
@@ -240,7 +239,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         'quantization': json.dumps(record['quantization']) if record['quantization'] else 'none: a float model',
         'checkpoint': record['checkpoint']['file'],
         'SHA-256 of the checkpoint': record['checkpoint']['sha256'],
-        'trained from': _start(start) if start else 'no checkpoint' if training.get('iter') else None,
+        'trained from': f'{start["file"]}, SHA-256 {start["sha256"] or NOT_RECORDED}' if start else None,
         **{f'training {key}': training.get(key) for key in ('seed', 'epoch', 'iter')},
         'git revision': f'{git["commit"]}{dirty}' if git.get('commit') else None,
         'versions': ', '.join(f'{name} {found or "absent"}' for name, found in (record.get('versions') or {}).items()),
@@ -249,10 +248,6 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         'GPUs': (', '.join(map(str, hardware['gpus'])) or 'none') if 'gpus' in hardware else None,
     }
     return [(name, NOT_RECORDED if value in (None, '') else str(value)) for name, value in facts.items()]
-
-
-def _start(start: dict[str, Any]) -> str:
-    return f'{start["file"]}, SHA-256 {start["sha256"] or NOT_RECORDED}'
 
 
 def _between(folders: Iterable[str | Path], work_dirs: Iterable[Path]) -> Iterator[Path]:
