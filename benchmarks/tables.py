@@ -29,7 +29,8 @@ def comparison(data: str) -> str:
 
 
 GRID = {
-    'grid_cifar10': r'cifar10-(float|(?!ptq)\w+-w\da\d-seed\d)',
+    'grid_cifar10': r'cifar10-(float|(?!ptq)\w+-w[42]a4-seed\d)',
+    'grid_low_bits': r'cifar10-(float|(?!ptq)\w+-w(3a3|2a2)-seed0)',
     'grid_digits': r'digits_\w+-.*',
     'grid_ptq': r'cifar10-(float|ptq-w\d+a\d+-seed0)',
     'grid_ablation': r'cifar10-(float|gdrq(-\w+)?-w2a4-seed0)',
