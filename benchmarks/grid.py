@@ -39,6 +39,10 @@ ablation = {
     'search': {'quantization.weight.gdrq.threshold': 'search'},
     'channel_search': {'quantization.weight.groups': 'channel', 'quantization.weight.gdrq.threshold': 'search'},
     'learned': {'quantization.weight.gdrq.threshold': 'learned'},
+    'weight_k15': {'quantization.weight.gdrq.k': 1.5},  # the default is 2
+    'weight_k25': {'quantization.weight.gdrq.k': 2.5},
+    'activation_k9': {'quantization.activation.gdrq.k': 9},  # the default is 12
+    'activation_k16': {'quantization.activation.gdrq.k': 16},
     'full_range': {'quantization.weight.gdrq.narrow_range': False},  # four levels of 2 bits, as LSQ's paper has them
     'learned_full_range': {
         'quantization.weight.gdrq.threshold': 'learned',
