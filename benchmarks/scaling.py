@@ -28,13 +28,12 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from shared import write_figure
+from shared import check_least, write_figure
 from torch.nn.parallel import DistributedDataParallel
 from train_step import WARM_UP, build
 
 from gdrq_mm.cli import check_writable, main
 from gdrq_mm.convert import activation_quantizers
-from gdrq_mm.errors import UserError
 
 MODELS = ('float', 'gdrq')
 SIZES = (1, 64, 1024, 16384, 262144, 4194304)
@@ -157,9 +156,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--collectives', type=int, default=50, help='timed collectives (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=Path('docs/figures/scaling.json'), help='default: %(default)s')
     args = parser.parse_args()
-    for name, least in (('batch', 1), ('size', 64), ('rounds', 1), ('collectives', 1)):
-        if getattr(args, name) < least:
-            raise UserError(f'--{name} {getattr(args, name)} is less than {least}')
+    check_least(args, batch=1, size=64, rounds=1, collectives=1)
     return args
 
 

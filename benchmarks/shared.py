@@ -1,5 +1,6 @@
 """What the benchmarks of time and memory share."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,15 @@ from typing import Any
 from rich.console import Console
 
 from gdrq_mm.checkpoint import write_whole
+from gdrq_mm.errors import UserError
 from gdrq_mm.results.record import provenance
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse options below the least value of each."""
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise UserError(f'--{name} {getattr(args, name)} is less than {value}')
 
 
 def peak_of_process() -> int:

@@ -96,9 +96,11 @@ def synchronization() -> str:
     """Adding up the statistics of thresholds: measured for two processes, on paper for more."""
     found = json.loads((FIGURES / 'scaling.json').read_text())['synchronization']
     measured = ('2, measured', f'{1000 * found["seconds"]:.2f}', '', f'{100 * found["seconds"]:.2f}')
-    paper = [(f'{r["gpus"]}', *(f'{1000 * r[t]:.2f}' for t in ('ring', 'tree'))) for r in found['on_paper']]
-    rows = [measured, *((*row, f'{float(row[2]) / 10:.2f}') for row in paper)]
-    return markdown(('processes', 'ring, ms', 'tree, ms', '1 % of a step of, in s'), rows)
+    paper = [
+        (f'{r["gpus"]}', f'{1000 * r["ring"]:.2f}', f'{1000 * r["tree"]:.2f}', f'{100 * r["tree"]:.2f}')
+        for r in found['on_paper']
+    ]
+    return markdown(('processes', 'ring, ms', 'tree, ms', '1 % of a step of, in s'), [measured, *paper])
 
 
 def inference() -> str:

@@ -37,7 +37,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from shared import peak_of_process, write_figure
+from shared import check_least, peak_of_process, write_figure
 from torch import Tensor
 
 from gdrq_mm.cli import check_writable, main
@@ -333,9 +333,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, default=out, help='JSON file (default: %(default)s)')
     parser.add_argument('--memory-of', nargs=2, metavar=('CONTESTANT', 'FORMAT'), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for name, least in (('batch', 1), ('size', 64), ('rounds', 1), ('threads', 1)):
-        if getattr(args, name) < least:
-            raise UserError(f'--{name} {getattr(args, name)} is less than {least}')
+    check_least(args, batch=1, size=64, rounds=1, threads=1)
     return args
 
 

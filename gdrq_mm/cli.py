@@ -182,21 +182,20 @@ def _near_files(path: Path) -> str:
 
 def main(command: Callable[[], None]) -> None:
     """Run a tool; a UserError, a missing file, an interruption or a stop ends it with one line."""
-    code, last = os.EX_OK, ''
+    end: str | int = os.EX_OK
     try:
         command()
     except Stopped as stopped:
-        code, last = os.EX_TEMPFAIL, str(stopped)
+        print(stopped, file=sys.stderr)
+        end = os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        code, last = 1, 'interrupted'
+        end = 'interrupted'
     except Exception as error:
-        code = 1
         if isinstance(error, (UserError, OSError)) and not os.environ.get('GDRQ_DEBUG'):
-            last = f'error: {error}'
+            end = f'error: {error}'
         else:
             sys.excepthook(*sys.exc_info())
-    leave(code, last)
-    if code == os.EX_TEMPFAIL:
-        print(last, file=sys.stderr)
-    if code:
-        sys.exit(last if code == 1 and last else code)
+            end = 1
+    leave(end)
+    if end:
+        sys.exit(end)

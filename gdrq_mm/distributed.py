@@ -33,8 +33,8 @@ def no_device() -> Iterator[None]:
         torch.cuda.set_device = select
 
 
-def leave(code: int, last: str) -> None:
-    """End a process of several with an exit code and a last line, and its data workers in any case.
+def leave(end: str | int) -> None:
+    """End a process of several as sys.exit does, with a last line or an exit code, and its data workers in any case.
 
     Data workers get no time to stop: a signal to them can be lost, as they shield themselves (hooks/stop.py), and one
     may hang. A process of several ends without C++'s clean-up: gloo's threads may live as long as the model, and what
@@ -45,14 +45,15 @@ def leave(code: int, last: str) -> None:
         worker.kill()
     if not torch.distributed.is_initialized():
         return
-    if last:
-        print(last, file=sys.stderr)
-    if code == os.EX_OK:
+    if isinstance(end, str):
+        print(end, file=sys.stderr)
+        end = 1
+    if end == os.EX_OK:
         torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()  # loggers
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(end)
 
 
 class CPUSyncBatchNorm(_BatchNorm):

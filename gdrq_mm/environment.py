@@ -12,7 +12,6 @@ from .errors import UserError
 
 UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
 
-
 _print_log = mmengine.logging.print_log
 
 
