@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from gdrq_mm.apis import init_model
 from gdrq_mm.checkpoint import read_checkpoint
 from gdrq_mm.datasets import cifar10, digits
 from gdrq_mm.errors import UserError
@@ -255,6 +256,31 @@ def test_a_checkpoint_that_cannot_be_used(home, error_of, trained, kind, entry):
         'resume': (TRAIN, W4A4, '--resume', 'given.pth', '--cfg-options', *TINY),
     }
     holds(error_of(*command[entry]), 'given.pth', *fragments)
+    assert not (home / 'executed').exists()
+
+
+@pytest.mark.parametrize(
+    ('tool', 'options'),
+    [
+        ('export.py', ['--out', 'exported']),
+        ('analyze.py', []),
+        ('calibrate.py', []),
+        ('infer.py', ['data/digits/cls/test/3/00007.png', '--out', 'prediction.png']),
+    ],
+)
+def test_code_in_a_checkpoint_is_refused_by_the_other_tools(home, error_of, trained, tool, options):
+    make, fragments = CHECKPOINTS['code']
+    make(home / 'given.pth', trained / 'epoch_1.pth')
+    holds(error_of(ROOT / 'tools' / tool, W4A4, 'given.pth', *options), 'given.pth', *fragments)
+    assert not (home / 'executed').exists()
+
+
+def test_code_in_a_checkpoint_is_refused_by_the_python_api(home, trained, monkeypatch):
+    make, _ = CHECKPOINTS['code']
+    make(home / 'given.pth', trained / 'epoch_1.pth')
+    monkeypatch.chdir(home)
+    with pytest.raises(UserError, match=r'given\.pth holds more than tensors'):
+        init_model(str(W4A4), 'given.pth')
     assert not (home / 'executed').exists()
 
 
