@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import cv2
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
@@ -15,6 +16,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gdrq_mm.amp import use_amp
 from gdrq_mm.apis import draw, infer, init_model
 from gdrq_mm.cli import check_writable, main, prepare_test, read_config
 from gdrq_mm.datasets import digits
@@ -23,6 +25,7 @@ from gdrq_mm.results.plots import side_by_side
 from gdrq_mm.results.record import make_record, write_record
 from gdrq_mm.results.table import comparison_table
 from gdrq_mm.runner import QuantRunner
+from gdrq_mm.tasks import task_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 JOBS = [
@@ -61,6 +64,8 @@ def prepare(config: str, work_dir: Path, epochs: int | None, load_from: str | No
         cfg.train_cfg.max_epochs = epochs
         schedules = cfg.param_scheduler if isinstance(cfg.param_scheduler, list) else [cfg.param_scheduler]
         schedules[-1].update({key: epochs for key in ('T_max', 'end') if key in schedules[-1]})
+    if task_of(cfg) != 'det' and torch.cpu.get_capabilities().get('avx512_bf16'):
+        use_amp(cfg)  # a third faster where the processor has instructions for it, slower where not
     return cfg
 
 

@@ -5,13 +5,12 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 
+from gdrq_mm.amp import use_amp
 from gdrq_mm.checkpoint import find_resumable
 from gdrq_mm.cli import add_config_arguments, build_runner, load_config, main
-from gdrq_mm.errors import UserError, building
-from gdrq_mm.tasks import task_of
+from gdrq_mm.errors import building
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,13 +56,7 @@ def train() -> None:
 def adapt(cfg: Config, args: argparse.Namespace) -> None:
     """Change the config as the options say."""
     if args.amp:
-        if torch.cuda.is_available():
-            cfg.optim_wrapper.type = 'AmpOptimWrapper'
-            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-        elif task_of(cfg) == 'det':
-            raise UserError("--amp needs a GPU for detection: mmcv's NMS on a CPU knows float32 only")
-        else:
-            cfg.optim_wrapper.type = 'gdrq_mm.amp.CPUAmpOptimWrapper'
+        use_amp(cfg)
     if args.auto_scale_lr:
         cfg.setdefault('auto_scale_lr', {'base_batch_size': 256})
         cfg.auto_scale_lr.enable = True
