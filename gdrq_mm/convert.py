@@ -16,7 +16,7 @@ from .errors import UserError
 from .heads import deployed, last_layers
 from .layers import QUANTIZED, Levels, QuantLayer, make_activation_quantizer
 from .levels import split_levels
-from .quantizers import ActivationQuantizer, WeightQuantizer
+from .quantizers import ActivationQuantizer, FollowingQuantizer, Stage, WeightQuantizer
 from .topology import Topology
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
@@ -73,6 +73,12 @@ def quant_layers(model: nn.Module) -> dict[str, Any]:
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """Name -> activation quantizer, each once: inputs of layers, and outputs that `deployable` quantizes."""
     return {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+
+
+def moving_quantizers(model: nn.Module) -> dict[str, FollowingQuantizer]:
+    """Those of them whose thresholds follow the inputs, and are not frozen."""
+    quantizers = activation_quantizers(model)
+    return {n: q for n, q in quantizers.items() if isinstance(q, FollowingQuantizer) and q.stage < Stage.FREEZE}
 
 
 def mergeable_norms(model: nn.Module, topology: Topology) -> dict[str, str]:

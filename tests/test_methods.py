@@ -30,6 +30,7 @@ from gdrq_mm.quantizers import (
     WeightQuantizer,
     learned_parameters,
 )
+from gdrq_mm.quantizers.following import collected, move_thresholds
 from gdrq_mm.quantizers.hwgq import FULL_WAVE, HALF_WAVE
 from gdrq_mm.quantizers.log2 import power_of_two
 from gdrq_mm.runner import QuantRunner
@@ -436,9 +437,9 @@ def test_a_running_largest_value():
     for largest in (8.0, 2.0):
         quantizer(torch.tensor([0.5, -largest]))
         assert float(quantizer.threshold) == 4
-    quantizer.update(quantizer.statistics())
+    move_thresholds([quantizer], collected([quantizer]))
     assert float(quantizer.threshold) == 4 + 0.25 * (5 - 4)
-    quantizer.update(quantizer.statistics())
+    move_thresholds([quantizer], collected([quantizer]))
     assert float(quantizer.threshold) == 4.25, 'no forward since'
 
 
@@ -449,7 +450,7 @@ def test_the_step_of_hwgq_is_that_of_the_standard_deviation(kind, sigmas, bits):
     quantizer = activation_quantizer('hwgq', INPUTS[kind](noise), bits=bits)
     assert float(quantizer.step()) == pytest.approx(3.0 * sigmas[bits], rel=0.01)
     quantizer(INPUTS[kind](2 * noise))
-    quantizer.update(quantizer.statistics())
+    move_thresholds([quantizer], collected([quantizer]))
     assert float(quantizer.step()) == pytest.approx(3.0 * sigmas[bits] * 1.01, rel=0.01), 'it follows'
 
 
@@ -634,7 +635,7 @@ def fit(quantizer, value, target, parameters):
         (quantizer(value()) - target).square().mean().backward()
         optimizer.step()
         if getattr(quantizer, 'follows', False):
-            quantizer.update(quantizer.statistics())
+            move_thresholds([quantizer], collected([quantizer]))
     return float((quantizer(value()) - target).square().mean() / target.square().mean())
 
 
@@ -799,7 +800,7 @@ def test_a_quantized_network_learns(name):
         optimizer.step()
         for quantizer in activation_quantizers(model).values():
             if quantizer.follows:
-                quantizer.update(quantizer.statistics())
+                move_thresholds([quantizer], collected([quantizer]))
     assert losses[-1] < 0.5 * losses[0]
     moved = {name: not torch.equal(parameters[name].detach(), start[name]) for name in learned}
     expected = {name: not name.endswith('beta') or learned[name].kind == 'zero_point' for name in learned}

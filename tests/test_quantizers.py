@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gdrq_mm.errors import UserError
 from gdrq_mm.quantizers import GDRQActivation, GDRQWeight, Stage
+from gdrq_mm.quantizers.following import collected, move_thresholds
 from gdrq_mm.quantizers.gdrq import ACTIVATION_K, SEARCH_INTERVAL, WEIGHT_K
 from tests import reference
 
@@ -389,7 +390,7 @@ def test_an_empty_tensor_passes_and_leaves_no_trace():
     assert not quantizer.calibrated
     quantizer = activation_quantizer(torch.randn(2, 4), k=2.0)
     quantizer(empty)
-    assert quantizer.statistics().tolist() == [0, 0]
+    assert collected([quantizer]).tolist() == [[0, 0]]
 
 
 def test_an_all_zero_tensor_gives_zero_and_finite_gradients():
@@ -411,7 +412,7 @@ def test_one_update_takes_all_forwards_of_an_optimizer_step():
     for batch in batches:
         quantizer(batch)
         assert float(quantizer.threshold) == start  # constant within the step
-    quantizer.update(quantizer.statistics())
+    move_thresholds([quantizer], collected([quantizer]))
     expected = reference.running_threshold(start, 3.0, 0.25, [double(b) for b in batches])
     assert float(quantizer.threshold) == pytest.approx(expected, rel=1e-5)
 
@@ -419,15 +420,33 @@ def test_one_update_takes_all_forwards_of_an_optimizer_step():
 def test_an_update_starts_the_statistics_anew():
     quantizer = activation_quantizer(torch.randn(4, 3, 5, 5))
     quantizer(torch.randn(4, 3, 5, 5))
-    quantizer.update(quantizer.statistics())
-    assert quantizer.statistics().tolist() == [0, 0]
+    move_thresholds([quantizer], collected([quantizer]))
+    assert collected([quantizer]).tolist() == [[0, 0]]
 
 
 def test_an_update_without_a_forward_leaves_the_threshold():
     quantizer = activation_quantizer(torch.randn(4, 3, 5, 5))
     start = float(quantizer.threshold)
-    quantizer.update(quantizer.statistics())
+    move_thresholds([quantizer], collected([quantizer]))
     assert float(quantizer.threshold) == start
+
+
+def test_thresholds_move_together_as_each_would_alone():
+    def made():
+        settings = dict(k=3.0, momentum=0.25), dict(mean='nonzero'), dict(momentum=0.5), dict(k=2.0)
+        quantizers = [activation_quantizer(torch.linspace(-1, 2, 50), **setting) for setting in settings]
+        for number, quantizer in enumerate(quantizers[:3]):  # nothing comes through the last
+            quantizer(torch.linspace(0, 1 + number, 70).relu())
+        return quantizers
+
+    alone, together = made(), made()
+    for quantizer in alone:
+        move_thresholds([quantizer], collected([quantizer]))
+    move_thresholds(together, collected(together))
+    starts = [quantizer.threshold for quantizer in made()]
+    moved = [not torch.equal(q.threshold, start) for q, start in zip(together, starts)]
+    assert moved == [True, True, True, False]
+    assert [q.threshold.tolist() for q in together] == [q.threshold.tolist() for q in alone]
 
 
 @pytest.mark.parametrize('scale', [0.1, 10.0])
@@ -436,7 +455,7 @@ def test_the_running_threshold_converges_to_k_times_the_mean(scale):
     distances = []
     for _ in range(100):
         quantizer(torch.full((8,), scale))
-        quantizer.update(quantizer.statistics())
+        move_thresholds([quantizer], collected([quantizer]))
         distances.append(abs(float(quantizer.threshold) - 3 * scale))
     assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-3 * scale * 3
 
@@ -445,7 +464,7 @@ def test_the_running_mean_may_leave_out_zeros():
     quantizer = activation_quantizer(torch.rand(8), k=2.0, momentum=1.0, mean='nonzero')
     x = torch.tensor([0.0, 0.0, 1.0, 2.0])
     quantizer(x)
-    quantizer.update(quantizer.statistics())
+    move_thresholds([quantizer], collected([quantizer]))
     assert float(quantizer.threshold) == 3.0
 
 
@@ -453,7 +472,7 @@ def test_all_zeros_leave_a_threshold_of_nonzero_means():
     quantizer = activation_quantizer(torch.rand(8), k=2.0, momentum=1.0, mean='nonzero')
     start = float(quantizer.threshold)
     quantizer(torch.zeros(8))
-    quantizer.update(quantizer.statistics())
+    move_thresholds([quantizer], collected([quantizer]))
     assert float(quantizer.threshold) == start
 
 
@@ -461,20 +480,20 @@ def test_all_zeros_leave_a_threshold_of_nonzero_means():
 def test_training_forwards_are_tracked(stage):
     quantizer = activation_quantizer(torch.randn(8), stage=stage)
     quantizer(torch.tensor([1.0, -2.0, 0.0]))
-    assert quantizer.statistics().tolist() == [3, 3]
+    assert collected([quantizer]).tolist() == [[3, 3]]
 
 
 def test_nothing_is_tracked_in_evaluation():
     quantizer = activation_quantizer(torch.randn(8)).eval()
     quantizer(torch.randn(8))
-    assert quantizer.statistics().tolist() == [0, 0]
+    assert collected([quantizer]).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize('stage', [Stage.OBSERVE, Stage.FREEZE, Stage.FLOAT])
 def test_nothing_is_tracked_in_other_stages(stage):
     quantizer = activation_quantizer(torch.randn(8), stage=stage)
     quantizer(torch.randn(8))
-    assert quantizer.statistics().tolist() == [0, 0]
+    assert collected([quantizer]).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize('use_reentrant', [False, True])
@@ -488,13 +507,13 @@ def test_a_recomputed_segment_is_tracked_once(use_reentrant):
 
     x = torch.randn(8, requires_grad=True)
     checkpoint(segment, x, use_reentrant=use_reentrant).sum().backward()
-    assert len(runs) == 2 and quantizer.statistics()[1] == 8
+    assert len(runs) == 2 and collected([quantizer])[0, 1] == 8
 
 
 def test_tracking_takes_no_gradient():
     quantizer = activation_quantizer(torch.randn(8))
     quantizer(torch.randn(8, requires_grad=True))
-    assert not quantizer.statistics().requires_grad
+    assert not collected([quantizer]).requires_grad
 
 
 # ---- stages, state, precision ---------------------------------------------------------------------------------------
@@ -591,4 +610,4 @@ def test_the_gradient_of_bfloat16_inputs_is_masked_in_float32():
 def test_bfloat16_inputs_are_tracked_in_float32():
     quantizer = activation_quantizer(torch.rand(8))
     quantizer(torch.full((100_000,), 1.0, dtype=torch.bfloat16))
-    assert quantizer.statistics().tolist() == [100_000, 100_000]
+    assert collected([quantizer]).tolist() == [[100_000, 100_000]]

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from ..checkpoint import last_written
-from ..convert import activation_quantizers, bare_model
+from ..convert import bare_model, moving_quantizers
 from ..errors import UserError
-from ..quantizers import Stage
+from ..quantizers.following import collected
 
 
 @HOOKS.register_module()
@@ -102,9 +102,11 @@ def _spoilt(model: nn.Module) -> str:
     A quantized model can have a finite loss with infinite weights and activations: clipping hides them.
     """
     norms = ((n, b) for n, b in model.named_buffers() if n.endswith(('running_mean', 'running_var')))
-    following = [(n, q) for n, q in activation_quantizers(model).items() if q.follows and q.stage < Stage.FREEZE]
-    inputs = ((f'the input of {n}', q.statistics()) for n, q in following)
-    bad = _not_finite([*model.named_parameters(), *norms, *inputs])
+    following = moving_quantizers(model)
+    inputs = collected(following.values()) if following else torch.zeros(0)
+    bad = _not_finite([*model.named_parameters(), *norms, ('inputs', inputs)])
+    if bad == ['inputs']:
+        bad = _not_finite((f'the input of {name}', row) for name, row in zip(following, inputs))
     return f'{bad[0]} has values that are not finite' if bad else ''
 
 

@@ -8,8 +8,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..convert import activation_quantizers, bare_model, quant_layers
-from ..quantizers import Stage
+from ..convert import bare_model, moving_quantizers, quant_layers
+from ..quantizers.following import collected, move_thresholds
 
 
 @HOOKS.register_module()
@@ -38,9 +38,8 @@ class ThresholdHook(Hook):
                 projected = layer.weight_quant.after_step(layer.filters(), step)
                 if projected is not None:
                     layer.weight.copy_(layer.set_filters(projected))
-        moving = [q for q in activation_quantizers(model).values() if q.follows and q.stage < Stage.FREEZE]
+        moving = moving_quantizers(model).values()
         if moving:
-            statistics = torch.stack([q.statistics() for q in moving])
+            statistics = collected(moving)
             all_reduce(statistics, 'sum')
-            for quantizer, row in zip(moving, statistics):
-                quantizer.update(row)
+            move_thresholds(moving, statistics)

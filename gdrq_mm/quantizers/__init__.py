@@ -3,6 +3,7 @@
 from .balanced import BalancedWeight
 from .base import ActivationQuantizer, Quantizer, Stage, WeightQuantizer, learned_parameters
 from .dorefa import DoReFaActivation, DoReFaWeight
+from .following import FollowingQuantizer
 from .gdrq import GDRQActivation, GDRQWeight
 from .hwgq import HWGQActivation
 from .log2 import Log2Activation, Log2Weight
@@ -63,6 +64,7 @@ leaves one side in float, that side takes 'minmax' (ours)."""
 __all__ = [
     'ACTIVATION_METHODS',
     'ActivationQuantizer',
+    'FollowingQuantizer',
     'METHODS',
     'Quantizer',
     'Stage',

@@ -260,18 +260,10 @@ class ActivationQuantizer(Quantizer):
         return F.fake_quantize(x, step, self.lo, self.hi)
 
     follows = False
-    """Whether T follows statistics of the inputs: then `track`, `statistics` and `update` are there."""
+    """Whether T follows the inputs, see FollowingQuantizer."""
 
     def track(self, x: Tensor) -> None:
         """Collect what moves the threshold; called with every training input while thresholds follow."""
-
-    def statistics(self) -> Tensor:
-        """What was collected since the last update, as a vector that may be summed over ranks."""
-        raise NotImplementedError
-
-    def update(self, statistics: Tensor) -> None:
-        """Move T by the statistics of one optimizer step, summed over forwards and ranks, and start anew."""
-        raise NotImplementedError
 
     def current_threshold(self) -> Tensor:
         """T as `forward` uses it now; a method that learns it overrides this. Not called when thresholds are frozen."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import ActivationQuantizer, Check, Stage, WeightQuantizer, nonzero_start, number, one_of
+from .base import Check, Stage, WeightQuantizer, nonzero_start, number, one_of
+from .following import FollowingQuantizer
 from .lsq import lsq_scale
 
 WEIGHT_K = {2: 2.0, 3: 3.0, 4: 3.5, 5: 4.5, 6: 5.5, 7: 6.0, 8: 7.0}
@@ -111,7 +112,7 @@ class GDRQWeight(WeightQuantizer):
         return torch.clamp(weight, -limit, limit)
 
 
-class GDRQActivation(ActivationQuantizer):
+class GDRQActivation(FollowingQuantizer):
     """Activations by Scale-Clip with a running threshold, T <- T + m * (k * mean(|x|) - T) (METHOD: section 2).
 
     Args:
@@ -120,8 +121,6 @@ class GDRQActivation(ActivationQuantizer):
         mean: over 'all' elements, or over the 'nonzero' ones.
         gradient: of a clipped activation: 'masked' (0) or 'straight_through' (1).
     """
-
-    k: Tensor
 
     bits_options = ('k',)
 
@@ -143,13 +142,9 @@ class GDRQActivation(ActivationQuantizer):
         mean: str = 'all',
         gradient: str = 'masked',
     ) -> None:
-        super().__init__(bits, range)
-        self.given_k, self.momentum, self.mean_of, self.gradient = k, momentum, mean, gradient
+        super().__init__(bits, range, momentum)
+        self.given_k, self.mean_of, self.gradient = k, mean, gradient
         self.register_buffer('k', torch.zeros(()))
-        self._sum: Any = 0.0
-        self._count: Any = 0
-
-    follows = True
 
     def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
         self.k.fill_(ACTIVATION_K[self.kind][self.bits] if self.given_k is None else self.given_k)
@@ -163,16 +158,5 @@ class GDRQActivation(ActivationQuantizer):
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         return F.fake_quantize(x, step, self.lo, self.hi, self.gradient)
 
-    def track(self, x: Tensor) -> None:
-        self._sum = self._sum + F.sum_abs(x)
-        self._count = self._count + (torch.count_nonzero(x) if self.mean_of == 'nonzero' else x.numel())
-
-    def statistics(self) -> Tensor:
-        collected = (self._sum, self._count)  # sum|x| and count; 0 and 0 if nothing came through
-        return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.threshold.device) for v in collected])
-
-    def update(self, statistics: Tensor) -> None:
-        total, count = statistics[0], statistics[1]
-        moved = self.threshold + self.momentum * (self.k * total / count.clamp(min=1) - self.threshold)
-        self.threshold.copy_(torch.where(count > 0, moved, self.threshold))
-        self._sum, self._count = 0.0, 0
+    def measure(self, x: Tensor) -> tuple[Tensor, Any]:
+        return F.sum_abs(x), torch.count_nonzero(x) if self.mean_of == 'nonzero' else x.numel()

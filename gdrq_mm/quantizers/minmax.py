@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import ActivationQuantizer, Check, Stage, WeightQuantizer, number
+from .base import Check, Stage, WeightQuantizer, number
+from .following import FollowingQuantizer
 
 
 class MinMaxWeight(WeightQuantizer):
@@ -32,36 +33,21 @@ class MinMaxWeight(WeightQuantizer):
         return F.fake_quantize(weight, step, self.lo, self.hi, gradient)
 
 
-class MinMaxActivation(ActivationQuantizer):
+class MinMaxActivation(FollowingQuantizer):
     """Activations with a running largest |x|, T <- T + m * (max|x| - T).
 
     Args:
         momentum: m; 0.01 as in torch.ao.
     """
 
-    follows = True
-
     @classmethod
     def options(cls) -> dict[str, Check]:
         return dict(momentum=number(0, 1))
 
     def __init__(self, bits: int, range: str = 'auto', momentum: float = 0.01) -> None:
-        super().__init__(bits, range)
-        self.momentum = momentum
-        self._sum: Any = 0.0
-        self._count = 0
+        super().__init__(bits, range, momentum)
+        self.register_buffer('k', torch.ones(()), persistent=False)
 
-    def track(self, x: Tensor) -> None:
+    def measure(self, x: Tensor) -> tuple[Tensor, Any]:
         low, high = torch.aminmax(x)
-        self._sum = self._sum + torch.maximum(-low, high).float()
-        self._count += 1
-
-    def statistics(self) -> Tensor:
-        collected = (self._sum, self._count)
-        return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.threshold.device) for v in collected])
-
-    def update(self, statistics: Tensor) -> None:
-        total, count = statistics[0], statistics[1]
-        moved = self.threshold + self.momentum * (total / count.clamp(min=1) - self.threshold)
-        self.threshold.copy_(torch.where(count > 0, moved, self.threshold))
-        self._sum, self._count = 0.0, 0
+        return torch.maximum(-low, high).float(), 1

@@ -1,0 +1,71 @@
+"""Activations whose threshold follows the inputs: a running average, moved once per optimizer step.
+
+What the forwards of a step collect is read, and all thresholds of a model are moved, in a few operations on vectors:
+one by one, the hundreds of inputs of a detector would take as many small operations each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import ActivationQuantizer
+
+
+class FollowingQuantizer(ActivationQuantizer):
+    """T <- T + m * (k * s / n - T), with what `measure` gave, summed over the forwards and ranks of a step.
+
+    A method overrides `measure` and registers a scalar buffer `k`.
+
+    Args:
+        momentum: m.
+    """
+
+    k: Tensor
+    follows = True
+
+    def __init__(self, bits: int, range: str = 'auto', momentum: float = 0.01) -> None:
+        super().__init__(bits, range)
+        self.momentum = momentum
+        self.sum: Any = 0.0
+        """Since the last move: the sum of all s, a scalar."""
+        self.count: Any = 0
+        """Since the last move: the sum of all n, a scalar."""
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Any]:
+        """s and n of one input, scalars, s in float32."""
+        raise NotImplementedError
+
+    def track(self, x: Tensor) -> None:
+        total, count = self.measure(x)
+        self.sum, self.count = self.sum + total, self.count + count
+
+
+def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
+    """s and n of each quantizer since the last move, (N, 2) float32; may be summed over ranks."""
+    device = next(iter(quantizers)).threshold.device
+    return torch.stack(
+        [_vector([q.sum for q in quantizers], device), _vector([q.count for q in quantizers], device)], 1
+    )
+
+
+def move_thresholds(quantizers: Collection[FollowingQuantizer], statistics: Tensor) -> None:
+    """Move T by (N, 2) statistics, and start them anew; a T whose n is 0 stays."""
+    total, count = statistics.unbind(1)
+    thresholds = [q.threshold for q in quantizers]
+    before, k = torch.stack(thresholds), torch.stack([q.k for q in quantizers])
+    momentum = _vector([q.momentum for q in quantizers], before.device)
+    moved = before + momentum * (k * total / count.clamp(min=1) - before)
+    torch._foreach_copy_(thresholds, list(torch.where(count > 0, moved, before).unbind()))
+    for quantizer in quantizers:
+        quantizer.sum, quantizer.count = 0.0, 0
+
+
+def _vector(values: list[Any], device: torch.device) -> Tensor:
+    """Numbers and scalar tensors as one float32 vector."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
