@@ -2,6 +2,7 @@
 """Export a trained quantized model as integers: ONNX graphs or a packed checkpoint, checked layer by layer."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, help='folder to write; it must not exist')
     parser.add_argument('--format', choices=['onnx', 'packed'], default='onnx', help='default: %(default)s')
     parser.add_argument(
-        '--image', help='picture to check with; graphs are made for its size (default: first of the test set)'
+        '--image',
+        help='picture to check with; graphs that cannot take any size take its (default: first of the test set)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value')
     parser.add_argument(
@@ -104,13 +106,20 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str)
     write_bundle(out, model, checkpoint, graphs)
     for name in graphs:
         path = out / f'{name}.onnx'
-        text = f'{path}: {path.stat().st_size / 1e6:.2f} MB'
+        text = f'{path}: {path.stat().st_size / 1e6:.2f} MB, for inputs of {sizes_of(graphs[name])}'
         if name in counts:
             fused, whole = counts[name]
             text += f'; ONNX Runtime runs {fused} of {whole} layers as integer kernels'
             if fused < whole:
                 text += ', the others in float, most of them because their output is not quantized'
         CONSOLE.print(text, soft_wrap=True)
+
+
+def sizes_of(graph: Any) -> str:
+    """The inputs that a graph takes, in words."""
+    props = {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
+    shape = ' x '.join(map(str, props['shape']))
+    return f'any size (traced with {shape})' if props['any_size'] else shape
 
 
 def export() -> None:

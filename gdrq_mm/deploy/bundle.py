@@ -56,31 +56,59 @@ def export_graphs(
     seen_inputs = example_inputs(model, parts, predict)
     for part, twin in zip(parts, parts_of(merged, task), strict=True):
         x = seen_inputs[part.name]
-        with building(f'the part {part.name} of the model', 'cannot be exported'):
-            seen, outputs = record_codes(model, functools.partial(part.module, x))
-            graph = export_onnx(twin.module, x, [f'y{i}' for i in range(len(outputs))])
-        arrays = [out.numpy() for out in outputs]
-        with building(f'the part {part.name} of the model', 'cannot be verified'):
-            found = {
-                name: verify_onnx(graph, seen, [x.numpy()], arrays, functools.partial(open_runtime, name))
-                for name in backends
-            }
+        graph, found, any_size = _export_part(model, part, twin.module, x, backends)
         report(part.name, found)
-        for name, pieces in found.items():
-            wrong = next((piece for piece in pieces if piece.wrong), None)
-            if wrong is not None:
-                raise UserError(
-                    f'{part.name}: {name} differs from the trained model, first at {wrong.name}: {wrong.wrong} of '
-                    f'{wrong.values} values; nothing was written'
-                )
-        props = dict(structure=json.dumps(part.module.structure), shape=json.dumps(list(x.shape[1:])))
-        onnx.helper.set_model_props(graph, props)
+        wrong = _first_wrong(found)
+        if wrong:
+            raise UserError(f'{part.name}: {wrong}; nothing was written')
+        props = dict(structure=part.module.structure, shape=list(x.shape[1:]), any_size=any_size)
+        onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in props.items()})
         graphs[part.name] = graph
     exported = {t.name.removesuffix('.int4') for graph in graphs.values() for t in graph.graph.initializer}
     for name, layer in merged.named_modules():
         if isinstance(layer, IntegerLayer) and f'model.{name}.codes' not in exported:
             raise UserError(f'{type(model).__name__} cannot be exported: layer {name} is in none of its graphs')
     return graphs
+
+
+def _export_part(
+    model: Any, part: Part, merged: nn.Module, x: Tensor, backends: list[str]
+) -> tuple[onnx.ModelProto, dict[str, list[Piece]], bool]:
+    """The graph of a part, its pieces by runtime, and whether it takes pictures of any size.
+
+    An open graph is verified at another size than that of its trace. If it fails there, the size is fixed.
+    """
+    for any_size in (True, False) if part.any_size else (False,):
+        shown = nn.functional.pad(x, (0, 64, 0, 32)) if any_size else x  # multiples of 32, as detectors need them
+        try:
+            with building(f'the part {part.name} of the model', 'cannot be exported'):
+                seen, outputs = record_codes(model, functools.partial(part.module, shown))
+                graph = export_onnx(merged, x, [f'y{i}' for i in range(len(outputs))], any_size)
+            arrays = [out.numpy() for out in outputs]
+            with building(f'the part {part.name} of the model', 'cannot be verified'):
+                found = {
+                    name: verify_onnx(graph, seen, [shown.numpy()], arrays, functools.partial(open_runtime, name))
+                    for name in backends
+                }
+        except Exception:  # the runtimes raise their own, for instance at an index that is fixed in the graph
+            if not any_size:
+                raise
+            continue
+        if not (any_size and _first_wrong(found)):
+            break
+    return graph, found, any_size
+
+
+def _first_wrong(found: dict[str, list[Piece]]) -> str:
+    """Names the first piece that is wrong in a runtime; '' if none is."""
+    for name, pieces in found.items():
+        for piece in pieces:
+            if piece.wrong:
+                return (
+                    f'{name} differs from the trained model, first at {piece.name}: {piece.wrong} of '
+                    f'{piece.values} values'
+                )
+    return ''
 
 
 def write_bundle(out: Path, model: Any, checkpoint: str, graphs: dict[str, onnx.ModelProto]) -> None:
@@ -159,6 +187,8 @@ def read_bundle(folder: Path) -> dict[str, Any]:
                 raise UserError(f'{file} was changed after its export: its checksum does not fit')
             check_nest(entry['structure'])
             list(entry['shape'])
+            if not isinstance(entry.get('any_size', False), bool):
+                raise ValueError(f'any_size {entry["any_size"]!r}')
         about['checkpoint_sha256']
     except OSError as error:
         raise UserError(f'{error.filename} cannot be read: {error.strerror}; tools/export.py writes it') from None
@@ -170,12 +200,13 @@ def read_bundle(folder: Path) -> dict[str, Any]:
 
 
 def _runner(runtime: Any, entry: dict[str, Any], name: str) -> Callable[[Tensor], Any]:
-    shape = entry['shape']
+    fixed = entry['shape'][:1] if entry.get('any_size') else entry['shape']
 
     def run(x: Tensor) -> Any:
-        if list(x.shape[1:]) != shape:
-            size = ' x '.join(map(str, shape))
-            raise UserError(f'{name} was exported for inputs of {size}, this one is {tuple(x.shape[1:])}')
+        shape = list(x.shape[1:])
+        if shape[: len(fixed)] != fixed:
+            expected, found = (' x '.join(map(str, sizes)) for sizes in (fixed, shape))
+            raise UserError(f'{name} was exported for inputs of {expected}, this one is {found}')
         # Regions of interest are as many as there are: OpenVINO compiles a graph for each size of the batch.
         batch = torch.zeros(1 << max(len(x) - 1, 0).bit_length(), *shape)
         batch[: len(x)] = x.detach()

@@ -32,18 +32,21 @@ OPSET = 21
 """The first with 4-bit initializers in QuantizeLinear and DequantizeLinear."""
 
 
-def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:
+def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: bool = False) -> onnx.ModelProto:
     """Trace a module with merged layers into a checked ONNX model with a dynamic batch.
 
     Args:
         module: takes a tensor, returns a tensor or a flat tuple of tensors; it is not changed.
         x: an example; its first dimension is the batch, of at least 2.
         outputs: names of the outputs.
+        any_size: leave height and width of x, (N, C, H, W), open too. A module that computes something from its
+            example's size may keep that, as adaptive pooling does: verify the graph at another size.
 
     Raises:
         UserError: a layer has no form in standard integers; names it.
     """
     twin = _twin(module)
+    open_axes = dict.fromkeys((0, 2, 3) if any_size else (0,), torch.export.Dim.DYNAMIC)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         program = torch.onnx.export(
@@ -52,7 +55,7 @@ def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str]) -> onnx.Mo
             input_names=['x'],
             output_names=list(outputs),
             opset_version=OPSET,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            dynamic_shapes=(open_axes,),
             dynamo=True,
             optimize=False,
             verbose=False,

@@ -30,6 +30,8 @@ class Part:
     """model -> the module whose calls have the graph's inputs as arguments; None stands for the images."""
     replace: Callable[[Any, Run], None]
     """Puts a runtime in the place of the part in a model."""
+    any_size: bool
+    """Whether the inputs are pictures whose sizes may differ; those of a classifier are cropped."""
 
 
 def parts_of(model: Any, task: str) -> list[Part]:
@@ -42,12 +44,12 @@ def parts_of(model: Any, task: str) -> list[Part]:
     if task == 'cls' and hasattr(model, 'head') and hasattr(model, 'extract_feat'):
         return [_part('model', _ClassScores(model), _replace_head(lambda m: m.head))]
     if task == 'seg' and not isinstance(getattr(model, 'decode_head', None), (nn.ModuleList, type(None))):
-        return [_part('model', _Logits(model), _replace_head(lambda m: m.decode_head))]
+        return [_part('model', _Logits(model), _replace_head(lambda m: m.decode_head), any_size=True)]
     if hasattr(model, 'roi_head') and hasattr(model, 'rpn_head'):
         return _two_stage(model)
     dense = getattr(model, 'bbox_head', None) is not None and getattr(model, 'mask_head', None) is None
     if task == 'det' and dense and not hasattr(model, 'encoder'):
-        return [_part('model', _Dense(model), _replace_head(lambda m: m.bbox_head))]
+        return [_part('model', _Dense(model), _replace_head(lambda m: m.bbox_head), any_size=True)]
     raise UserError(f'{kind} cannot be exported: it is no classifier, no segmentor with one head, no detector with one')
 
 
@@ -103,8 +105,14 @@ class _Head(_Traced):
         return self.model.get_submodule(self.path)(x)
 
 
-def _part(name: str, module: _Traced, replace: Callable[[Any, Run], None], feed: str | None = None) -> Part:
-    return Part(name, module, lambda m: m.get_submodule(feed) if feed else None, replace)
+def _part(
+    name: str,
+    module: _Traced,
+    replace: Callable[[Any, Run], None],
+    feed: str | None = None,
+    any_size: bool = False,
+) -> Part:
+    return Part(name, module, lambda m: m.get_submodule(feed) if feed else None, replace, any_size)
 
 
 def _replace_head(head_of: Callable[[Any], Any]) -> Callable[[Any, Run], None]:
@@ -136,7 +144,7 @@ def _two_stage(model: Any) -> list[Part]:
 
     heads = [f'roi_head.{name}' for name in ('bbox_head', 'mask_head') if getattr(roi, name, None) is not None]
     return [
-        _part('proposals', _Proposals(model), replace_dense),
+        _part('proposals', _Proposals(model), replace_dense, any_size=True),
         *(_part(path.split('.')[1], _Head(model, path), replace_head(path), path) for path in heads),
     ]
 

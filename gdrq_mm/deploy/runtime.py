@@ -60,6 +60,10 @@ class OnnxRuntime:
         return self.session.run(None, dict(zip(self.inputs, inputs, strict=True)))
 
 
+COMPILED = 16
+"""Shapes of inputs for which OpenVINO keeps a compiled model: pictures of a detector have dozens (ours)."""
+
+
 class OpenVino:
     """A model compiled by OpenVINO, its float layers in float32.
 
@@ -82,7 +86,10 @@ class OpenVino:
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for inputs in the order of the graph."""
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.compiled:  # with an open batch its integer layers are slower and not exact (2026.4)
+        if shapes not in self.compiled:
+            if len(self.compiled) == COMPILED:
+                self.compiled.pop(next(iter(self.compiled)))
+            # With an open shape its integer layers are slower and not exact (2026.4).
             model = self.model.clone()
             model.reshape({value.any_name: shape for value, shape in zip(model.inputs, shapes, strict=True)})
             self.compiled[shapes] = self.core.compile_model(model, 'CPU', self.options)
