@@ -19,6 +19,7 @@ A sweep file is a Python config:
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import re
@@ -197,16 +198,27 @@ def _test(config: str, checkpoint: str | None, work: Path, record: Path, options
     return f'{_python("test")} {shlex.quote(config)} {tested} {shlex.join(rest)}'
 
 
-def run_cell(cell: Cell, threads: int) -> str:
-    """Run a cell with its output in its log; returns '' or what went wrong, in one line."""
+def run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
+    """Run a cell with its output in its log, unless another sweep runs it or has run it since.
+
+    Returns:
+        Whether nothing went wrong, and a line that says what happened.
+    """
+    if cell.finished():
+        return True, f'{cell.name}: done by another sweep'
     cell.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(cell.log, 'w') as log:
+    with open(cell.log, 'a') as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes of the cell keep it, whoever started them
+        except BlockingIOError:
+            return True, f'{cell.name}: left to another sweep that runs it'
+        log.truncate(0)
         environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
         done = subprocess.run(['bash', '-c', cell.command], stdout=log, stderr=log, env=environment, check=False)
     if done.returncode == 0 and cell.record.exists():
-        return ''
+        return True, f'{cell.name}: done'
     lines = [line for line in cell.log.read_text(errors='replace').splitlines() if line.strip()]
-    return f'{cell.name}: {lines[-1] if lines else "no output"} (exit {done.returncode}, {cell.log})'
+    return False, f'{cell.name}: {lines[-1] if lines else "no output"} (exit {done.returncode}, {cell.log})'
 
 
 def slurm_script(cells: list[Cell], arguments: str) -> str:

@@ -1,5 +1,6 @@
 """gdrq_mm/sweep.py, tools/sweep.py, tools/calibrate.py: a grid of real runs, its errors, its slurm jobs."""
 
+import fcntl
 import json
 import os
 import re
@@ -109,10 +110,29 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(swept):
     write_sweep(swept, methods=['lsq'], options={'train_cfg.max_epochs': 2})
     (cell,) = [cell for cell in read_sweep('sweep.py') if 'lsq' in cell.name]
     cell.record.unlink()  # one epoch was trained by the sweep before
-    assert run_cell(cell, 1) == ''
+    assert run_cell(cell, 1) == (True, 'tiny-lsq-w4a4-seed1: done')
     log = cell.log.read_text()
     assert 'Epoch(train) [2]' in log and 'Epoch(train) [1]' not in log
     assert json.loads(cell.record.read_text())['training']['epoch'] == 2
+
+
+def test_a_cell_that_another_sweep_runs_is_left_to_it(folder, capsys):
+    log = folder / 'work/tiny-ptq-w4a4-seed1/log.txt'
+    log.parent.mkdir(parents=True)
+    with open(log, 'w') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write('what it has printed')
+        other.flush()
+        sweep('sweep.py', '--only', 'ptq')
+    assert 'tiny-ptq-w4a4-seed1: left to another sweep that runs it' in capsys.readouterr().out
+    assert log.read_text() == 'what it has printed' and not (folder / 'records/tiny-ptq-w4a4-seed1.json').exists()
+
+
+def test_a_cell_that_another_sweep_has_run_since_is_skipped(swept):
+    for cell in read_sweep('sweep.py'):
+        before = cell.record.stat().st_mtime_ns
+        assert run_cell(cell, 1) == (True, f'{cell.name}: done by another sweep')
+        assert cell.record.stat().st_mtime_ns == before
 
 
 def test_cells_become_slurm_jobs(swept):

@@ -44,14 +44,14 @@ def run_all(cells: list[Cell], jobs: int, threads: int, console: Console) -> lis
         ThreadPoolExecutor(jobs) as pool,
     ):
         bar = progress.add_task('', total=len(cells))
-        waiting = {pool.submit(run_cell, cell, threads): cell for cell in cells}
+        waiting = [pool.submit(run_cell, cell, threads) for cell in cells]
         try:
             for done, future in enumerate(as_completed(waiting), 1):
                 left = (time.time() - start) / done * (len(cells) - done)
                 progress.update(bar, advance=1, description=f'about {left / 60:.0f} min left')
-                problem = future.result()
-                problems += [problem] if problem else []
-                progress.console.print(problem or f'{waiting[future].name}: done', soft_wrap=True, highlight=False)
+                fine, line = future.result()
+                problems += [] if fine else [line]
+                progress.console.print(line, soft_wrap=True, highlight=False)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
