@@ -43,14 +43,10 @@ ablation = {
     'weight_k25': {'quantization.weight.gdrq.k': 2.5},
     'activation_k9': {'quantization.activation.gdrq.k': 9},  # the default is 12
     'activation_k16': {'quantization.activation.gdrq.k': 16},
-    'full_range': {'quantization.weight.gdrq.narrow_range': False},  # four levels of 2 bits, as LSQ's paper has them
-    'learned_full_range': {
-        'quantization.weight.gdrq.threshold': 'learned',
-        'quantization.weight.gdrq.narrow_range': False,
-    },
     'reshape': {'quantization.weight.gdrq.clip': 'project', 'quantization.schedule.reshape': 0.3},
     'undeployable': {'quantization.deployable': False},
 }
+full_range = {'quantization.weight.gdrq.narrow_range': False, 'quantization.weight.gdrq.k': 4}
 runs = [
     dict(
         cifar10,
@@ -81,6 +77,28 @@ runs = [
         amp=True,
     ),
     dict(cifar10, methods=['gdrq'], bits=['w2a4'], seeds=[0], variants=ablation),
+    # Three seeds of what may be better than the defaults, and of both mixtures with LSQ+: which side makes it better.
+    dict(
+        cifar10,
+        methods=['gdrq'],
+        bits=['w2a4'],
+        seeds=[1, 2],
+        variants={'straight_through': ablation['straight_through']},
+    ),
+    dict(
+        cifar10,
+        methods=['gdrq'],
+        bits=['w2a4'],
+        seeds=[0, 1, 2],
+        variants={
+            'groups16_straight_through': {**ablation['groups16'], **ablation['straight_through']},
+            # Four levels of 2 bits, as LSQ's paper has them. T is that of the code -2, so this k is the default's step.
+            'full_range_k4': full_range,
+            'learned_full_range_k4': {**full_range, 'quantization.weight.gdrq.threshold': 'learned'},
+            'lsq_plus_weight': {'quantization.weight.method': 'lsq_plus'},
+            'lsq_plus_activation': {'quantization.activation.method': 'lsq_plus'},
+        },
+    ),
     *(dict(cifar10, methods=[method], bits=['w4a4'], seeds=[0], variants=trials[method]) for method in trials),
 ]
-del methods, cifar10, digits, ablation, trials
+del methods, cifar10, digits, ablation, full_range, trials

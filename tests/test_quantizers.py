@@ -92,6 +92,13 @@ def test_k_depends_on_the_bits_unless_it_is_given(bits):
     assert GDRQWeight(bits, 4).k == WEIGHT_K[bits] and GDRQWeight(bits, 4, k=1.25).k == 1.25
 
 
+@pytest.mark.parametrize('bits', range(2, 9))
+def test_the_full_range_has_the_step_of_the_narrow_one(bits):
+    weight = torch.randn(4, 3, 3, 3)
+    narrow, full = (weight_quantizer(weight, bits, narrow_range=narrow).step(weight) for narrow in (True, False))
+    assert torch.allclose(narrow, full, rtol=1e-6)
+
+
 def test_a_dead_group_gives_zero_and_finite_gradients():
     weight = torch.randn(4, 3, 3, 3)
     weight[2:] = 0
