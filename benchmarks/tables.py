@@ -33,7 +33,8 @@ GRID = {
     'grid_low_bits': r'cifar10-(float|(?!ptq)\w+-w(3a3|2a2)-seed0)',
     'grid_digits': r'digits_\w+-.*',
     'grid_ptq': r'cifar10-(float|ptq-w\d+a\d+-seed0)',
-    'grid_ablation': r'cifar10-(float|gdrq(-\w+)?-w2a4-seed0)',
+    'grid_ablation': r'cifar10-(float|gdrq(-(?!lsq|groups16_|\w*full_range)\w+)?-w2a4-seed0)',
+    'grid_w2a4': r'cifar10-(float|(gdrq(-(lsq|straight|groups16_|\w*full_range)\w+)?|lsq_plus)-w2a4-seed\d)',
     'grid_trials': r'cifar10-(float|(?!ptq)\w+(-\w+)?-w4a4-seed0)',
 }
 """Tables of benchmarks/grid.py, and the names of the cells that stand in them."""
