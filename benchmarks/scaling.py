@@ -33,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from train_step import WARM_UP, build
 
 from gdrq_mm.cli import check_writable, main
-from gdrq_mm.convert import activation_quantizers
+from gdrq_mm.convert import moving_quantizers
+from gdrq_mm.quantizers.following import collected
 
 MODELS = ('float', 'gdrq')
 SIZES = (1, 64, 1024, 16384, 262144, 4194304)
@@ -48,8 +49,8 @@ def serve(commands: Connection, rank: int, size: int, store: str, args: argparse
     steps, numbers = {}, 0
     for name in MODELS:
         contestant = build(name, 'contiguous', args)
-        following = [q for q in activation_quantizers(contestant.model).values() if q.follows]
-        numbers = max(numbers, sum(q.statistics().numel() for q in following))
+        following = moving_quantizers(contestant.model).values()
+        numbers = max(numbers, collected(following).numel() if following else 0)
         contestant.model = DistributedDataParallel(contestant.model, broadcast_buffers=False)  # as mmengine does
         steps[name] = contestant.step
     for command in iter(commands.recv, 'end'):

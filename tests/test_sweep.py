@@ -26,7 +26,7 @@ def sweep(*arguments):
         tool.sweep()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def configs(tmp_path_factory, digits_root, float_checkpoint):
     """A folder with a float and a quantized config of the tiny model, and a sweep of them: a float model, LSQ, PTQ."""
     folder = tmp_path_factory.mktemp('configs')
@@ -37,7 +37,7 @@ def configs(tmp_path_factory, digits_root, float_checkpoint):
     return folder
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def finished(configs, tmp_path_factory):
     """A copy of it where the sweep has run."""
     folder = shutil.copytree(configs, tmp_path_factory.mktemp('finished'), dirs_exist_ok=True)
