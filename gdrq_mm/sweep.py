@@ -204,14 +204,14 @@ def run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
     Returns:
         Whether nothing went wrong, and a line that says what happened.
     """
-    if cell.finished():
-        return True, f'{cell.name}: done by another sweep'
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, 'a') as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes of the cell keep it, whoever started them
         except BlockingIOError:
             return True, f'{cell.name}: left to another sweep that runs it'
+        if cell.finished():  # looked at with the lock in hand: else a sweep could end it between look and lock
+            return True, f'{cell.name}: done by another sweep'
         log.truncate(0)
         environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
         done = subprocess.run(['bash', '-c', cell.command], stdout=log, stderr=log, env=environment, check=False)

@@ -76,8 +76,7 @@ def test_two_processes_give_the_model_of_one(train_on_two, config, tmp_path, cas
     """At the same total batch, up to the order of summation; and both have the same one to the last bit.
 
     A last digit can turn a ReLU or a rounding, hence the small learning rate, one at which none did (at 1e-3 one
-    does, and the last layers end 3e-4 apart). What is not projected (BN, biases) is
-    compared by the way it went.
+    does, and the last layers end 3e-4 apart). What is not projected (BN, biases) is compared by the way it went.
     """
     changes = {'train_dataloader.dataset.pipeline': PLAIN, 'optim_wrapper.optimizer.lr': 1.1e-3, **CASES[case]}
     finished(train_on_two('two', **changes))

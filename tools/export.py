@@ -2,7 +2,6 @@
 """Export a trained quantized model as integers: ONNX graphs or a packed checkpoint, checked layer by layer."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from gdrq_mm.apis import infer, init_model
 from gdrq_mm.cli import ConfigOptions, check_data, check_writable, main
 from gdrq_mm.deploy import compare, export_graphs, merge_model, write_bundle, write_packed
+from gdrq_mm.deploy.bundle import properties
 from gdrq_mm.deploy.packed import is_packed
 from gdrq_mm.deploy.runtime import installed_backends, integer_layers
 from gdrq_mm.errors import UserError
@@ -117,7 +117,7 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str)
 
 def sizes_of(graph: Any) -> str:
     """The inputs that a graph takes, in words."""
-    props = {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
+    props = properties(graph)
     shape = ' x '.join(map(str, props['shape']))
     return f'any size (traced with {shape})' if props['any_size'] else shape
 

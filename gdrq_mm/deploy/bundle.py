@@ -45,7 +45,7 @@ def export_graphs(
         report: is given the name of a part and the pieces by runtime.
 
     Returns:
-        A graph by name; its `metadata_props` say how the outputs nest.
+        A graph by name; :func:`properties` reads what is noted in it.
 
     Raises:
         UserError: a part cannot be exported, no runtime is installed, or one disagrees; names the first layer.
@@ -111,6 +111,11 @@ def _first_wrong(found: dict[str, list[Piece]]) -> str:
     return ''
 
 
+def properties(graph: onnx.ModelProto) -> dict[str, Any]:
+    """What export_graphs() notes in a graph: how its outputs nest, the shape of its input, whether any size will do."""
+    return {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
+
+
 def write_bundle(out: Path, model: Any, checkpoint: str, graphs: dict[str, onnx.ModelProto]) -> None:
     """Write graphs and export.json into a new folder, whole or not at all.
 
@@ -124,8 +129,7 @@ def write_bundle(out: Path, model: Any, checkpoint: str, graphs: dict[str, onnx.
         for name, graph in graphs.items():
             file = unfinished / f'{name}.onnx'
             write_whole(file, graph.SerializeToString())
-            props = {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
-            parts[name] = dict(file=file.name, sha256=file_digest(str(file)), **props)
+            parts[name] = dict(file=file.name, sha256=file_digest(str(file)), **properties(graph))
         normalize = model.data_preprocessor
         about = dict(
             export_version=VERSION,
