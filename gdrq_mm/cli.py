@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
@@ -180,22 +180,27 @@ def _near_files(path: Path) -> str:
     return f'; nearest: {", ".join(close)}' if close else ''
 
 
-def main(command: Callable[[], None]) -> None:
-    """Run a tool; a UserError, a missing file, an interruption or a stop ends it with one line."""
-    end: str | int = os.EX_OK
+def main(command: Callable[[], None]) -> NoReturn:
+    """Run a tool and end the process as `ending` says."""
+    leave(ending(command))
+
+
+def ending(command: Callable[[], None]) -> str | int:
+    """Run a tool; a UserError, a missing file, an interruption or a stop ends it with one line.
+
+    Returns:
+        What sys.exit takes: an exit code, or a last line.
+    """
     try:
         command()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        end = os.EX_TEMPFAIL
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        end = 'interrupted'
+        return 'interrupted'
     except Exception as error:
         if isinstance(error, (UserError, OSError)) and not os.environ.get('GDRQ_DEBUG'):
-            end = f'error: {error}'
-        else:
-            sys.excepthook(*sys.exc_info())
-            end = 1
-    leave(end)
-    if end:
-        sys.exit(end)
+            return f'error: {error}'
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return os.EX_OK

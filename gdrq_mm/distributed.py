@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed.nn.functional as dist
@@ -33,22 +33,21 @@ def no_device() -> Iterator[None]:
         torch.cuda.set_device = select
 
 
-def leave(end: str | int) -> None:
-    """End a process of several as sys.exit does, with a last line or an exit code, and its data workers in any case.
+def leave(end: str | int) -> NoReturn:
+    """End this process as sys.exit does, with a last line or an exit code, and its data workers in any case.
 
     Data workers get no time to stop: a signal to them can be lost, as they shield themselves (hooks/stop.py), and one
-    may hang. A process of several ends without C++'s clean-up: gloo's threads may live as long as the model, and what
-    destroys them then can abort a process that has done its work, or wait for processes that never come.
+    may hang. Then the process ends without the interpreter's and C++'s clean-up: threads of gloo, OpenMP or a runtime
+    may live as long as what they work for, and what destroys them then can abort a process that has done its work, or
+    wait for ever.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a data worker is killed
     for worker in multiprocessing.active_children():
         worker.kill()
-    if not torch.distributed.is_initialized():
-        return
     if isinstance(end, str):
         print(end, file=sys.stderr)
         end = 1
-    if end == os.EX_OK:
+    if end == os.EX_OK and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()  # loggers
     sys.stdout.flush()

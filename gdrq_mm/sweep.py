@@ -214,7 +214,8 @@ def run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
             return True, f'{cell.name}: done by another sweep'
         log.truncate(0)
         environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
-        done = subprocess.run(['bash', '-c', cell.command], stdout=log, stderr=log, env=environment, check=False)
+        command = ['bash', '-c', cell.command]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
     if done.returncode == 0 and cell.record.exists():
         return True, f'{cell.name}: done'
     lines = [line for line in cell.log.read_text(errors='replace').splitlines() if line.strip()]

@@ -312,7 +312,7 @@ CONFIGS = dict(
 ANY_SIZE = dict(det=['proposals'], yolox=['model'])  # PSPNet pools to grids whose cells depend on the size
 PARTS = dict(cls=['model'], seg=['model'], det=['proposals', 'bbox_head'], yolox=['model'])
 
-
+EIGHT = 'quantization.activation.bits=8'
 META = dict(classes=['a', 'b'], palette=[(1, 2, 3), (4, 5, 6)])
 
 
@@ -321,8 +321,13 @@ def whole(request, tmp_path_factory):
     """Task, model, path of a checkpoint, and the folder of its export; calibrated, not trained."""
     name = request.param
     cfg = read_config(ROOT / 'configs' / CONFIGS[name])
-    if name == 'det':
-        cfg.model.test_cfg.rcnn.score_thr = 0.0
+    # A float32 sum may fall on the other side of a tie, which depends on the processor. With 4 bits one such code
+    # changes most outputs of a model that has not been trained; with 8 it hardly moves them.
+    cfg.quantization.activation.bits = 8
+    if name == 'det':  # which boxes survive NMS is chance too: all do
+        test_cfg = cfg.model.test_cfg
+        test_cfg.rpn.nms.iou_threshold = test_cfg.rcnn.nms.iou_threshold = 1.0
+        test_cfg.rcnn.score_thr, test_cfg.rpn.max_per_img, test_cfg.rcnn.max_per_img = 0.0, 100, 1000
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3) if name == 'cls' else (96, 96, 3), np.uint8)
     model = calibrated(cfg, picture)
     folder = tmp_path_factory.mktemp(name)
@@ -343,6 +348,7 @@ def whole(request, tmp_path_factory):
 
 
 def calibrated(cfg, picture):
+    torch.manual_seed(0)
     model = init_model(cfg, None, 'cpu')
     calibrate(model, lambda: infer(model, picture))
     return model.eval()
@@ -390,7 +396,8 @@ def test_a_detector_takes_pictures_of_other_sizes(whole, backend):
             expected, found = part.module(x), parts_of(deployed, 'det')[0].module(x)
         assert len(found) == len(expected) > 1
         for one, other in zip(found, expected):
-            assert one.shape == other.shape and agreement(one[..., None], other[..., None]) > 0.9
+            assert one.shape == other.shape
+            assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.98
     height, width = (infer(deployed, np.zeros(shape, np.uint8)).img_shape for shape in ((96, 144, 3), (144, 96, 3)))
     assert height != width
 
@@ -441,7 +448,7 @@ def test_a_packed_file_predicts_what_torch_does(whole):
     [
         (
             {'quantization.weight.bits': 3},
-            r'^packed file .* has W4A4 in layer backbone.layer1.0.conv1, the config W3A4',
+            r'^packed file .* has W4A8 in layer backbone.layer1.0.conv1, the config W3A8',
         ),
         (
             {'model.backbone.depth': 34},
@@ -545,7 +552,7 @@ def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/digits').symlink_to(digits_root)
     command = ('export.py', ROOT / 'configs' / CONFIGS['cls'], checkpoint, '--format', 'packed', '--out', 'out')
-    done = run(ROOT / 'tools' / command[0], *command[1:])
+    done = run(ROOT / 'tools' / command[0], *command[1:], '--cfg-options', EIGHT)
     assert done.returncode == 0, done.stderr
     assert '21 layers as integers' in done.stdout
     expected = infer(init_model(cfg, checkpoint, 'cpu'), picture).pred_score
@@ -562,7 +569,7 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     config = ROOT / 'configs' / CONFIGS['cls']
 
     def tool(name, *args):
-        return run(ROOT / 'tools' / name, config, checkpoint, *args)
+        return run(ROOT / 'tools' / name, config, checkpoint, *args, '--cfg-options', EIGHT)
 
     done = tool('export.py', '--out', 'exported')
     assert done.returncode == 0, done.stderr

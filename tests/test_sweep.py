@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -15,15 +14,8 @@ from gdrq_mm.results.record import find_records
 from gdrq_mm.results.table import comparison_rows
 from gdrq_mm.sweep import read_sweep, run_cell
 from tests.helpers import ROOT, tiny_config
-from tools import sweep as tool
 
-
-def sweep(*arguments):
-    """tools/sweep.py in this process; its cells are processes of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['tools/sweep.py', *arguments])
-        patch.setenv('COLUMNS', '200')
-        tool.sweep()
+TOOL = ROOT / 'tools/sweep.py'
 
 
 @pytest.fixture(scope='session')
@@ -38,12 +30,11 @@ def configs(tmp_path_factory, digits_root, float_checkpoint):
 
 
 @pytest.fixture(scope='session')
-def finished(configs, tmp_path_factory):
+def finished(configs, tmp_path_factory, run_in):
     """A copy of it where the sweep has run."""
     folder = shutil.copytree(configs, tmp_path_factory.mktemp('finished'), dirs_exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        sweep('sweep.py', '--jobs', '2', '--cores', '2')
+    (done,) = run_in(folder, [{}], TOOL, 'sweep.py', '--jobs', 2, '--cores', 2)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -52,6 +43,12 @@ def folder(configs, tmp_path, monkeypatch):
     """A folder with configs and a sweep, the working directory."""
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(configs, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def sweep(run_all):
+    """Runs the tool in the working directory."""
+    return lambda *arguments: run_all([{'COLUMNS': '200'}], TOOL, 'sweep.py', *arguments)[0]
 
 
 @pytest.fixture
@@ -86,23 +83,20 @@ def test_a_sweep_leaves_a_record_of_each_cell(swept):
     assert all(re.fullmatch(r'\d+\.\d\d', row['float']) for row in rows)
 
 
-def test_finished_cells_are_skipped(swept, capsys):
+def test_finished_cells_are_skipped(swept, sweep):
     before = {path.name: path.stat().st_mtime_ns for path in (swept / 'records').iterdir()}
     (swept / 'records/tiny-float.json').unlink()
-    sweep('sweep.py')
-    out = capsys.readouterr().out
+    out = sweep().stdout
     assert '3 cells, 2 finished, 1 to run' in out and 'tiny-float: done' in out
     after = {path.name: path.stat().st_mtime_ns for path in (swept / 'records').iterdir()}
     assert [name for name in before if before[name] != after[name]] == ['tiny-float.json']
-    sweep('sweep.py', '--list', '--only', 'ptq')
-    assert capsys.readouterr().out.split() == ['tiny-ptq-w4a4-seed1:', 'finished']
+    assert sweep('--list', '--only', 'ptq').stdout.split() == ['tiny-ptq-w4a4-seed1:', 'finished']
 
 
-def test_a_cell_that_fails_leaves_the_others(swept):
+def test_a_cell_that_fails_leaves_the_others(swept, sweep):
     write_sweep(swept, methods=['lsq'], seeds=[1, 2], variants={'broken': {'optim_wrapper.optimizer.lr': 1e30}})
-    with pytest.raises(UserError) as error:
-        sweep('sweep.py', '--only', 'seed2')
-    assert '1 of 1 cells failed' in str(error.value) and 'tiny-lsq-broken-w4a4-seed2: error: ' in str(error.value)
+    error = sweep('--only', 'seed2').stderr
+    assert error.startswith('error: 1 of 1 cells failed') and 'tiny-lsq-broken-w4a4-seed2: error: ' in error
     assert len(find_records(['records'])) == 3
 
 
@@ -116,15 +110,14 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(swept):
     assert json.loads(cell.record.read_text())['training']['epoch'] == 2
 
 
-def test_a_cell_that_another_sweep_runs_is_left_to_it(folder, capsys):
+def test_a_cell_that_another_sweep_runs_is_left_to_it(folder, sweep):
     log = folder / 'work/tiny-ptq-w4a4-seed1/log.txt'
     log.parent.mkdir(parents=True)
     with open(log, 'w') as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         other.write('what it has printed')
         other.flush()
-        sweep('sweep.py', '--only', 'ptq')
-    assert 'tiny-ptq-w4a4-seed1: left to another sweep that runs it' in capsys.readouterr().out
+        assert 'tiny-ptq-w4a4-seed1: left to another sweep that runs it' in sweep('--only', 'ptq').stdout
     assert log.read_text() == 'what it has printed' and not (folder / 'records/tiny-ptq-w4a4-seed1.json').exists()
 
 
@@ -135,9 +128,9 @@ def test_a_cell_that_another_sweep_has_run_since_is_skipped(swept):
         assert cell.record.stat().st_mtime_ns == before
 
 
-def test_cells_become_slurm_jobs(swept):
+def test_cells_become_slurm_jobs(swept, sweep):
     write_sweep(swept, seeds=[0, 1])
-    sweep('sweep.py', '--slurm', 'jobs.sh', '--slurm-args', '-p gpu --gres=gpu:1')
+    sweep('--slurm', 'jobs.sh', '--slurm-args', '-p gpu --gres=gpu:1')
     script = (swept / 'jobs.sh').read_text()
     assert subprocess.run(['bash', '-n', 'jobs.sh'], cwd=swept).returncode == 0
     jobs = [line for line in script.splitlines() if line.startswith('sbatch ')]
@@ -150,13 +143,13 @@ def test_cells_become_slurm_jobs(swept):
     assert subprocess.run(['bash', 'jobs.sh'], cwd=swept, env=env).returncode == 0
 
 
-def test_all_errors_are_named_at_once_before_anything_runs(folder, run):
+def test_all_errors_are_named_at_once_before_anything_runs(folder, sweep):
     write_sweep(folder, methods=['lsqq', 'xnor'], bits=['w4a4', '4'], seeds=['one'], verions={})
     with pytest.raises(UserError) as error:
         read_sweep('sweep.py')
     assert "runs[0] has no key 'verions'; did you mean 'variants'?" in str(error.value)
     write_sweep(folder, methods=['lsqq', 'xnor'], bits=['w4a4', '4'], seeds=[0, True])
-    done = run(ROOT / 'tools/sweep.py', 'sweep.py')
+    done = sweep()
     assert done.returncode == 1 and 'Traceback' not in done.stderr and not (folder / 'records').exists()
     for message in (
         'errors in sweep.py',
@@ -200,13 +193,11 @@ def test_a_damaged_sweep_file_is_refused(folder, content, message):
         read_sweep('sweep.py')
 
 
-def test_a_record_of_other_settings_is_not_taken_for_the_cell(swept):
+def test_a_record_of_other_settings_is_not_taken_for_the_cell(swept, sweep):
     write_sweep(swept, options={'quantization.weight.groups': 1})
-    with pytest.raises(UserError, match='is of other settings; remove it to run the cell again'):
-        sweep('sweep.py')
+    assert 'is of other settings; remove it to run the cell again' in sweep().stderr
     (swept / 'records/tiny-ptq-w4a4-seed1.json').write_text('{')
-    with pytest.raises(UserError, match=r'tiny-ptq-w4a4-seed1\.json cannot be read'):
-        sweep('sweep.py', '--only', 'ptq')
+    assert 'tiny-ptq-w4a4-seed1.json cannot be read' in sweep('--only', 'ptq').stderr
 
 
 # ---- tools/calibrate.py ---------------------------------------------------------------------------------------------

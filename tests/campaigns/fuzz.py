@@ -293,11 +293,13 @@ class Commands:
         sys.argv = [name, *words]
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                cli.main(tool[self.entries.get(name, name)])
-        except SystemExit as end:
-            assert end.code in (0, 2, None) or end.code.startswith('error: '), end.code
-            if end.code:
-                raise UserError(str(end.code)) from None
+                end = cli.ending(tool[self.entries.get(name, name)])
+            assert end == 0 or end.startswith('error: '), end
+            if end:
+                raise UserError(end)
+        except SystemExit as refused:  # argparse
+            assert refused.code in (0, 2), refused.code
+            raise UserError('usage') from None
         except Reached:
             pass
         except Exception as error:
