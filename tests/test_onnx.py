@@ -35,7 +35,7 @@ from gdrq_mm.deploy import (
 )
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.parts import parts_of
-from gdrq_mm.deploy.runtime import integer_layers, kernels, open_runtime
+from gdrq_mm.deploy.runtime import float_layers, integer_layers, kernels, open_runtime
 from gdrq_mm.deploy.verify_onnx import record_codes, verify_onnx
 from gdrq_mm.errors import UserError
 from gdrq_mm.hooks.calibration import calibrate
@@ -210,7 +210,8 @@ def test_a_quantizer_that_calibration_did_not_reach_passes_its_values():
 def test_float_additions_are_slower_but_right():
     model, topology, x = trained_network(deployable=False)
     graph, seen, out = exported(model, topology, x)
-    assert 0 < sum(kernels(graph)[kind] for kind in FUSED) < 7
+    assert 0 < integer_layers(graph)[0] == 7 - len(float_layers(graph)) < 7
+    assert {'one.conv2', 'two.conv2'} < set(float_layers(graph)) < set(quant_layers(model))
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
@@ -427,7 +428,10 @@ def test_export_json_says_what_a_program_needs(whole):
 @pytest.mark.parametrize('whole', ['yolox'], indirect=True)
 def test_all_convolutions_of_yolox_but_those_of_its_outputs_are_integer_kernels(whole):
     _, _, _, folder, _ = whole
-    assert integer_layers(onnx.load(folder / 'model.onnx')) == (83 - 3 * 3, 83)  # boxes, classes, objectness
+    graph = onnx.load(folder / 'model.onnx')
+    outputs = [f'bbox_head.multi_level_conv_{kind}.{level}' for level in range(3) for kind in ('cls', 'reg', 'obj')]
+    assert integer_layers(graph) == (83 - len(outputs), 83)
+    assert sorted(float_layers(graph)) == sorted(outputs)
 
 
 def test_a_packed_file_predicts_what_torch_does(whole):

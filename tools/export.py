@@ -15,7 +15,7 @@ from gdrq_mm.cli import ConfigOptions, check_data, check_writable, main
 from gdrq_mm.deploy import compare, export_graphs, merge_model, write_bundle, write_packed
 from gdrq_mm.deploy.bundle import properties
 from gdrq_mm.deploy.packed import is_packed
-from gdrq_mm.deploy.runtime import installed_backends, integer_layers
+from gdrq_mm.deploy.runtime import float_layers, installed_backends, integer_layers
 from gdrq_mm.errors import UserError
 from gdrq_mm.topology import record
 
@@ -102,16 +102,18 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str)
     """Export, verify and write the graphs."""
     graphs = export_graphs(model, merged, lambda: infer(model, image), show_pieces)
     counted = 'onnxruntime' in installed_backends()
-    counts = {name: integer_layers(graph) for name, graph in graphs.items() if counted}
+    counts = {name: (*integer_layers(graph), float_layers(graph)) for name, graph in graphs.items() if counted}
     write_bundle(out, model, checkpoint, graphs)
     for name in graphs:
         path = out / f'{name}.onnx'
         text = f'{path}: {path.stat().st_size / 1e6:.2f} MB, for inputs of {sizes_of(graphs[name])}'
         if name in counts:
-            fused, whole = counts[name]
+            fused, whole, others = counts[name]
             text += f'; ONNX Runtime runs {fused} of {whole} layers as integer kernels'
-            if fused < whole:
-                text += ', the others in float, most of them because their output is not quantized'
+            if others:
+                text += (
+                    f', the others in float, most of them because their output is not quantized: {", ".join(others)}'
+                )
         CONSOLE.print(text, soft_wrap=True)
 
 

@@ -126,16 +126,39 @@ INTEGER_KERNELS = ('QLinearConv', 'QGemm', 'QLinearMatMul', 'MatMulIntegerToFloa
 """Layers that compute with integers in the graph that ONNX Runtime makes."""
 
 
-def kernels(graph: onnx.ModelProto) -> Counter[str]:
-    """How often each operator stands in the graph that ONNX Runtime makes of this one."""
+LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+"""Layers of an exported graph."""
+
+
+def optimized(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph that ONNX Runtime makes of this one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'optimized.onnx'
         OnnxRuntime(graph.SerializeToString(), optimized=path)
-        return Counter(node.op_type for node in onnx.load(path).graph.node)
+        return onnx.load(path)
+
+
+def kernels(graph: onnx.ModelProto) -> Counter[str]:
+    """How often each operator stands in the graph that ONNX Runtime makes of this one."""
+    return Counter(node.op_type for node in optimized(graph).graph.node)
 
 
 def integer_layers(graph: onnx.ModelProto) -> tuple[int, int]:
     """How many layers ONNX Runtime computes with integers, and how many there are."""
     ran = kernels(graph)
-    whole = sum(node.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul') for node in graph.graph.node)
+    whole = sum(node.op_type in LAYERS for node in graph.graph.node)
     return sum(ran[kind] for kind in INTEGER_KERNELS), whole
+
+
+def float_layers(graph: onnx.ModelProto) -> list[str]:
+    """Names of the layers that ONNX Runtime computes in float, each once: one may read several pyramid levels."""
+    left = {node.name for node in optimized(graph).graph.node if node.op_type not in INTEGER_KERNELS}
+    made_by = {name: node for node in graph.graph.node for name in node.output}
+    found = []
+    for node in graph.graph.node:
+        if node.op_type in LAYERS and node.name in left:
+            name = node.input[1]
+            while name in made_by:  # DequantizeLinear, and what unpacks the codes
+                name = made_by[name].input[0]
+            found.append(name.removeprefix('model.').partition('.codes')[0])
+    return list(dict.fromkeys(found))
