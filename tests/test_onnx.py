@@ -311,7 +311,23 @@ CONFIGS = dict(
     yolox='det/yolox_nano_gdrq_w4a4_digits.py',
 )
 ANY_SIZE = dict(det=['proposals'], yolox=['model'])  # PSPNet pools to grids whose cells depend on the size
-PARTS = dict(cls=['model'], seg=['model'], det=['proposals', 'bbox_head'], yolox=['model'])
+PARTS = dict(cls=['model'], seg=['model'], det=['proposals', 'bbox_head', 'mask_head'], yolox=['model'])
+MASKS = dict(
+    mask_roi_extractor=dict(
+        type='SingleRoIExtractor',
+        roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
+        out_channels=64,
+        featmap_strides=[4, 8, 16, 32],
+    ),
+    mask_head=dict(
+        type='FCNMaskHead',
+        num_convs=1,
+        in_channels=64,
+        conv_out_channels=8,
+        num_classes=10,
+        loss_mask=dict(type='CrossEntropyLoss', use_mask=True),
+    ),
+)
 
 EIGHT = 'quantization.activation.bits=8'
 META = dict(classes=['a', 'b'], palette=[(1, 2, 3), (4, 5, 6)])
@@ -326,6 +342,9 @@ def whole(request, tmp_path_factory):
     # changes most outputs of a model that has not been trained; with 8 it hardly moves them.
     cfg.quantization.activation.bits = 8
     if name == 'det':  # which boxes survive NMS is chance too: all do
+        cfg.merge_from_dict(
+            {'model.type': 'MaskRCNN', 'model.roi_head': MASKS, 'model.test_cfg.rcnn.mask_thr_binary': 0.5}
+        )
         test_cfg = cfg.model.test_cfg
         test_cfg.rpn.nms.iou_threshold = test_cfg.rcnn.nms.iou_threshold = 1.0
         test_cfg.rcnn.score_thr, test_cfg.rpn.max_per_img, test_cfg.rcnn.max_per_img = 0.0, 100, 1000
@@ -401,6 +420,25 @@ def test_a_detector_takes_pictures_of_other_sizes(whole, backend):
             assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.98
     height, width = (infer(deployed, np.zeros(shape, np.uint8)).img_shape for shape in ((96, 144, 3), (144, 96, 3)))
     assert height != width
+
+
+@pytest.mark.parametrize('whole', ['det'], indirect=True)
+@pytest.mark.parametrize('backend', RUNTIMES)
+def test_the_heads_of_a_two_stage_detector_take_any_number_of_regions(whole, backend):
+    _, cfg, checkpoint, folder, picture = whole
+    model, deployed = (init_model(cfg, checkpoint, 'cpu') for _ in range(2))
+    use_runtime(deployed, folder, backend, checkpoint)
+    for name, size in (('bbox_head', 7), ('mask_head', 14)):
+        head, graph = (m.roi_head.get_submodule(name) for m in (model, deployed))
+        for number in (1, 5):
+            x = 3 * torch.randn(number, 64, size, size)
+            with torch.no_grad():
+                expected, found = head(x), graph(x)
+            for one, other in zip(found, expected, strict=True):
+                assert one.shape == other.shape
+                assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.98
+    masks = infer(deployed, picture).pred_instances.masks
+    assert len(masks) > 100 and masks.shape[1:] == picture.shape[:2] and 0 < masks.float().mean() < 1
 
 
 @pytest.mark.parametrize('whole', ['seg'], indirect=True)
