@@ -31,10 +31,16 @@ def configs(tmp_path_factory, digits_root, float_checkpoint):
 
 @pytest.fixture(scope='session')
 def finished(configs, tmp_path_factory, run_in):
-    """A copy of it where the sweep has run."""
-    folder = shutil.copytree(configs, tmp_path_factory.mktemp('finished'), dirs_exist_ok=True)
-    (done,) = run_in(folder, [{}], TOOL, 'sweep.py', '--jobs', 2, '--cores', 2)
-    assert done.returncode == 0, done.stderr
+    """A copy of it where the sweep has run; the processes of pytest share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'finished'
+    with open(f'{folder}.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            made = shutil.copytree(configs, tmp_path_factory.mktemp('sweep'), dirs_exist_ok=True)
+            (done,) = run_in(made, [{}], TOOL, 'sweep.py', '--jobs', 2, '--cores', 2)
+            assert done.returncode == 0, done.stderr
+            made.rename(folder)
     return folder
 
 
