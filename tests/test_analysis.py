@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gdrq_mm import analysis
 from gdrq_mm import functional as F
-from gdrq_mm.analysis import Meter, analyze, choose, load, only, parts_of, prepare, take_samples, weights_of
+from gdrq_mm.analysis import Meter, analyze, choose, load, only, parts_of, prepare, runs, take_samples, weights_of
 from gdrq_mm.convert import bare_model, quant_layers
 from gdrq_mm.datasets import digits
 from gdrq_mm.errors import UserError
@@ -143,7 +142,7 @@ def test_statistics_of_inputs(runner, found):
         (quant,) = part_of(runner, row.name).inputs
         seen = []
         handle = quant.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].flatten()))
-        analysis.evaluate(runner)
+        runs.evaluate(runner)
         handle.remove()
         x, step = torch.cat(seen).double().numpy(), float(quant.step())
         error = x - np.clip(np.round(x / step), quant.lo, quant.hi) * step
@@ -279,11 +278,11 @@ def test_random_numbers_do_not_matter(runner, monkeypatch):
         return (out + torch.randn_like(out),)
 
     monkeypatch.setattr(model.backbone, 'forward', noisy)
-    runs = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        runs.append(analyze(runner, ['head.fc'], show_progress=False))
-    assert runs[0] == runs[1]
+    one, other = [], []
+    for found in (one, other):
+        torch.manual_seed(len(one))
+        found.append(analyze(runner, ['head.fc'], show_progress=False))
+    assert one == other
 
 
 # ---- cost -----------------------------------------------------------------------------------------------------------
@@ -301,7 +300,7 @@ def scripted(runner, monkeypatch):
             value = float_metric - sum(costs.get(name, 0) for name in active)
             return {TOP1: value, 'other': -value, 'classwise': [value]} if value > 0 else {}
 
-        monkeypatch.setattr(analysis, 'evaluate', evaluate)
+        monkeypatch.setattr(runs, 'evaluate', evaluate)
 
     return scripted
 
@@ -350,11 +349,11 @@ def test_weights_that_are_adapted_to_their_quantizers(runner, scripted, monkeypa
 
 
 def test_statistics_only(runner, found, monkeypatch):
-    runs = []
-    evaluate = analysis.evaluate
-    monkeypatch.setattr(analysis, 'evaluate', lambda runner: runs.append(1) or evaluate(runner))
+    calls = []
+    evaluate = runs.evaluate
+    monkeypatch.setattr(runs, 'evaluate', lambda runner: calls.append(1) or evaluate(runner))
     bare = analyze(runner, reference=None, show_progress=False)
-    assert len(runs) == 1 and bare.metric is None
+    assert len(calls) == 1 and bare.metric is None
     by_name = {row.name: row for row in found.rows}
     assert all((row.weight, row.input) == (by_name[row.name].weight, by_name[row.name].input) for row in bare.rows)
     assert [row.sqnr for row in bare.rows] == sorted(row.sqnr for row in bare.rows)

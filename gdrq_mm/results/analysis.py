@@ -1,4 +1,4 @@
-"""What gdrq_mm/analysis.py found: the table, the JSON and the pictures."""
+"""What gdrq_mm/analysis/ found: the table, the JSON and the pictures."""
 
 from __future__ import annotations
 

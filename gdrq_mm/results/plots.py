@@ -38,18 +38,23 @@ class Distribution:
 def distribution_sheet(distributions: Sequence[Distribution], columns: int = 6) -> np.ndarray:
     """One picture with a histogram each; dashed lines are the ends of the range. Returns (H, W, 3) uint8, RGB."""
     rows = math.ceil(len(distributions) / columns)
-    figure = Figure(figsize=(2.4 * columns, 1.7 * rows), dpi=72, layout='constrained')
+    width, height = 2.4 * columns, 1.7 * rows
+    figure = Figure(figsize=(width, height), dpi=72)
+    # Fixed margins in inches, one artist a histogram and counts whose logarithm is taken here: what matplotlib offers
+    # for all of these is 2.5 times slower.
+    figure.subplots_adjust(0.1 / width, 0.35 / height, 1 - 0.1 / width, 1 - 0.2 / height, 0.1, 0.6)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for d, axis in zip(distributions, axes):
-        axis.hist(d.values, bins=60, log=True, color='tab:blue' if d.name.endswith('.weight') else 'tab:orange')
+        counts, edges = np.histogram(d.values, 60)
+        color = 'tab:blue' if d.name.endswith('.weight') else 'tab:orange'
+        axis.stairs(np.log10(1 + counts), edges, fill=True, color=color)
         for end in (d.low, d.threshold):
             axis.axvline(end, color='black', linestyle='--', linewidth=0.8)
         axis.set_title(d.name[-38:], fontsize=6, pad=2)
         axis.set_xlabel(f'clipped {d.clip_ratio:.1%}, loss {d.quantized_loss:.3f}', fontsize=6, labelpad=1)
         axis.tick_params(labelsize=5, length=2, pad=1)
         axis.set_yticks([])
-        axis.minorticks_off()
     for axis in list(axes):
         axis.remove()
     canvas.draw()

@@ -1,18 +1,11 @@
-"""Which layers cost the accuracy: what quantization does to each tensor, and the metric with one layer quantized.
-
-A part of the model is what is quantized alone: a layer with its weight and input, an input that several layers read
-through one quantizer, or an output that `deployable` quantizes. Layers that are not deployed (auxiliary heads) are
-left out.
-"""
+"""Test runs with everything, nothing and one part quantized."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,197 +19,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from . import functional as F
-from .checkpoint import read_checkpoint, state_of, without_quantizers
-from .cli import prepare_test
-from .config import near
-from .convert import activation_quantizers, bare_model, quant_layers
-from .errors import UserError
-from .heads import deployed
-from .layers import Levels, QuantLayer
-from .quantizers import ActivationQuantizer, Quantizer, Stage
-from .results.analysis import Analysis, Damage, Metric, Row, Weights, worst_first
-from .runner import QuantRunner
-from .seeding import kept_random_state, seed_all
-from .tasks import MAIN_METRICS, task_of
+from ..checkpoint import read_checkpoint, state_of, without_quantizers
+from ..cli import prepare_test
+from ..convert import bare_model, quant_layers
+from ..errors import UserError
+from ..quantizers import Quantizer, Stage
+from ..results.analysis import Analysis, Metric, Row, Weights, worst_first
+from ..runner import QuantRunner
+from ..seeding import kept_random_state, seed_all
+from ..tasks import MAIN_METRICS, task_of
+from .damage import Meter, measure_weight, quantized_weight, watch
+from .parts import Part, choose, only, parts_of
 
 SAMPLES = 1 << 16
 """Values of an input whose distribution is looked at (ours)."""
-ROUNDING = 1e-6
-"""A value beyond the range by this share of it is not clipped: T / d * d need not give T in float32."""
-
-
 ADAPTED = (
     '{} is {:.2f} with everything float and {:.2f} quantized: training has adapted these weights to their quantizers, '
     'and the float model is no reference for them; --reference quantized is'
 )
-
-
-# ---- the parts of a model -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """What is quantized alone; see results.analysis.Row."""
-
-    name: str
-    kind: str
-    readers: tuple[str, ...]
-    layer: QuantLayer | None
-    """The layer whose weight it has."""
-    inputs: tuple[ActivationQuantizer, ...]
-    """The quantizers of its input, one a pyramid level if the config says so."""
-
-    @property
-    def quantizers(self) -> list[Quantizer]:
-        """All of them."""
-        return [*([self.layer.weight_quant] if self.layer and self.layer.weight_quant else []), *self.inputs]
-
-
-def parts_of(model: nn.Module) -> list[Part]:
-    """The parts of a quantized model; each quantizer that is deployed and in use is in one of them."""
-    layers = {name: layer for name, layer in quant_layers(model).items() if deployed(name)}
-    readers: dict[ActivationQuantizer | Levels, list[str]] = {}
-    for name, layer in layers.items():
-        if layer.input_quant is not None:
-            readers.setdefault(layer.input_quant, []).append(name)
-    parts = []
-    for name, layer in layers.items():
-        weighty = layer.weight_quant is not None and layer.weight_quant.stage != Stage.FLOAT
-        own = readers.get(layer.input_quant) == [name]
-        inputs = _in_use(layer.input_quant) if own else ()
-        if weighty or inputs:
-            parts.append(Part(name, 'layer', (name,), layer if weighty else None, inputs))
-    for quantizer, names in readers.items():
-        if len(names) > 1 and _in_use(quantizer):
-            title = f'{names[0]} (input of {len(names)})'
-            parts.append(Part(title, 'shared input', tuple(names), None, _in_use(quantizer)))
-    for name, quant in activation_quantizers(model).items():
-        place = name.removesuffix('.output_quant')
-        if place != name and deployed(place) and _in_use(quant):
-            parts.append(Part(f'{place} (output)', 'output', (place,), None, _in_use(quant)))
-    return parts
-
-
-def _in_use(quant: ActivationQuantizer | Levels) -> tuple[ActivationQuantizer, ...]:
-    """The quantizers of an input but those that calibration did not reach."""
-    every = quant.quantizers if isinstance(quant, Levels) else [quant]
-    return tuple(q for q in every if q.stage != Stage.FLOAT)
-
-
-def choose(parts: Sequence[Part], patterns: Iterable[str]) -> list[Part]:
-    """The parts with a reader that matches one of the fnmatch patterns; all without patterns.
-
-    Raises:
-        UserError: nothing is quantized, or a pattern matches no layer.
-    """
-    if not parts:
-        raise UserError('the config leaves every layer float: there is nothing to analyze')
-    patterns, names = list(patterns), {name for part in parts for name in part.readers}
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f'--layers: the pattern {pattern!r} matches no quantized layer{near(pattern, names)}')
-    if not patterns:
-        return list(parts)
-    return [p for p in parts if any(fnmatch.filter(p.readers, pattern) for pattern in patterns)]
-
-
-@contextmanager
-def only(model: nn.Module, active: Iterable[Quantizer]) -> Iterator[None]:
-    """Let only the `active` quantizers of a model quantize; the others pass values through.
-
-    Stages are as before afterwards. The saved state of the quantizers does not change.
-    """
-    kept, stages = set(active), {m: m.stage for m in model.modules() if isinstance(m, Quantizer)}
-    for quantizer in stages:
-        if quantizer not in kept:
-            quantizer.stage = Stage.FLOAT
-    try:
-        yield
-    finally:
-        for quantizer, stage in stages.items():
-            quantizer.stage = stage
-
-
-# ---- what quantization does to a tensor -----------------------------------------------------------------------------
-
-
-class Meter:
-    """Compares a tensor with what quantization makes of it, over all calls together.
-
-    Args:
-        keep: values of each call that are kept for the distance to uniform.
-    """
-
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
-        self._count, self._clipped = 0, 0
-        self._sums = np.zeros(4)  # of x^2, (x - Q)^2, |x|, |x - Q|
-        self._kept: list[Tensor] = []
-        self._top = 0.0
-
-    def add(self, x: Tensor, quantized: Tensor, low: Tensor, high: Tensor) -> None:
-        """One call: `x` and `quantized` have one shape, the ends of the range broadcast against it."""
-        if not x.numel():
-            return
-        x = x.detach().float()
-        error = x - quantized.detach().float()
-        margin = ROUNDING * torch.maximum(-low, high)
-        self._clipped += int(((x > high + margin) | (x < low - margin)).sum())
-        self._count += x.numel()
-        sums = [v.sum(dtype=torch.float64) for v in (x.square(), error.square(), x.abs(), error.abs())]
-        self._sums += torch.stack(sums).cpu().numpy()
-        self._top = max(self._top, float(x.abs().amax()))
-        spacing = max(1, x.numel() // self.keep) | 1  # odd, else it may hit the same pixel of every channel
-        self._kept.append(x.flatten()[::spacing].clone())
-
-    def result(self, bits: int) -> Damage | None:
-        """None if nothing came through."""
-        if not self._count:
-            return None
-        signal, noise, size, error = self._sums
-        with np.errstate(divide='ignore'):
-            sqnr = float(10 * (np.log10(signal) - np.log10(noise))) if noise else float('inf')
-        values = torch.cat(self._kept)
-        if float(values.abs().amax()) < self._top:  # the distance is measured in shares of the largest value
-            values = torch.cat([values, values.new_tensor([self._top])])
-        return Damage(
-            bits=bits,
-            sqnr=sqnr,
-            clip_ratio=self._clipped / self._count,
-            quantized_loss=float(error / size) if size else 0.0,
-            distance_to_uniform=float(F.distance_to_uniform(values)),
-        )
-
-
-@torch.no_grad()
-def quantized_weight(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Filters (C, ...), what they are quantized to, and the ends of the range, which broadcast against them."""
-    weight, quant = layer.filters().detach(), layer.weight_quant
-    quantized = quant(weight)
-    step = quant.step(weight)
-    return weight, quantized, quant.lo * step, quant.hi * step
-
-
-def measure_weight(layer: Any) -> Damage | None:
-    """What quantization does to the weight of a layer."""
-    values = quantized_weight(layer)
-    meter = Meter(values[0].numel())
-    meter.add(*values)
-    return meter.result(layer.weight_quant.bits)
-
-
-def _watch(quantizer: ActivationQuantizer, meter: Meter) -> Any:
-    """Show a meter every input of a quantizer with what becomes of it; returns the hook's handle."""
-
-    def see(module: Any, args: Any, out: Tensor) -> None:
-        step = module.step()
-        meter.add(args[0], out, module.lo * step, module.hi * step)
-
-    return quantizer.register_forward_hook(see)
-
-
-# ---- the runs -------------------------------------------------------------------------------------------------------
 
 
 def prepare(cfg: Config, checkpoint: str, unsafe: bool = False) -> bool:
@@ -369,7 +189,7 @@ def _measure(runner: Runner, parts: Sequence[Part]) -> tuple[list[Row], dict[str
     with ExitStack() as stack:
         for part, meter in zip(parts, meters):
             for quantizer in part.inputs:
-                stack.callback(_watch(quantizer, meter).remove)
+                stack.callback(watch(quantizer, meter).remove)
         values = evaluate(runner)
     rows = []
     for part, meter in zip(parts, meters):
