@@ -19,6 +19,7 @@ from mmengine.structures import PixelData
 from .checkpoint import check_finite, check_fits, other_quantization, read_checkpoint, state_of
 from .cli import read_config
 from .deploy.packed import is_packed, load_packed
+from .environment import check_environment
 from .errors import UserError, building
 from .runner import drop_pretrained, prepare_model
 from .tasks import task_of
@@ -52,6 +53,7 @@ def init_model(
     Raises:
         UserError: the config or the checkpoint cannot be read, or they do not fit.
     """
+    check_environment()
     if isinstance(config, Config):
         cfg = config.copy()
         cfg.merge_from_dict(cfg_options or {})

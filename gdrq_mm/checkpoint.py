@@ -197,7 +197,10 @@ def check_finite(model: nn.Module, filename: str) -> None:
 
 
 def other_quantization(model: nn.Module, checkpoint: dict[str, Any]) -> str:
-    """Why the thresholds of a quantized checkpoint do not belong to this model; '' if they do or if it has none."""
+    """Why the thresholds of a quantized checkpoint do not belong to this model; '' if they do or if it has none.
+
+    One that QuantRunner wrote holds the rules of its quantizers; others are compared by names, bits and shapes.
+    """
     state = state_of(checkpoint)
     theirs = {name for name in state if _QUANTIZER_ENTRY.search(name)}
     if not theirs:
@@ -208,10 +211,15 @@ def other_quantization(model: nn.Module, checkpoint: dict[str, Any]) -> str:
         return 'this config quantizes nothing'
     for name in sorted(theirs ^ set(ours)):
         return f'{name} is in the {"checkpoint" if name in theirs else "config"} only'
+    meta = checkpoint.get('meta')
+    rules = meta.get('quantizers') if isinstance(meta, dict) else None
     for name, m in prefixes:
         bits = int(state[f'{name}.state'][-1])
         if bits != m.bits:
             return f'{name} has {bits} bits in the checkpoint and {m.bits} in the config'
+        rule = rules.get(name, m.rule) if isinstance(rules, dict) else m.rule
+        if rule != m.rule:
+            return f'{name} is {rule} in the checkpoint and {m.rule} in the config'
     for name, value in ours.items():
         if state[name].shape != value.shape:
             return f'{name} has shape {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} in the config'

@@ -293,7 +293,9 @@ class QuantRunner(Runner):
         Raises:
             UserError: it cannot be written, as on a full disk; older checkpoints are as they were.
         """
-        kwargs['meta'] = {**(kwargs.get('meta') or {}), 'start': self.training.get('start')}
+        rules = {name: m.rule for name, m in bare_model(self.model).named_modules() if isinstance(m, Quantizer)}
+        ours = dict(start=self.training.get('start'), quantizers=rules)
+        kwargs['meta'] = {**(kwargs.get('meta') or {}), **ours}
         if '://' in out_dir:
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return

@@ -169,6 +169,21 @@ def test_the_tool_writes_a_picture(trained, tmp_path, run):
     assert cv2.imread(str(tmp_path / 'new/drawn.png')).shape[0] >= 280
 
 
+def test_the_float_model_beside_the_quantized_one(trained, tmp_path, run):
+    task, _, checkpoint, expected = trained
+    cfg = read_config(ROOT / 'configs' / CONFIGS[task])
+    cfg.pop('quantization')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        torch.save(init_model(cfg).state_dict(), tmp_path / 'float.pth')
+    command = (INFER, ROOT / 'configs' / CONFIGS[task], checkpoint, next(iter(expected)), '--out', 'drawn.png')
+    done = run(*command, '--beside', 'float.pth')
+    assert done.returncode == 0, done.stderr
+    picture = cv2.imread(str(tmp_path / 'drawn.png'))
+    height, width = picture.shape[:2]
+    left, right = picture[:, : width // 2], picture[:, width // 2 :]
+    assert width > 1.5 * height and min(left.std(), right.std()) > 20
+
+
 @pytest.mark.parametrize(
     ('image', 'out', 'message'),
     [

@@ -143,7 +143,19 @@ def test_plots_and_curves_are_there(page):
 
 def test_pictures_are_there(page):
     names = [attrs['alt'] for attrs in page.all('img')]
-    assert names == 'distributions_2.png distributions_5.png sensitivity.png predictions.png quickstart.png'.split()
+    sheets = ['distributions_0.png', 'distributions_7.png']  # the default schedule has no reshape stage
+    assert names == [*sheets, 'sensitivity.png', 'predictions.png', 'quickstart.png']
+
+
+def test_the_distributions_after_reshape_are_shown(folder, tmp_path):
+    record = json.loads((folder / 'w4a4/record.json').read_text())
+    record['quantization']['schedule'] = dict(reshape=0.4, freeze=1.0)
+    write_log(tmp_path, '20260101_000000', [0, 3, 4, 7])
+    for file in (tmp_path / '20260101_000000/vis_data/vis_image').iterdir():
+        save_picture(file)
+    assert record['training']['iter'] == 8  # so that rounding begins in iteration 4
+    page = html_report([{**record, 'path': str(tmp_path / 'record.json')}])
+    assert re.findall(r'Distributions at iteration (\d+)', page) == ['0', '4', '7']
 
 
 def test_facts_are_those_of_the_records(folder, page):

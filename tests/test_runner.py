@@ -313,6 +313,18 @@ def test_a_pretrained_backbone_runs_no_code(make, float_checkpoint, tmp_path):
             dict(bits=4, groups=2),
             r'backbone\.conv1\.weight_quant\.threshold has shape \(4,\) in the checkpoint, \(2,\)',
         ),
+        (
+            dict(bits=4, groups=4, gdrq=dict(k=2.5)),
+            r'weight_quant is GDRQWeight with k = 3\.5 in the checkpoint and GDRQWeight with k = 2\.5 in the config',
+        ),
+        (
+            dict(bits=4, groups=4, gdrq=dict(threshold='search')),
+            'is GDRQWeight with k = 7 in the checkpoint and GDRQWeight with a search threshold in the config',
+        ),
+        (
+            dict(bits=4, groups=4, method='minmax'),
+            'is GDRQWeight with k = 7 in the checkpoint and MinMaxWeight in the config',
+        ),
     ],
 )
 def test_thresholds_of_another_quantization_start_anew_in_training_and_are_refused_elsewhere(make, weight, message):
@@ -450,7 +462,8 @@ def test_statistics_are_written(make):
     train(runner)
     (folder,) = Path(runner.work_dir).glob('*/vis_data')
     lines = [json.loads(line) for line in (folder / 'scalars.json').read_text().splitlines()]
-    (found,) = [line for line in lines if any(key.startswith('quant/') for key in line)]
+    found, *others = [line for line in lines if any(key.startswith('quant/') for key in line)]
+    assert [line['step'] for line in (found, *others)] == [0, 2, 3]  # the first, by the interval, the last
     names = {f'quant/{name}.weight' for name in quant_layers(runner.model)}
     names |= {f'quant/{name.removesuffix(".own_input_quant")}' for name in activation_quantizers(runner.model)}
     limits = dict(threshold=100, clip_ratio=1, quantized_loss=1, distance_to_uniform=1)
@@ -458,12 +471,12 @@ def test_statistics_are_written(make):
     for name in names:
         for what, limit in limits.items():
             assert 0 <= found[f'{name}/{what}'] <= limit
-    assert len(list((folder / 'vis_image').glob('distributions_*.png'))) == 1
+    assert len(list((folder / 'vis_image').glob('distributions_*.png'))) == 3
     events = EventAccumulator(str(folder), size_guidance={'histograms': 0})
     events.Reload()
     assert set(events.Tags()['histograms']) == names
     layer = quant_layers(runner.model)['backbone.layer1.0.conv1']
-    (histogram,) = events.Histograms('quant/backbone.layer1.0.conv1.weight')
+    *_, histogram = events.Histograms('quant/backbone.layer1.0.conv1.weight')
     assert histogram.histogram_value.num == layer.weight.numel()
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from gdrq_mm.apis import infer, init_model
 from gdrq_mm.cli import ConfigOptions, check_data, check_writable, main
+from gdrq_mm.config import Quantization
 from gdrq_mm.deploy import compare, export_graphs, merge_model, write_bundle, write_packed
 from gdrq_mm.deploy.bundle import properties
 from gdrq_mm.deploy.packed import is_packed
@@ -137,7 +138,7 @@ def export() -> None:
     image = args.image or first_picture(model.cfg)
     topology = record(model, lambda: infer(model, image))
     merged = merge_model(model, topology)
-    if not model.cfg.quantization.get('deployable', False):
+    if not Quantization.from_dict(model.cfg.quantization).deployable:
         CONSOLE.print('The model was trained with deployable=False: more stays float, which is slower.')
     if args.format == 'packed':
         export_packed(model, merged, topology, image, out)

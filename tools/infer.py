@@ -5,10 +5,13 @@ import argparse
 from pathlib import Path
 
 import cv2
+import numpy as np
+from mmengine.config import Config
 
 from gdrq_mm.apis import draw, infer, init_model
-from gdrq_mm.cli import ConfigOptions, main
+from gdrq_mm.cli import ConfigOptions, main, read_config
 from gdrq_mm.errors import UserError
+from gdrq_mm.results.plots import side_by_side
 
 
 def parse_args() -> argparse.Namespace:
@@ -17,6 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument('image', help='path of the picture')
     parser.add_argument('--out', required=True, help='PNG to write')
+    parser.add_argument('--beside', metavar='CHECKPOINT', help='float checkpoint whose prediction is drawn to the left')
     parser.add_argument('--score-thr', type=float, default=0.3, help='leave out boxes below this score (default: 0.3)')
     parser.add_argument('--device', help='such as cuda:0 (default: a GPU if there is one)')
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value')
@@ -26,14 +30,23 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def predicted(args: argparse.Namespace, cfg: Config, checkpoint: str) -> np.ndarray:
+    """The picture with what a model predicts drawn into it."""
+    model = init_model(cfg, checkpoint, args.device, unsafe_load=args.unsafe_load)
+    return draw(model, args.image, infer(model, args.image), args.score_thr)
+
+
 def run() -> None:
     args = parse_args()
     out = Path(args.out)
     if out.suffix != '.png':
         raise UserError(f'--out {out} does not end in .png')
-    model = init_model(args.config, args.checkpoint, args.device, args.cfg_options, args.unsafe_load)
-    prediction = infer(model, args.image)
-    picture = draw(model, args.image, prediction, args.score_thr)
+    cfg = read_config(args.config, args.cfg_options)
+    picture = predicted(args, cfg, args.checkpoint)
+    if args.beside:
+        if cfg.pop('quantization', None) is None:
+            raise UserError(f'--beside: {args.config} has no quantization: there is nothing to compare')
+        picture = side_by_side([[predicted(args, cfg, args.beside), picture]], ['float', 'quantized'])
     out.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(out), picture[..., ::-1]):
         raise UserError(f'--out {out} cannot be written')

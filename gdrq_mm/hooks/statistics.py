@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..convert import activation_quantizers, bare_model, quant_layers
-from ..quantizers import Quantizer
+from ..quantizers import Quantizer, Stage
 from ..results.plots import Distribution, distribution_sheet
 
 SAMPLES = 1 << 16
@@ -23,7 +23,10 @@ SAMPLES = 1 << 16
 
 @HOOKS.register_module()
 class StatisticsHook(Hook):
-    """Every `interval` iterations write what the quantizers see, for each layer's weight and each activation.
+    """Write what the quantizers see, for each layer's weight and each activation.
+
+    Every `interval` iterations, and in the first and the last iteration and the first of each stage: so the pictures
+    show the distributions before training, after reshape and after quantization.
 
     Scalars `quant/<name>/{threshold, clip_ratio, quantized_loss, distance_to_uniform}` and a picture of all histograms
     go to every backend of the visualizer, the histograms themselves to TensorBoard if it is one of them. The table of
@@ -37,6 +40,8 @@ class StatisticsHook(Hook):
 
     def __init__(self, interval: int = 500) -> None:
         self.interval = interval
+        self._due = False
+        self._stages: frozenset[Stage] = frozenset()
         self._samples: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -47,9 +52,13 @@ class StatisticsHook(Hook):
     before_test = before_train
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        if not self.every_n_train_iters(runner, self.interval):
+        model = bare_model(runner.model)
+        before, self._stages = self._stages, frozenset(m.stage for m in model.modules() if isinstance(m, Quantizer))
+        last = runner.iter + 1 == runner.max_iters
+        self._due = self.every_n_train_iters(runner, self.interval) or self._stages != before or last
+        if not self._due:
             return
-        for name, quantizer in activation_quantizers(bare_model(runner.model)).items():
+        for name, quantizer in activation_quantizers(model).items():
 
             def keep(module: Any, args: Any, name: str = name) -> None:
                 values = args[0].detach().flatten()
@@ -61,7 +70,7 @@ class StatisticsHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        if not self.every_n_train_iters(runner, self.interval):
+        if not self._due:
             return
         for handle in self._handles:
             handle.remove()

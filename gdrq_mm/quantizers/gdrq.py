@@ -79,6 +79,10 @@ class GDRQWeight(WeightQuantizer):
         """The k in use."""
         return WEIGHT_K[self.bits] * -self.lo / self.hi if self.given_k is None else self.given_k
 
+    @property
+    def rule(self) -> str:
+        return f'GDRQWeight with {f"k = {self.k:g}" if self.source == "scale_clip" else f"a {self.source} threshold"}'
+
     def threshold_of(self, weight: Tensor) -> Tensor:
         if self.source == 'learned':
             return self.learned_step.abs() * max(-self.lo, self.hi)  # abs: a step that crosses 0 goes on learning

@@ -67,7 +67,7 @@ class Run:
     layers: list[tuple[str, list[tuple[Markup, str, str]]]] = field(default_factory=list)
     """Layer, and for each quantity a small curve, the first and last value, and what is sorted by."""
     sheets: list[tuple[int, Picture]] = field(default_factory=list)
-    """The first and the last picture of all distributions, with the iteration."""
+    """Pictures of all distributions with their iteration: the first, the first after reshape, the last."""
     pictures: list[Picture] = field(default_factory=list)
     analysis: list[Picture] = field(default_factory=list)
 
@@ -191,18 +191,25 @@ def _run(record: Record, anchor: str, shown: dict[Path, str]) -> Run:
         run.same_folder = shown[folder]
     else:
         shown[folder] = anchor
-        _show_log(run, log, f'{anchor} {path}')
+        _show_log(run, log, f'{anchor} {path}', _reshape_end(record))
         run.pictures = pictures(folder.glob('*.png'))
         run.analysis = pictures((folder / 'analysis').rglob('*.png'))
     return run
 
 
-def _show_log(run: Run, log: TrainLog, name: str) -> None:
+def _reshape_end(record: Record) -> float:
+    """The iteration at which rounding began."""
+    schedule = (record['quantization'] or {}).get('schedule') or {}
+    return (schedule.get('reshape') or 0) * ((record.get('training') or {}).get('iter') or 0)
+
+
+def _show_log(run: Run, log: TrainLog, name: str, reshape_end: float) -> None:
     """Add curves and distributions of a training to what is shown."""
     if log.damaged:
         run.notes.append(f'{log.damaged} damaged line{"s" * (log.damaged > 1)} of the training log left out')
-    ends = list(dict.fromkeys((min(log.sheets), max(log.sheets)))) if log.sheets else []
-    run.sheets = [(step, picture(log.sheets[step])) for step in ends]
+    steps = sorted(log.sheets)
+    rounded = [step for step in steps if step >= reshape_end]
+    run.sheets = [(step, picture(log.sheets[step])) for step in sorted({*steps[:1], *rounded[:1], *steps[-1:]})]
     curves = log.curves()
     if not curves:
         run.notes.append('the training log has no statistics of quantizers')
