@@ -204,6 +204,13 @@ def run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
     Returns:
         Whether nothing went wrong, and a line that says what happened.
     """
+    try:
+        return _run_cell(cell, threads)
+    except OSError as error:  # a full disk: the other cells go on, and those that are finished stay valid
+        return False, f'{cell.name}: {error}'
+
+
+def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, 'a') as log:
         try:

@@ -1,9 +1,11 @@
 """gdrq_mm/deploy/ ONNX: generated layers and whole models in both runtimes, and broken graphs that must be seen."""
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,10 +35,11 @@ from gdrq_mm.deploy import (
     write_bundle,
     write_packed,
 )
+from gdrq_mm.deploy.bundle import first_wrong
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.parts import parts_of
 from gdrq_mm.deploy.runtime import float_layers, integer_layers, kernels, open_runtime
-from gdrq_mm.deploy.verify_onnx import record_codes, verify_onnx
+from gdrq_mm.deploy.verify_onnx import Piece, record_codes, verify_onnx
 from gdrq_mm.errors import UserError
 from gdrq_mm.hooks.calibration import calibrate
 from gdrq_mm.quantizers import METHODS, WEIGHT_METHODS, Stage
@@ -300,6 +303,21 @@ def test_a_negative_gamma_and_the_lowest_code(bits):
     else:  # int8 holds 8 times the spread
         graph, seen, out = exported(model, topology, x)
         assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+
+
+@pytest.mark.parametrize(
+    ('differing', 'wrong', 'message'),
+    [
+        ((0, 11), 0, ''),
+        ((0, 1), 1, 'openvino differs from the trained model, first at b: 1 of 50000 values'),
+        ((5, 7), 0, 'openvino differs from the trained model in 12 of 100000 codes, more than .*, first at a$'),
+    ],
+)
+def test_codes_may_differ_at_ties_once_in_ten_thousand(differing, wrong, message):
+    a, b = (Piece(name, 0.1, 50000, n, 0, 0.5) for name, n in zip('ab', differing))
+    right = dataclasses.replace(b, differing=0)
+    found = {'onnxruntime': [a, right], 'openvino': [a, dataclasses.replace(b, wrong=wrong)]}
+    assert re.match(f'{message}$' if not message else message, first_wrong(found))
 
 
 # ---- whole models ---------------------------------------------------------------------------------------------------

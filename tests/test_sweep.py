@@ -106,6 +106,18 @@ def test_a_cell_that_fails_leaves_the_others(swept, sweep):
     assert len(find_records(['records'])) == 3
 
 
+def test_a_cell_whose_folder_cannot_be_written_leaves_the_others(swept, sweep):
+    before = {path.name: path.read_bytes() for path in (swept / 'records').iterdir()}
+    shutil.rmtree(swept / 'work/tiny-float')
+    (swept / 'work/tiny-float').touch()
+    (swept / 'records/tiny-float.json').unlink()
+    error = sweep('--only', 'tiny').stderr
+    assert error.startswith('error: 1 of 1 cells failed') and 'tiny-float: [Errno ' in error
+    assert {path.name: path.read_bytes() for path in (swept / 'records').iterdir()} == {
+        name: content for name, content in before.items() if name != 'tiny-float.json'
+    }
+
+
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(swept):
     write_sweep(swept, methods=['lsq'], options={'train_cfg.max_epochs': 2})
     (cell,) = [cell for cell in read_sweep('sweep.py') if 'lsq' in cell.name]

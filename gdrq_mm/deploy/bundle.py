@@ -23,6 +23,7 @@ from .merge import IntegerLayer
 from .onnx_export import export_onnx
 from .parts import Part, check_nest, nest, parts_of
 from .runtime import installed_backends, open_runtime
+from .verify import TIES
 from .verify_onnx import Piece, record_codes, verify_onnx
 
 VERSION = 1
@@ -58,7 +59,7 @@ def export_graphs(
         x = seen_inputs[part.name]
         graph, found, any_size = _export_part(model, part, twin.module, x, backends)
         report(part.name, found)
-        wrong = _first_wrong(found)
+        wrong = first_wrong(found)
         if wrong:
             raise UserError(f'{part.name}: {wrong}; nothing was written')
         props = dict(structure=part.module.structure, shape=list(x.shape[1:]), any_size=any_size)
@@ -94,13 +95,13 @@ def _export_part(
             if not any_size:
                 raise
             continue
-        if not (any_size and _first_wrong(found)):
+        if not (any_size and first_wrong(found)):
             break
     return graph, found, any_size
 
 
-def _first_wrong(found: dict[str, list[Piece]]) -> str:
-    """Names the first piece that is wrong in a runtime; '' if none is."""
+def first_wrong(found: dict[str, list[Piece]]) -> str:
+    """Names the first piece that is wrong in a runtime, or says how many codes differ; '' if all is well."""
     for name, pieces in found.items():
         for piece in pieces:
             if piece.wrong:
@@ -108,6 +109,14 @@ def _first_wrong(found: dict[str, list[Piece]]) -> str:
                     f'{name} differs from the trained model, first at {piece.name}: {piece.wrong} of '
                     f'{piece.values} values'
                 )
+        ends = [piece for piece in pieces if piece.step]
+        differing, codes = sum(piece.differing for piece in ends), sum(piece.values for piece in ends)
+        if differing > 1 + TIES * codes:
+            first = next(piece.name for piece in ends if piece.differing)
+            return (
+                f'{name} differs from the trained model in {differing} of {codes} codes, more than rounding ties '
+                f'explain, first at {first}'
+            )
     return ''
 
 

@@ -17,6 +17,8 @@ from .merge import IntegerLayer
 
 TIE = 1e-3
 """How near to a rounding tie, in steps, a value is whose code may be one off (ours): float32 sums differ in order."""
+TIES = 1e-4
+"""So many of all codes may be one off at ties, and always one: more of them have another cause."""
 
 
 @dataclass
