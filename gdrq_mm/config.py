@@ -256,10 +256,22 @@ def _fitting(side: Weight | Activation, methods: Mapping[str, Any], bits: int) -
     return {name: value for name, value in side.options.items() if name not in left_out}
 
 
+def unused_options(cfg: Mapping[str, Any]) -> list[str]:
+    """Options of methods that a valid `quantization` dict has but does not use, such as 'quantization.weight.gdrq'."""
+    quantization = Quantization.from_dict(cfg)
+    sides = (('weight', WEIGHT_METHODS), ('activation', ACTIVATION_METHODS))
+    return [
+        f'quantization.{side}.{name}'
+        for side, methods in sides
+        for name in cfg.get(side) or {}
+        if name in methods and name != getattr(quantization, side).method
+    ]
+
+
 def _options(
     cfg: Mapping[str, Any], methods: Mapping[str, Any], method: str, base: Mapping[str, Any], path: str, layer: str
 ) -> dict[str, Any]:
-    """The options of the method in use; those of the others are checked and ignored."""
+    """The options of the method in use; those of the others are checked and ignored, see unused_options."""
     for name in methods:
         allowed = methods[name].options()
         given = _mapping(cfg.get(name, {}), f'{path}.{name}')

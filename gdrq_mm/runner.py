@@ -36,7 +36,7 @@ from .checkpoint import (
     read_checkpoint,
     without_quantizers,
 )
-from .config import FLOAT_BITS, Quantization
+from .config import FLOAT_BITS, Quantization, unused_options
 from .convert import Report, bare_model, float_report, mute_leaves, quantize_model
 from .datasets.check import check_dataset, checked_reading, ignored_labels
 from .distributed import no_device, synchronized
@@ -344,6 +344,9 @@ class QuantRunner(Runner):
         """Log the table of layers with what became of each."""
         if self.report is not None:
             self.logger.info('Layers:\n' + layer_table(bare_model(self.model), self.report))
+        unused = unused_options(self.cfg.quantization) if self.quantization else []
+        if unused:
+            self.logger.info(f'Not used, as the method is another one: {", ".join(unused)}.')
 
     def describe(self) -> dict[str, Any]:
         """What a run record says of the model: methods, bits, stage, sizes."""

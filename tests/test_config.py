@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.config import ConfigDict
 
-from gdrq_mm.config import Activation, Quantization, Schedule, Weight
+from gdrq_mm.config import Activation, Quantization, Schedule, Weight, unused_options
 from gdrq_mm.errors import UserError
 from gdrq_mm.layers import QuantConv2d
 from gdrq_mm.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS, GDRQWeight
@@ -351,3 +351,14 @@ def test_an_override_with_another_method_drops_the_options_of_the_common_one(oth
         dict(weight=dict(gdrq=dict(k=2.0)), overrides={'head.fc': dict(weight=dict(method='other'))})
     )
     assert cfg.for_layer('head.fc')[0].options == {}
+
+
+def test_options_of_other_methods_are_named():
+    cfg = dict(weight=dict(gdrq=dict(k=3), groups=2), activation=dict(bits=3, gdrq=dict(k=9), pact=dict(lr_mult=2)))
+    assert unused_options(cfg) == ['quantization.activation.pact']
+    assert unused_options({**cfg, 'method': 'lsq'}) == [
+        'quantization.weight.gdrq',
+        'quantization.activation.gdrq',
+        'quantization.activation.pact',
+    ]
+    assert unused_options({}) == []
