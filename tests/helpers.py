@@ -54,6 +54,7 @@ def tiny_config(data, work_dir, quantization=QUANTIZATION, epochs=3, **changes):
             'default_hooks.checkpoint.max_keep_ckpts': -1,
             'optim_wrapper.optimizer.lr': 0.02,
             'log_level': 'ERROR',
+            'custom_hooks': [dict(type='StatisticsHook', interval=0)],
         }
     )
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):

@@ -18,14 +18,14 @@ from ..quantizers import Quantizer, Stage
 from ..results.plots import Distribution, distribution_sheet
 
 SAMPLES = 1 << 16
-"""Values of an activation that are looked at; evenly spaced ones of the tensor (ours)."""
+"""Values of a weight or an activation that are looked at; evenly spaced ones of the tensor (ours)."""
 
 
 @HOOKS.register_module()
 class StatisticsHook(Hook):
     """Write what the quantizers see, for each layer's weight and each activation.
 
-    Every `interval` iterations, and in the first and the last iteration and the first of each stage: so the pictures
+    Every `interval` iterations (0: never), in the first and the last one and in the first of each stage: so the pictures
     show the distributions before training, after reshape and after quantization.
 
     Scalars `quant/<name>/{threshold, clip_ratio, quantized_loss, distance_to_uniform}` and a picture of all histograms
@@ -55,14 +55,15 @@ class StatisticsHook(Hook):
         model = bare_model(runner.model)
         before, self._stages = self._stages, frozenset(m.stage for m in model.modules() if isinstance(m, Quantizer))
         last = runner.iter + 1 == runner.max_iters
-        self._due = self.every_n_train_iters(runner, self.interval) or self._stages != before or last
+        begins = self._stages != before
+        self._due = self.interval > 0 and (begins or last or self.every_n_train_iters(runner, self.interval))
         if not self._due:
             return
         for name, quantizer in activation_quantizers(model).items():
 
             def keep(module: Any, args: Any, name: str = name) -> None:
                 values = args[0].detach().flatten()
-                self._samples[name] = values[:: max(1, len(values) // SAMPLES)].float()
+                self._samples[name] = _some(values).float()
 
             self._handles.append(quantizer.register_forward_pre_hook(keep))
 
@@ -85,7 +86,9 @@ class StatisticsHook(Hook):
             if quant is not None and quant.calibrated:
                 weight = layer.filters()
                 step = quant.step(weight)
-                found.append(_distribution(f'{name}.weight', weight, step, quant.quantize(weight, step), quant))
+                quantized = quant.quantize(weight, step)
+                weight, step, quantized = (_some(t.expand_as(weight).flatten()) for t in (weight, step, quantized))
+                found.append(_distribution(f'{name}.weight', weight, step, quantized, quant))
         for name, quant in activation_quantizers(model).items():
             if quant.calibrated and name in samples and samples[name].numel():
                 x, step = samples[name], quant.step()
@@ -103,6 +106,11 @@ class StatisticsHook(Hook):
             if isinstance(backend, TensorboardVisBackend):
                 for d in distributions:
                     backend.experiment.add_histogram(f'quant/{d.name}', d.values, runner.iter)
+
+
+def _some(values: Tensor) -> Tensor:
+    """Evenly spaced ones of (N,); the spacing is odd, else it may hit the same channels only."""
+    return values[:: max(1, len(values) // SAMPLES) | 1]
 
 
 def _distribution(name: str, x: Tensor, step: Tensor, quantized: Tensor, quant: Quantizer) -> Distribution:
