@@ -25,7 +25,7 @@ SAMPLES = 1 << 16
 class StatisticsHook(Hook):
     """Write what the quantizers see, for each layer's weight and each activation.
 
-    Every `interval` iterations (0: never), in the first and the last one and in the first of each stage: so the pictures
+    Every `interval` iterations (0: never), in the first and the last one and the first of each stage: so the pictures
     show the distributions before training, after reshape and after quantization.
 
     Scalars `quant/<name>/{threshold, clip_ratio, quantized_loss, distance_to_uniform}` and a picture of all histograms
