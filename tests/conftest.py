@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.data._utils import signal_handling
 from yapf.yapflib import yapf_api
 
 from gdrq_mm import cli
@@ -19,6 +20,11 @@ from tests.helpers import COUNTS, ENV, checkpoint_of, tiny_config
 _format = yapf_api.FormatCode
 _formatted = functools.cache(lambda text, style: _format(text, style_config=dict(style)))
 yapf_api.FormatCode = lambda text, style_config: _formatted(text, tuple(style_config.items()))
+
+
+# A data loader with workers installs a handler of SIGCHLD for good, which then runs whenever a later test's child ends;
+# processes of pytest that had one were seen to end with signal 11 while they waited for such a child.
+signal_handling._set_SIGCHLD_handler = lambda: None
 
 
 def leave(end):
