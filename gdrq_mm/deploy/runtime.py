@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,28 @@ COMPILED = 16
 """Shapes of inputs for which OpenVINO keeps a compiled model: pictures of a detector have dozens (ours)."""
 
 
+class _SignalStack(ctypes.Structure):
+    _fields_ = [('start', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]
+
+
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Give the thread back the stack on which its signal handlers run.
+
+    OpenVINO (2026.4) was seen to leave one of its own there that is not mapped any more: the next signal that Python
+    handles, such as that of a data worker which ends, then ends the process with signal 11.
+    """
+    swap = getattr(ctypes.CDLL(None), 'sigaltstack', None)
+    before = _SignalStack()
+    if swap is not None:
+        swap(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        if swap is not None:
+            swap(ctypes.byref(before), None)
+
+
 class OpenVino:
     """A model compiled by OpenVINO, its float layers in float32.
 
@@ -85,6 +109,10 @@ class OpenVino:
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for inputs in the order of the graph."""
+        with kept_signal_stack():
+            return self._run(inputs)
+
+    def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self.compiled:
             if len(self.compiled) == COMPILED:
