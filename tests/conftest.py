@@ -23,7 +23,7 @@ yapf_api.FormatCode = lambda text, style_config: _formatted(text, tuple(style_co
 
 
 # A data loader with workers installs a handler of SIGCHLD for good, which then runs whenever a later test's child ends;
-# processes of pytest that had one were seen to end with signal 11 while they waited for such a child.
+# where OpenVINO had left a signal stack that is not mapped (see deploy/runtime.py), that ended the process.
 signal_handling._set_SIGCHLD_handler = lambda: None
 
 

@@ -1,6 +1,7 @@
 """gdrq_mm/deploy/ ONNX: generated layers and whole models in both runtimes, and broken graphs that must be seen."""
 
 import copy
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -38,7 +39,7 @@ from gdrq_mm.deploy import (
 from gdrq_mm.deploy.bundle import first_wrong
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.parts import parts_of
-from gdrq_mm.deploy.runtime import float_layers, integer_layers, kernels, open_runtime
+from gdrq_mm.deploy.runtime import float_layers, integer_layers, kept_signal_stack, kernels, open_runtime
 from gdrq_mm.deploy.verify_onnx import Piece, record_codes, verify_onnx
 from gdrq_mm.errors import UserError
 from gdrq_mm.hooks.calibration import calibrate
@@ -303,6 +304,23 @@ def test_a_negative_gamma_and_the_lowest_code(bits):
     else:  # int8 holds 8 times the spread
         graph, seen, out = exported(model, topology, x)
         assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+
+
+def test_a_signal_stack_that_a_runtime_leaves_is_taken_away():
+    class Stack(ctypes.Structure):
+        _fields_ = [('start', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]
+
+    def now():
+        found = Stack()
+        assert libc.sigaltstack(None, ctypes.byref(found)) == 0
+        return found.start, found.flags, found.size
+
+    libc, memory = ctypes.CDLL(None), ctypes.create_string_buffer(1 << 16)
+    before = now()
+    with kept_signal_stack():
+        assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 1 << 16)), None) == 0
+        assert now()[0] == ctypes.addressof(memory)
+    assert now() == before
 
 
 @pytest.mark.parametrize(

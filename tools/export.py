@@ -17,7 +17,7 @@ from gdrq_mm.deploy import compare, export_graphs, merge_model, write_bundle, wr
 from gdrq_mm.deploy.bundle import properties
 from gdrq_mm.deploy.packed import is_packed
 from gdrq_mm.deploy.runtime import float_layers, installed_backends, integer_layers
-from gdrq_mm.deploy.verify import TIES
+from gdrq_mm.deploy.verify import too_many
 from gdrq_mm.errors import UserError
 from gdrq_mm.results.record import RUNTIMES
 from gdrq_mm.topology import record
@@ -93,11 +93,11 @@ def export_packed(model: Any, merged: Any, topology: Any, image: Any, out: Path)
     ]
     show('', columns, [(r.name, *cell) for r, cell in zip(results, cells)])
     wrong = next((r.name for r in results if r.accumulator_errors or r.wrong or r.largest > 1e-4), None)
-    ties, codes = sum(r.ties for r in results), sum(r.codes for r in results)
-    if wrong is None and ties > 1 + TIES * codes:
-        raise UserError(f'{ties} of {codes} codes differ, more than rounding ties explain; nothing was written')
     if wrong is not None:
         raise UserError(f'the merged model differs from the trained one, first in layer {wrong}; nothing was written')
+    ties, codes = sum(r.ties for r in results), sum(r.codes for r in results)
+    if too_many(ties, codes):
+        raise UserError(f'{ties} of {codes} codes differ, more than rounding ties explain; nothing was written')
     check_writable(out)
     path = out / 'model.gdrq'
     write_packed(merged, path, model.cfg.pretty_text, model.dataset_meta)

@@ -23,7 +23,7 @@ from .merge import IntegerLayer
 from .onnx_export import export_onnx
 from .parts import Part, check_nest, nest, parts_of
 from .runtime import installed_backends, open_runtime
-from .verify import TIES
+from .verify import too_many
 from .verify_onnx import Piece, record_codes, verify_onnx
 
 VERSION = 1
@@ -111,7 +111,7 @@ def first_wrong(found: dict[str, list[Piece]]) -> str:
                 )
         ends = [piece for piece in pieces if piece.step]
         differing, codes = sum(piece.differing for piece in ends), sum(piece.values for piece in ends)
-        if differing > 1 + TIES * codes:
+        if too_many(differing, codes):
             first = next(piece.name for piece in ends if piece.differing)
             return (
                 f'{name} differs from the trained model in {differing} of {codes} codes, more than rounding ties '

@@ -18,7 +18,12 @@ from .merge import IntegerLayer
 TIE = 1e-3
 """How near to a rounding tie, in steps, a value is whose code may be one off (ours): float32 sums differ in order."""
 TIES = 1e-4
-"""So many of all codes may be one off at ties, and always one: more of them have another cause."""
+"""Share of all codes that may be one off at ties, see `too_many`."""
+
+
+def too_many(differing: int, codes: int) -> bool:
+    """Whether more codes differ than rounding ties explain: more than TIES of them, and more than one."""
+    return differing > 1 + TIES * codes
 
 
 @dataclass
