@@ -178,6 +178,10 @@ class QuantRunner(Runner):
             if not self.iter:
                 raise
             raise UserError(f'{str(error).splitlines()[0]}; {last_written(self.work_dir)}') from error
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, StopHook):
+                    hook.after_train(self)
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
         """Resume; data loading goes on with the seed of the checkpoint, in the middle of an epoch too."""

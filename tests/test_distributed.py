@@ -1,12 +1,14 @@
 """Several processes: the same model as one, the same on all ranks, and nothing lost when they are stopped."""
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,39 @@ def test_what_is_not_finite_in_one_process_stops_both(train_on_two, tmp_path, wh
         last = process.stderr.splitlines()[-1]
         assert last.startswith('error: ') and message in last
         assert last.endswith(f'the last good checkpoint is {tmp_path}/spoilt/epoch_1.pth')
+
+
+def test_a_forked_process_ends_at_a_signal(make):
+    """As the pools do that some metrics start: they end their workers by SIGTERM and wait for them without limit."""
+    codes = []
+
+    def fork(runner):
+        if runner.iter == 1:
+            child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
+            child.start()
+            time.sleep(0.2)
+            child.terminate()
+            child.join(10)
+            codes.append(child.exitcode)
+            child.kill()
+
+    runner = make()
+    runner.register_hook(At(fork, 'before_train_iter'))
+    runner.train()
+    assert codes == [-signal.SIGTERM]
+
+
+def test_training_that_fails_gives_the_signals_back(make):
+    def fail(runner):
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise ZeroDivisionError
+
+    before = signal.getsignal(signal.SIGTERM)
+    runner = make()
+    runner.register_hook(At(fail, 'before_train_iter'))
+    with pytest.raises(ZeroDivisionError):
+        runner.train()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize('at', [5, 7], ids=['in an epoch', 'at its end'])

@@ -52,6 +52,7 @@ class StopHook(Hook):
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def after_train(self, runner: Runner) -> None:
+        """Give the signals back; QuantRunner calls it also where training fails."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -72,6 +73,32 @@ class StopHook(Hook):
         self.after_train(runner)
         name = signal.Signals(int(received)).name
         raise Stopped(f'{name} after iteration {runner.iter + 1}: saved {path}; --resume goes on from there')
+
+
+def _listening() -> bool:
+    return any(isinstance(getattr(signal.getsignal(number), '__self__', None), StopHook) for number in SIGNALS)
+
+
+def _hold_signals() -> None:
+    if _listening():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _go_on() -> None:
+    if _listening():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _end_at_signals() -> None:
+    if _listening():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+# A process that is forked during training would note the signal as well and live on; the pool of mmdet's VOCMetric ends
+# its workers by SIGTERM and waits for them without limit.
+os.register_at_fork(before=_hold_signals, after_in_parent=_go_on, after_in_child=_end_at_signals)
 
 
 def shield_workers(loader: DataLoader) -> None:
