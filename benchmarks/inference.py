@@ -2,16 +2,19 @@
 """Latency, file size and memory of exported models beside float, in both runtimes.
 
 Contestants: torch float; ONNX Runtime and OpenVINO with the float graph (float32, batch normalization merged) and with
-the exported W8A8, W4A4 and W2A4 ones, W4A4 with other groups and with float additions. A two-stage detector is the sum
-of its graphs. Weights are random, calibrated on noise: speed does not depend on them. Every round runs each contestant
-in an order drawn anew; the ratio is that of the medians to float in the same runtime. Peak memory is what loading and
-one call of batch 1 add to a fresh process. Prints tables, writes a JSON.
+the W8A8, W4A4 and W2A4 ones as tools/export.py writes them (for pictures of any size where the model allows it), W4A4
+with other groups and with float additions. A two-stage detector is the sum of its graphs. Weights are random,
+calibrated on noise: speed does not depend on them. Every round runs each contestant in an order drawn anew; the ratio
+is that of the medians to float in the same runtime. Peak memory is what loading and one call of batch 1 add to a
+fresh process. Prints tables, writes a JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import json
 import os
 import random
 import statistics
@@ -36,7 +39,7 @@ from shared import peak_of_process, write_figure
 from gdrq_mm.apis import infer, init_model
 from gdrq_mm.cli import check_writable, main, read_config
 from gdrq_mm.deploy import merge_model
-from gdrq_mm.deploy.bundle import example_inputs
+from gdrq_mm.deploy.bundle import example_inputs, export_graphs, properties
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.parts import parts_of
 from gdrq_mm.deploy.runtime import integer_layers, open_runtime
@@ -90,31 +93,28 @@ def noise(title: str) -> np.ndarray:
 
 
 def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any]:
-    """Export a model in float and with these settings; returns its parts and their example inputs."""
+    """Export a model with these settings as tools/export.py does, and in float; its parts and their example inputs."""
+    kernels: dict[str, tuple[int, int]] = {}
+    for name in settings:
+        quantized = quant_model(title, SETTINGS[name])
+        predict = functools.partial(infer, quantized, noise(title))
+        graphs = export_graphs(quantized, merge_model(quantized, record(quantized, predict)), predict, lambda *_: None)
+        for part_name, graph in graphs.items():
+            (folder / f'{name}.{part_name}.onnx').write_bytes(graph.SerializeToString())
+        counts = [integer_layers(graph) for graph in graphs.values()]
+        kernels[name] = (sum(fused for fused, _ in counts), sum(whole for _, whole in counts))
     model = float_model(title)
     parts = parts_of(model, task_of(model.cfg))
     inputs = example_inputs(model, parts, lambda: infer(model, noise(title)))
-    found: dict[str, Any] = dict(parts=parts, inputs=inputs, kernels={})
     for part in parts:
+        x, about = inputs[part.name], properties(graphs[part.name])
         with torch.no_grad():
-            outputs = part.module(inputs[part.name])
+            outputs = part.module(x)
         merged = fuse_conv_bn(copy.deepcopy(part.module))  # ONNX Runtime does not do it with what torch exports
-        graph = export_onnx(merged, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
+        graph = export_onnx(merged, x, [f'y{i}' for i in range(len(outputs))], about['any_size'])
+        onnx.helper.set_model_props(graph, dict(shape=json.dumps(about['shape'])))
         (folder / f'float.{part.name}.onnx').write_bytes(graph.SerializeToString())
-    for name in settings:
-        quantized = quant_model(title, SETTINGS[name])
-        topology = record(quantized, lambda q=quantized: infer(q, noise(title)))
-        merged = merge_model(quantized, topology)
-        fused = whole = 0
-        for part in parts_of(merged, task_of(quantized.cfg)):
-            with torch.no_grad():
-                outputs = part.module(inputs[part.name])
-            graph = export_onnx(part.module, inputs[part.name], [f'y{i}' for i in range(len(outputs))])
-            (folder / f'{name}.{part.name}.onnx').write_bytes(graph.SerializeToString())
-            counts = integer_layers(graph)
-            fused, whole = fused + counts[0], whole + counts[1]
-        found['kernels'][name] = (fused, whole)
-    return found
+    return dict(parts=parts, inputs=inputs, kernels=kernels)
 
 
 def contestants(
@@ -162,8 +162,7 @@ def peak_memory(backend: str, files: list[str]) -> int:
     """Bytes that loading graphs and one call of each adds to the peak of this process."""
     inputs = []
     for file in files:
-        shape = [d.dim_value or 1 for d in onnx.load(file).graph.input[0].type.tensor_type.shape.dim]
-        inputs.append(np.zeros(shape, np.float32))
+        inputs.append(np.zeros((1, *properties(onnx.load(file))['shape']), np.float32))
     Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew: that of the imports is higher
     before = peak_of_process()
     opened = [open_runtime(backend, file, 1) for file in files]

@@ -190,6 +190,20 @@ def test_a_wrong_merge_is_seen():
         assert wrong == ['one.conv1'], name
 
 
+def test_sums_that_may_not_fit_into_32_bits_are_refused():
+    for inputs, fits in ((50_000, True), (1_000_000, False)):
+        model = nn.Sequential(nn.Linear(inputs, 2))
+        nn.init.constant_(model[0].weight, 1.0)
+        model, topology = prepared(model, torch.rand(2, inputs), bits=8)
+        if fits:
+            layer = merge_model(model, topology)[0]
+            sums = layer.accumulate(torch.full((1, inputs), float(layer.hi)))
+            assert sums.abs().max() * layer.spread < 2**30
+        else:
+            with pytest.raises(UserError, match=r'layer 0 cannot be merged: its sums, up to [\d,]+, may not fit'):
+                merge_model(model, topology)
+
+
 @pytest.mark.parametrize(
     'quantization, message',
     [

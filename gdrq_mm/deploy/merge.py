@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..convert import mergeable_norms, quant_layers
 from ..errors import UserError
-from ..layers import Levels, QuantLayer, integer_bias, spread
+from ..layers import LARGEST_BIAS, Levels, QuantLayer, integer_bias, spread
 from ..quantizers import Stage
 from ..topology import Topology
 
@@ -28,7 +28,8 @@ from ..topology import Topology
 class IntegerLayer(nn.Module):
     """A quantized layer and its batch normalization as integers: what an integer runtime computes, in plain torch.
 
-    Sums are exact: int32 codes are multiplied and added in float64, which holds integers up to 2^53.
+    Sums are exact: codes are multiplied and added in float64, which holds integers up to 2^53. They are those of int32
+    as well: a layer is refused whose largest possible sum, weights spread over int8, does not fit beside the bias.
     """
 
     codes: Tensor
@@ -46,7 +47,11 @@ class IntegerLayer(nn.Module):
             _, multiplier, bias = layer.merged(norm)
             if layer.deployable:
                 bias = integer_bias(multiplier, bias, layer.weight_quant)
-            self.register_buffer('codes', layer.set_filters(layer.weight_quant.codes(layer.filters())))
+            codes = layer.weight_quant.codes(layer.filters())
+            largest = int(codes.double().abs().flatten(1).sum(1).amax()) * self.spread * max(-self.lo, self.hi)
+            if largest > 2**31 - 1 - LARGEST_BIAS:
+                raise UserError(f'layer {name} cannot be merged: its sums, up to {largest:,}, may not fit into 32 bits')
+            self.register_buffer('codes', layer.set_filters(codes))
             self.register_buffer('step', quant.step().detach().float())
             self.register_buffer('multiplier', multiplier.float())
             self.register_buffer('bias', bias.float())
