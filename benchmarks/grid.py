@@ -7,6 +7,8 @@ records = 'docs/records/grid'
 methods = ['gdrq', 'dorefa', 'pact', 'lsq', 'lsq_plus', 'minmax']
 cifar10 = dict(name='cifar10', config='configs/cls/resnet18_w16_gdrq_w4a4_12e_cifar10.py', amp=True)
 digits = dict(methods=methods, bits=['w4a4', 'w2a4'], seeds=[0])
+digits_det = dict(name='digits_det', config='configs/det/yolox_nano_gdrq_w4a4_digits.py')
+digits_seg = dict(name='digits_seg', config='configs/seg/pspnet_r18_gdrq_w4a4_digits.py')
 trials = {  # two for each method beside its defaults, which are its paper's where it has any
     'gdrq': {
         'search': {'quantization.weight.gdrq.threshold': 'search'},
@@ -57,18 +59,8 @@ runs = [
     ),
     dict(cifar10, methods=methods, bits=['w3a3', 'w2a2'], seeds=[0]),
     dict(cifar10, methods=['ptq'], bits=['w8a8', 'w4a4', 'w4a32', 'w32a4'], seeds=[0]),
-    dict(
-        digits,
-        name='digits_det',
-        config='configs/det/yolox_nano_gdrq_w4a4_digits.py',
-        float_config='configs/det/yolox_nano_digits.py',
-    ),
-    dict(
-        digits,
-        name='digits_seg',
-        config='configs/seg/pspnet_r18_gdrq_w4a4_digits.py',
-        float_config='configs/seg/pspnet_r18_digits.py',
-    ),
+    dict(digits, **digits_det, float_config='configs/det/yolox_nano_digits.py'),
+    dict(digits, **digits_seg, float_config='configs/seg/pspnet_r18_digits.py'),
     dict(
         digits,
         name='digits_vgg',
@@ -100,5 +92,15 @@ runs = [
         },
     ),
     *(dict(cifar10, methods=[method], bits=['w4a4'], seeds=[0], variants=trials[method]) for method in trials),
+    *(  # what 8-bit additions cost each task
+        dict(
+            part,
+            methods=['gdrq'],
+            bits=['w4a4'],
+            seeds=[0],
+            variants={'undeployable': {'quantization.deployable': False}},
+        )
+        for part in (cifar10, digits_det, digits_seg)
+    ),
 ]
-del methods, cifar10, digits, ablation, full_range, trials
+del methods, cifar10, digits, digits_det, digits_seg, ablation, full_range, trials

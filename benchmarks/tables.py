@@ -31,11 +31,12 @@ def comparison(data: str) -> str:
 GRID = {
     'grid_cifar10': r'cifar10-(float|(?!ptq)\w+-w[42]a4-seed\d)',
     'grid_low_bits': r'cifar10-(float|(?!ptq)\w+-w(3a3|2a2)-seed0)',
-    'grid_digits': r'digits_\w+-.*',
+    'grid_digits': r'digits_\w+-(?!gdrq-undeployable).*',
     'grid_ptq': r'cifar10-(float|ptq-w\d+a\d+-seed0)',
     'grid_ablation': r'cifar10-(float|gdrq(-(?!lsq|groups16_|\w*full_range)\w+)?-w2a4-seed0)',
     'grid_w2a4': r'cifar10-(float|(gdrq(-(lsq|straight|groups16_|\w*full_range)\w+)?|lsq_plus)-w2a4-seed\d)',
-    'grid_trials': r'cifar10-(float|(?!ptq)\w+(-\w+)?-w4a4-seed0)',
+    'grid_trials': r'cifar10-(float|(?!ptq|gdrq-undeployable)\w+(-\w+)?-w4a4-seed0)',
+    'grid_deployable': r'(cifar10|digits_det|digits_seg)-(float|gdrq-(undeployable-)?w4a4-seed0)',
 }
 """Tables of benchmarks/grid.py, and the names of the cells that stand in them."""
 
