@@ -234,6 +234,10 @@ def test_published_numbers_stand_in_a_column_of_their_own(checkpoint):
     changes = {'test_dataloader.dataset.data_root': 'data/imagenet', 'model.backbone.depth': 50}
     (row,) = comparison_rows([record(checkpoint, 75.0, True, **changes, model=dict(methods=['lsq', 'lsq']))])
     assert row['published'] == '76.9 (ProhetTeam/cls_quant_config, reproduced)' and row['quantized'] == '75.00'
+    changes['model.backbone.depth'] = 18
+    mixture = dict(methods=['gdrq', 'pact'], bits=[3, 4])
+    (row,) = comparison_rows([record(checkpoint, 69.0, True, **changes, model=mixture)])
+    assert row['published'] == '69.1 (XiaotaoChen/mx_quant_op, README, float 69.7)'
     (row,) = comparison_rows([record(checkpoint, 75.0, True)])
     assert row['published'] == ''
 
