@@ -29,11 +29,11 @@ from gdrq_mm.tasks import task_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 JOBS = [
-    ('classification', 'cls/resnet18_w16_digits.py', 'cls/resnet18_w16_gdrq_w4a4_digits.py'),
-    ('detection', 'det/yolox_nano_digits.py', 'det/yolox_nano_gdrq_w4a4_digits.py'),
-    ('segmentation', 'seg/pspnet_r18_digits.py', 'seg/pspnet_r18_gdrq_w4a4_digits.py'),
+    ('classification', 'cls/resnet18_w16_digits.py', 'cls/resnet18_w16_gdrq_w4a4_digits.py', None),
+    ('detection', 'det/yolox_nano_digits.py', 'det/yolox_nano_gdrq_w4a4_digits.py', 7),
+    ('segmentation', 'seg/pspnet_r18_digits.py', 'seg/pspnet_r18_gdrq_w4a4_digits.py', None),
 ]
-"""Task, float config, quantized config."""
+"""Task, float config, quantized config, epochs of the latter where they are fewer than its own, for a short time."""
 PICTURES = 4
 """Test pictures whose predictions are drawn."""
 
@@ -114,10 +114,10 @@ def quickstart() -> None:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        for task, float_config, quantized_config in JOBS:
+        for task, float_config, quantized_config, epochs in JOBS:
             before = prepare(float_config, work_dir, args.epochs, None)
             checkpoint, record = run(copy.deepcopy(before), progress, f'{task}, float')
-            after = prepare(quantized_config, work_dir, args.epochs, checkpoint)
+            after = prepare(quantized_config, work_dir, args.epochs or epochs, checkpoint)
             quantized, quantized_record = run(copy.deepcopy(after), progress, f'{task}, GDRQ')
             records += [record, quantized_record]
             pictures.append(work_dir / f'{task}.png')
