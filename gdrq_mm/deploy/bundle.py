@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..checkpoint import file_digest, write_whole
+from ..convert import quant_layers
 from ..errors import UserError, building
 from ..results.record import versions
 from ..tasks import TASKS, task_of
@@ -59,7 +60,7 @@ def export_graphs(
         x = seen_inputs[part.name]
         graph, found, any_size = _export_part(model, part, twin.module, x, backends)
         report(part.name, found)
-        wrong = first_wrong(found)
+        wrong = first_wrong(found, _has_whole_biases(model))
         if wrong:
             raise UserError(f'{part.name}: {wrong}; nothing was written')
         props = dict(structure=part.module.structure, shape=list(x.shape[1:]), any_size=any_size)
@@ -95,13 +96,22 @@ def _export_part(
             if not any_size:
                 raise
             continue
-        if not (any_size and first_wrong(found)):
+        if not (any_size and first_wrong(found, _has_whole_biases(model))):
             break
     return graph, found, any_size
 
 
-def first_wrong(found: dict[str, list[Piece]]) -> str:
-    """Names the first piece that is wrong in a runtime, or says how many codes differ; '' if all is well."""
+def _has_whole_biases(model: nn.Module) -> bool:
+    """Whether the biases of the trained model are those that integer kernels round theirs to."""
+    return any(layer.deployable for layer in quant_layers(model).values())
+
+
+def first_wrong(found: dict[str, list[Piece]], whole_biases: bool) -> str:
+    """Names the first piece that is wrong in a runtime, or says how many codes differ; '' if all is well.
+
+    With `whole_biases` nothing but rounding ties may make codes differ. Else a rounded bias does: how many codes that
+    are depends on the model, and what counts is that none of them is further off than its bias.
+    """
     for name, pieces in found.items():
         for piece in pieces:
             if piece.wrong:
@@ -109,6 +119,8 @@ def first_wrong(found: dict[str, list[Piece]]) -> str:
                     f'{name} differs from the trained model, first at {piece.name}: {piece.wrong} of '
                     f'{piece.values} values'
                 )
+        if not whole_biases:
+            continue
         ends = [piece for piece in pieces if piece.step]
         differing, codes = sum(piece.differing for piece in ends), sum(piece.values for piece in ends)
         if too_many(differing, codes):
