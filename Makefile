@@ -8,7 +8,7 @@ PY := .venv/bin/python
 
 .PHONY: quickstart test test-slurm lint setup benchmark campaigns
 quickstart: .venv/.ready
-	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: 13 to 17 minutes on 2 cores."
+	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: about 15 minutes on 2 cores."
 	@$(PY) tools/quickstart.py
 
 test: lint

@@ -43,7 +43,7 @@ def test_the_settings_are_valid():
 
 
 def test_the_path_from_a_config_and_a_checkpoint(tmp_path, run):
-    """Every command of that section in its order, with one epoch of 1280 pictures instead of six."""
+    """Every command of that section in its order, with one epoch of 640 pictures instead of six."""
     for folder in ('configs', 'tools', 'examples'):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (config,) = [t for t in blocks('python') if '_base_' in t]
@@ -57,7 +57,7 @@ def test_the_path_from_a_config_and_a_checkpoint(tmp_path, run):
         words = command.replace('epoch_6', 'epoch_1').split()[1:]
         if words[0] == 'tools/train.py':
             words += ['--cfg-options', 'train_cfg.max_epochs=1', 'param_scheduler.T_max=1']
-            words += ['train_dataloader.dataset.indices=1280']
+            words += ['train_dataloader.dataset.indices=640']
         if words[0] in real:
             done = run(*words)
         else:
@@ -75,7 +75,7 @@ def test_the_path_from_a_config_and_a_checkpoint(tmp_path, run):
 
 def test_quickstart_prints_a_row_for_each_task(tmp_path, monkeypatch, capsys):
     """One epoch of few pictures is too short to learn much; the rows have to hold what the records say."""
-    monkeypatch.setattr(digits, 'COUNTS', {'cls': {'train': 640, 'test': 200}, 'scenes': {'train': 80, 'test': 20}})
+    monkeypatch.setattr(digits, 'COUNTS', {'cls': {'train': 320, 'test': 100}, 'scenes': {'train': 40, 'test': 20}})
     monkeypatch.setattr(sys, 'argv', ['quickstart.py', '--work-dir', str(tmp_path / 'work'), '--epochs', '1'])
     runpy.run_path(str(ROOT / 'tools/quickstart.py'), run_name='__main__')
     shown = capsys.readouterr().out
