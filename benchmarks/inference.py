@@ -4,9 +4,9 @@
 Contestants: torch float; ONNX Runtime and OpenVINO with the float graph (float32, batch normalization merged) and with
 the W8A8, W4A4 and W2A4 ones as tools/export.py writes them (for pictures of any size where the model allows it), W4A4
 with other groups and with float additions. A two-stage detector is the sum of its graphs. Weights are random,
-calibrated on noise: speed does not depend on them. Every round runs each contestant in an order drawn anew; the ratio
-is that of the medians to float in the same runtime. Peak memory is what loading and one call of batch 1 add to a
-fresh process. Prints tables, writes a JSON.
+calibrated on noise: speed does not depend on them. Every round runs each contestant, once untimed and once timed, in an
+order drawn anew; the ratio is that of the medians to float in the same runtime. Peak memory is what loading and one call
+of batch 1 add to a fresh process. Prints tables, writes a JSON.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Title -> settings of `quantization`; the configs are W4A4 with 4 groups a layer."""
 WARM_UP = 2
+PAUSE = 0.05
+"""Seconds before each contestant: the threads of the runtime before it spin for a while, on cores that it needs."""
 
 
 def float_model(title: str) -> Any:
@@ -151,6 +153,8 @@ def time_all(runs: dict[Any, Callable[[], Any]], rounds: int, shuffle: Callable[
         keys = list(runs)
         shuffle(keys)
         for key in keys:
+            time.sleep(PAUSE)
+            runs[key]()  # after a pause caches are cold and cores are slow
             start = time.perf_counter()
             runs[key]()
             if number >= WARM_UP:
