@@ -5,8 +5,8 @@ Contestants: torch float; ONNX Runtime and OpenVINO with the float graph (float3
 the W8A8, W4A4 and W2A4 ones as tools/export.py writes them (for pictures of any size where the model allows it), W4A4
 with other groups and with float additions. A two-stage detector is the sum of its graphs. Weights are random,
 calibrated on noise: speed does not depend on them. Every round runs each contestant, once untimed and once timed, in an
-order drawn anew; the ratio is that of the medians to float in the same runtime. Peak memory is what loading and one call
-of batch 1 add to a fresh process. Prints tables, writes a JSON.
+order drawn anew; the ratio is that of the medians to float in the same runtime. Peak memory is what loading and one
+call of batch 1 add to a fresh process. Prints tables, writes a JSON.
 """
 
 from __future__ import annotations
