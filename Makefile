@@ -12,7 +12,7 @@ quickstart: .venv/.ready
 	@$(PY) tools/quickstart.py
 
 test: lint
-	@echo "Running the tests: about 10 minutes on 2 cores."
+	@echo "Running the tests: 10 to 13 minutes on 2 cores."
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 test-slurm: .venv/.ready

@@ -58,9 +58,8 @@ def export_graphs(
     seen_inputs = example_inputs(model, parts, predict)
     for part, twin in zip(parts, parts_of(merged, task), strict=True):
         x = seen_inputs[part.name]
-        graph, found, any_size = _export_part(model, part, twin.module, x, backends)
+        graph, found, any_size, wrong = _export_part(model, part, twin.module, x, backends)
         report(part.name, found)
-        wrong = first_wrong(found, _has_whole_biases(model))
         if wrong:
             raise UserError(f'{part.name}: {wrong}; nothing was written')
         props = dict(structure=part.module.structure, shape=list(x.shape[1:]), any_size=any_size)
@@ -75,8 +74,8 @@ def export_graphs(
 
 def _export_part(
     model: Any, part: Part, merged: nn.Module, x: Tensor, backends: list[str]
-) -> tuple[onnx.ModelProto, dict[str, list[Piece]], bool]:
-    """The graph of a part, its pieces by runtime, and whether it takes pictures of any size.
+) -> tuple[onnx.ModelProto, dict[str, list[Piece]], bool, str]:
+    """The graph of a part, its pieces by runtime, whether it takes pictures of any size, and what is wrong with it.
 
     An open graph is verified at another size than that of its trace. If it fails there, the size is fixed.
     """
@@ -96,9 +95,10 @@ def _export_part(
             if not any_size:
                 raise
             continue
-        if not (any_size and first_wrong(found, _has_whole_biases(model))):
+        wrong = first_wrong(found, _has_whole_biases(model))
+        if not wrong:
             break
-    return graph, found, any_size
+    return graph, found, any_size, wrong
 
 
 def _has_whole_biases(model: nn.Module) -> bool:
