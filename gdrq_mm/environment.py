@@ -29,20 +29,31 @@ def mute_debug_prints() -> None:
 
 
 def check_environment() -> None:
-    """Refuse upstream OpenMMLab packages beside the onedl ones: both write the same import names.
+    """Refuse upstream OpenMMLab packages beside the onedl ones, which write the same import names, and transformers 5.
+
+    mmpretrain 1.3.6 imports its multimodal models wherever transformers is installed; version 5 lacks what they take
+    from it ("NoneType takes no arguments").
 
     Raises:
         UserError: names the packages to remove.
     """
-    found = []
-    for name in UPSTREAM:
-        try:
-            found.append(f'{name} {version(name)}')
-        except PackageNotFoundError:
-            pass
+    if int((_installed('transformers') or '0').split('.')[0]) >= 5:
+        raise UserError(
+            f'transformers {_installed("transformers")} is installed; mmpretrain does not work with version 5 '
+            '(pip install "transformers<5", or pip uninstall transformers)'
+        )
+    found = [f'{name} {_installed(name)}' for name in UPSTREAM if _installed(name)]
     if found:
         names = ' '.join(f.split()[0] for f in found)
         raise UserError(
             f'upstream OpenMMLab packages are installed beside the onedl ones and overwrite them: {", ".join(found)}; '
             f'remove them (pip uninstall {names}) and install requirements.txt again'
         )
+
+
+def _installed(name: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -14,7 +14,7 @@ from yapf.yapflib import yapf_api
 from gdrq_mm import cli
 from gdrq_mm.datasets import digits
 from gdrq_mm.runner import QuantRunner
-from tests.helpers import COUNTS, ENV, checkpoint_of, tiny_config
+from tests.helpers import COUNTS, ENV, SCENES, checkpoint_of, tiny_config
 
 # mmengine formats the config for every checkpoint; here each text is formatted once.
 _format = yapf_api.FormatCode
@@ -48,6 +48,14 @@ def digits_root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, 'COUNTS', COUNTS)
         return digits.build(tmp_path_factory.mktemp('data') / 'digits', show_progress=False)
+
+
+@pytest.fixture(scope='session')
+def scenes_root(tmp_path_factory):
+    """The embedded data set with a few pictures for each task."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, 'COUNTS', SCENES)
+        return digits.build(tmp_path_factory.mktemp('scenes') / 'digits', show_progress=False)
 
 
 @pytest.fixture

@@ -10,6 +10,9 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
+from gdrq_mm.cli import read_config
+from gdrq_mm.tasks import dataset_of
+
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {
     **os.environ,
@@ -19,6 +22,14 @@ ENV = {
 """Environment of a process that a test starts."""
 COUNTS = {'cls': {'train': 64, 'test': 40}, 'scenes': {'train': 1, 'test': 1}}
 """Pictures of the small data set; all ten classes are in both splits."""
+SCENES = {'cls': {'train': 64, 'test': 20}, 'scenes': {'train': 8, 'test': 4}}
+FEW_SCENES = SCENES['scenes']['test']
+TASK_CONFIGS = dict(
+    cls='cls/resnet18_w16_gdrq_w4a4_digits.py',
+    det='det/faster_rcnn_r18_gdrq_w4a4_digits.py',
+    seg='seg/pspnet_r18_gdrq_w4a4_digits.py',
+)
+"""A quantized config of each task."""
 QUANTIZATION = dict(weight=dict(bits=4, groups=4), activation=dict(bits=4), calibration_batches=2)
 TRAINING = (
     'train_dataloader',
@@ -67,6 +78,26 @@ def tiny_config(data, work_dir, quantization=QUANTIZATION, epochs=3, **changes):
     for key in [key for key in ('train_cfg', 'param_scheduler') if key in changes]:
         cfg[key] = changes.pop(key)
     cfg.merge_from_dict(changes)
+    return cfg
+
+
+def task_config(task, data, work_dir):
+    """The config of TASK_CONFIGS on the pictures of SCENES: one epoch of two iterations, no validation."""
+    cfg = read_config(ROOT / 'configs' / TASK_CONFIGS[task])
+    cfg.work_dir, cfg.load_from, cfg.log_level = str(work_dir), None, 'ERROR'
+    cfg.experiment_name = f'{task}-{work_dir.name}'
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        dataset_of(loader).data_root = str(data / ('cls' if task == 'cls' else 'scenes'))
+        loader.batch_size = FEW_SCENES
+        loader.dataset.indices = 2 * FEW_SCENES
+    if task == 'det':
+        cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = str(data / 'scenes/annotations/test.json')
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.train_cfg.max_epochs = 1
+    cfg.param_scheduler = None
+    cfg.quantization.calibration_batches = 1
+    if task == 'det':  # an untrained model is sure of nothing
+        cfg.model.test_cfg.rcnn.score_thr = 0.0
     return cfg
 
 

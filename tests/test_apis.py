@@ -14,51 +14,17 @@ from gdrq_mm.cli import read_config
 from gdrq_mm.datasets import digits
 from gdrq_mm.errors import UserError
 from gdrq_mm.runner import QuantRunner
-from gdrq_mm.tasks import dataset_of
-from tests.helpers import ROOT, TEST_ONLY
-
-CONFIGS = dict(
-    cls='cls/resnet18_w16_gdrq_w4a4_digits.py',
-    det='det/faster_rcnn_r18_gdrq_w4a4_digits.py',
-    seg='seg/pspnet_r18_gdrq_w4a4_digits.py',
-)
-FEW = 4
+from tests.helpers import FEW_SCENES, ROOT, TASK_CONFIGS, TEST_ONLY, task_config
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, 'COUNTS', {'cls': {'train': 64, 'test': 20}, 'scenes': {'train': 8, 'test': FEW}})
-        return digits.build(tmp_path_factory.mktemp('data') / 'digits', show_progress=False)
-
-
-def config_of(task, data, work_dir):
-    cfg = read_config(ROOT / 'configs' / CONFIGS[task])
-    cfg.work_dir, cfg.load_from, cfg.log_level = str(work_dir), None, 'ERROR'
-    cfg.experiment_name = f'{task}-{work_dir.name}'
-    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        dataset_of(loader).data_root = str(data / ('cls' if task == 'cls' else 'scenes'))
-        loader.batch_size = FEW
-        loader.dataset.indices = 2 * FEW
-    if task == 'det':
-        cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = str(data / 'scenes/annotations/test.json')
-    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
-    cfg.train_cfg.max_epochs = 1
-    cfg.param_scheduler = None
-    cfg.quantization.calibration_batches = 1
-    if task == 'det':  # an untrained model is sure of nothing
-        cfg.model.test_cfg.rcnn.score_thr = 0.0
-    return cfg
-
-
-@pytest.fixture(scope='module', params=CONFIGS)
-def trained(request, data, tmp_path_factory):
+@pytest.fixture(scope='module', params=TASK_CONFIGS)
+def trained(request, scenes_root, tmp_path_factory):
     """Task, config, path of the checkpoint, and what the runner predicts: path of the picture -> prediction."""
     task = request.param
     folder = tmp_path_factory.mktemp(task)
-    cfg = config_of(task, data, folder)
+    cfg = task_config(task, scenes_root, folder)
     QuantRunner.from_cfg(cfg).train()
-    cfg = config_of(task, data, folder)
+    cfg = task_config(task, scenes_root, folder)
     cfg.merge_from_dict({**TEST_ONLY, 'load_from': str(folder / 'epoch_1.pth')})
     cfg.test_dataloader.batch_size = 1  # a batch is padded, and sums of another order differ in the last bit
     cfg.experiment_name += '-test'
@@ -67,7 +33,7 @@ def trained(request, data, tmp_path_factory):
     runner.model.eval()
     with torch.no_grad():
         predictions = [runner.model.test_step(batch)[0] for batch in runner.test_dataloader]
-    assert len(predictions) >= FEW
+    assert len(predictions) >= FEW_SCENES
     return task, cfg, folder / 'epoch_1.pth', {p.img_path: p for p in predictions}
 
 
@@ -163,7 +129,7 @@ INFER = ROOT / 'tools/infer.py'
 def test_the_tool_writes_a_picture(trained, tmp_path, run):
     task, _, checkpoint, expected = trained
     path = next(iter(expected))
-    done = run(INFER, ROOT / 'configs' / CONFIGS[task], checkpoint, path, '--out', 'new/drawn.png')
+    done = run(INFER, ROOT / 'configs' / TASK_CONFIGS[task], checkpoint, path, '--out', 'new/drawn.png')
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == 'new/drawn.png'
     assert cv2.imread(str(tmp_path / 'new/drawn.png')).shape[0] >= 280
@@ -171,11 +137,11 @@ def test_the_tool_writes_a_picture(trained, tmp_path, run):
 
 def test_the_float_model_beside_the_quantized_one(trained, tmp_path, run):
     task, _, checkpoint, expected = trained
-    cfg = read_config(ROOT / 'configs' / CONFIGS[task])
+    cfg = read_config(ROOT / 'configs' / TASK_CONFIGS[task])
     cfg.pop('quantization')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         torch.save(init_model(cfg).state_dict(), tmp_path / 'float.pth')
-    command = (INFER, ROOT / 'configs' / CONFIGS[task], checkpoint, next(iter(expected)), '--out', 'drawn.png')
+    command = (INFER, ROOT / 'configs' / TASK_CONFIGS[task], checkpoint, next(iter(expected)), '--out', 'drawn.png')
     done = run(*command, '--beside', 'float.pth')
     assert done.returncode == 0, done.stderr
     picture = cv2.imread(str(tmp_path / 'drawn.png'))
@@ -193,7 +159,7 @@ def test_the_float_model_beside_the_quantized_one(trained, tmp_path, run):
         ('text.png', 'text.png/a.png', 'text.png'),
     ],
 )
-def test_bad_input_ends_in_one_line(data, tmp_path, run, image, out, message):
+def test_bad_input_ends_in_one_line(scenes_root, tmp_path, run, image, out, message):
     (tmp_path / 'text.png').write_text('not a picture')
     config = ROOT / 'configs/cls/resnet18_w16_digits.py'
     with DefaultScope.overwrite_default_scope('mmpretrain'):

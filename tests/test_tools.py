@@ -366,17 +366,24 @@ def test_options_that_do_not_go_together(home, error_of, trained, options, fragm
     holds(error_of(*command), *fragments)
 
 
-def test_upstream_packages_beside_onedl(home):
-    for name, version in (('mmcv', '2.1.0'), ('mmdet', '3.3.0')):
-        folder = home / 'upstream' / f'{name}-{version}.dist-info'
-        folder.mkdir(parents=True)
+@pytest.mark.parametrize(
+    ('packages', 'fragments'),
+    [
+        ({'mmcv': '2.1.0', 'mmdet': '3.3.0'}, ['mmcv 2.1.0, mmdet 3.3.0', 'pip uninstall mmcv mmdet']),
+        ({'transformers': '5.17.0'}, ['transformers 5.17.0', 'pip uninstall transformers']),
+    ],
+)
+def test_packages_that_break_openmmlab(home, tmp_path, packages, fragments):
+    for name, version in packages.items():
+        folder = tmp_path / f'{name}-{version}.dist-info'
+        folder.mkdir()
         (folder / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
-    path = os.pathsep.join([str(home / 'upstream'), *filter(None, [ENV.get('PYTHONPATH')])])
+    path = os.pathsep.join([str(tmp_path), *filter(None, [ENV.get('PYTHONPATH')])])
     env = {**ENV, 'PYTHONPATH': path}
     command = [sys.executable, TRAIN, W4A4, '--cfg-options', *TINY]
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    holds(done.stderr, 'error: ', 'mmcv 2.1.0, mmdet 3.3.0', 'pip uninstall mmcv mmdet')
+    holds(done.stderr, 'error: ', *fragments)
     assert len(done.stderr.splitlines()) == 1
 
 
