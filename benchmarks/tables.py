@@ -47,6 +47,11 @@ def grid(cells: str) -> str:
     return comparison_markdown([read_record(path) for path in records if re.fullmatch(cells, path.stem)])
 
 
+def camvid_gpu() -> str:
+    """CamVid with two other seeds, and with float additions, trained on a GPU."""
+    return comparison_markdown([read_record(path) for path in sorted((RECORDS / 'gpu').glob('*.json'))])
+
+
 def per_level() -> str:
     """The detector's RPN with one threshold for all pyramid levels and with one for each."""
     names = {
@@ -173,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{
         f.__name__: f
         for f in (
+            camvid_gpu,
             per_level,
             cifar10_search,
             train_step,

@@ -110,15 +110,22 @@ def test_a_run_goes_on_from_its_checkpoint(amp, config):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_model_of_a_gpu_is_exported(scenes_root, tmp_path, run):
+def tool(name, *args, cwd, **variables):
+    """A tool in a process of its own, which CUDA needs; its output."""
+    command = [sys.executable, ROOT / 'tools' / name, *map(str, args)]
+    done = subprocess.run(command, env={**ENV, **variables}, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_model_of_a_gpu_is_exported(scenes_root, tmp_path):
     """From its checkpoint, by the tool, which compares the runtimes with torch itself."""
     cfg = task_config('cls', scenes_root, tmp_path)
     cfg.quantization.deployable = True
     runner = QuantRunner.from_cfg(cfg)
     runner.train()
     cfg.dump(tmp_path / 'config.py')
-    done = run(ROOT / 'tools/export.py', tmp_path / 'config.py', checkpoint_of(runner), '--out', tmp_path / 'exported')
-    assert done.returncode == 0, done.stdout + done.stderr
+    tool('export.py', 'config.py', checkpoint_of(runner), '--out', 'exported', cwd=tmp_path)
     assert list((tmp_path / 'exported').glob('*.onnx'))
 
 
@@ -128,12 +135,5 @@ def test_one_process_of_nccl(config, tmp_path):
     cfg.launcher, cfg.sync_bn = 'pytorch', 'torch'
     cfg.dump(tmp_path / 'config.py')
     alone = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='29517')
-    done = subprocess.run(
-        [sys.executable, ROOT / 'tools/train.py', tmp_path / 'config.py', '--launcher', 'pytorch'],
-        env={**ENV, **alone, 'NCCL_DEBUG': 'INFO'},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 'NCCL INFO' in done.stdout + done.stderr
+    log = tool('train.py', 'config.py', '--launcher', 'pytorch', cwd=tmp_path, **alone, NCCL_DEBUG='INFO')
+    assert 'NCCL INFO' in log
