@@ -131,6 +131,18 @@ class QuantLayer:
         self.weight_quant = make_weight_quantizer(weight, self.filters())
         self.own_input_quant: ActivationQuantizer | Levels | None = make_activation_quantizer(activation)
 
+    @property
+    def levels(self) -> int:
+        """How many pyramid levels have an input quantizer of their own; 1 if there is one for all."""
+        return len(self.input_quant) if isinstance(self.input_quant, Levels) else 1
+
+    @property
+    def next_quant(self) -> ActivationQuantizer | None:
+        """What the next call quantizes its input with."""
+        quant = self.input_quant
+        # Of too many levels the last: the head tells at its end that they were
+        return quant.quantizers[min(self.level, len(quant) - 1)] if isinstance(quant, Levels) else quant
+
     def split_levels(self, count: int) -> None:
         """Use an input quantizer of its own for each of the calls during one forward of the head."""
         quantizers: list[Any] = [make_activation_quantizer(self.activation_settings) for _ in range(count)]
@@ -151,20 +163,28 @@ class QuantLayer:
         """Whether :meth:`deploy_with` was called."""
         return self._norm is not None
 
-    def merged(self, norm: _BatchNorm | None) -> tuple[Tensor, Tensor, Tensor]:
-        """gain, M and B of each channel, (C_out,) float64: the output is gain * (d s acc + b) + shift = M acc + B."""
+    def merged(self, norm: _BatchNorm | None, quant: ActivationQuantizer) -> tuple[Tensor, Tensor, Tensor]:
+        """gain, M and B of each channel, (C_out,) float64: the output is gain * (d s acc + b) + shift = M acc + B.
+
+        Args:
+            norm: what stands behind the layer.
+            quant: what the input was quantized with.
+        """
         layer: Any = self
         filters = self.filters()
         gain, shift = _normalization(norm, len(filters), filters.device)
         step = layer.weight_quant.step(filters).detach().double().flatten()
         own = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
-        return gain, gain * step * layer.input_quant.step().detach().double(), gain * own + shift
+        return gain, gain * step * quant.step().detach().double(), gain * own + shift
 
     def biased(self) -> Tensor | None:
         """The bias to compute with: in evaluation of a deployable layer that of the integer graph."""
         layer: Any = self
-        bias, quantizers = layer.bias, (layer.weight_quant, layer.input_quant)
-        if layer.training or self._norm is None or any(getattr(q, 'uneven', '-') for q in quantizers):  # float, Levels
+        quant: Any = self.input_quant
+        if isinstance(quant, Levels):  # that of the call which `quantized` has counted
+            quant = quant.quantizers[min(self.level, len(quant)) - 1]
+        bias, quantizers = layer.bias, (layer.weight_quant, quant)
+        if layer.training or self._norm is None or any(getattr(q, 'uneven', '-') for q in quantizers):  # or float
             return bias
         if any(q.stage not in (Stage.QUANTIZE, Stage.FREEZE) for q in quantizers):
             return bias
@@ -172,7 +192,7 @@ class QuantLayer:
         if norm.training if norm is not None else bias is None:
             return bias
         with torch.no_grad():
-            gain, multiplier, before = self.merged(norm)
+            gain, multiplier, before = self.merged(norm, quant)
             moved = integer_bias(multiplier, before, layer.weight_quant) - before
             moved = torch.where(gain == 0, 0, moved / torch.where(gain == 0, 1, gain)).to(self.weight.dtype)
         return moved if bias is None else bias + moved
@@ -194,11 +214,8 @@ class QuantLayer:
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized input and weight."""
         self.seen = True
-        quant = self.input_quant
-        if isinstance(quant, Levels):
-            quant = quant.quantizers[
-                min(self.level, len(quant) - 1)
-            ]  # the head tells at its end if there were too many
+        quant = self.next_quant
+        if self.levels > 1:
             self.level += 1
         weight = self.weight if self.weight_quant is None else self.set_filters(self.weight_quant(self.filters()))
         return (x if quant is None else quant(x)), weight

@@ -36,6 +36,14 @@ def split_levels(model: nn.Module, layers: Mapping[str, QuantLayer], topology: T
         head.level_layers += ((name, layer),)  # type: ignore[operator]
 
 
+def move_levels(model: nn.Module, replaced: Mapping[Any, Any]) -> None:
+    """Let the heads of a model count for what took the place of their layers: old module -> new one."""
+    for head in model.modules():
+        if hasattr(head, 'level_layers'):
+            counted: Any = head.level_layers
+            head.level_layers = tuple((name, replaced.get(layer, layer)) for name, layer in counted)  # type: ignore[assignment]
+
+
 def _start_levels(head: nn.Module, args: Any) -> None:
     for _, layer in head.level_layers:  # type: ignore[union-attr]
         layer.level = 0
@@ -43,8 +51,8 @@ def _start_levels(head: nn.Module, args: Any) -> None:
 
 def _check_levels(head: nn.Module, args: Any, out: Any) -> None:
     for name, layer in head.level_layers:  # type: ignore[union-attr]
-        if layer.level not in (0, len(layer.input_quant)):
+        if layer.level not in (0, layer.levels):
             raise UserError(
-                f'layer {name} has thresholds for {len(layer.input_quant)} levels, but was called {layer.level} times '
+                f'layer {name} has thresholds for {layer.levels} levels, but was called {layer.level} times '
                 'in one forward of its head; activation.per_level does not fit this model'
             )

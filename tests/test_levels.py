@@ -8,11 +8,16 @@ import torch.nn as nn
 
 from gdrq_mm.config import Quantization
 from gdrq_mm.convert import activation_quantizers, quant_layers, quantize_model
+from gdrq_mm.deploy import IntegerLayer, compare, merge_model, write_packed
+from gdrq_mm.deploy.onnx_export import export_onnx
+from gdrq_mm.deploy.packed import load_packed
+from gdrq_mm.deploy.verify_onnx import record_codes
 from gdrq_mm.errors import UserError
 from gdrq_mm.hooks.calibration import calibrate
 from gdrq_mm.summary import layer_table
 from gdrq_mm.topology import record
 from tests.helpers import Function, conv
+from tests.test_onnx import pieces_of
 
 SCALES = (1.0, 3.0, 0.2)
 
@@ -108,3 +113,88 @@ def test_layers_that_are_called_once_are_left_alone():
     once = Function(lambda m, x: m.b(m.a(x)), a=conv(), b=nn.Conv2d(4, 2, 1))
     quantize_model(once, Quantization.from_dict(dict(activation=dict(per_level=True))), record(once, lambda: once(x)))
     assert len(activation_quantizers(once)) == 2
+
+
+# ---- deployment -----------------------------------------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """A shared convolution with batch normalization, one without, and a linear layer; flat outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = (
+            conv(),
+            Function(self.levels, conv=conv(), bn=nn.BatchNorm2d(4), out=conv(), fc=nn.Linear(4, 3)),
+        )
+        self.head.bn.running_mean.normal_()
+        self.head.bn.weight.data.normal_()
+
+    @staticmethod
+    def levels(head, xs):
+        between = [head.bn(head.conv(x)).relu() for x in xs]
+        return [*map(head.out, between), *(head.fc(y.mean((2, 3))) for y in between)]
+
+    def forward(self, x):
+        x = self.stem(x)
+        return tuple(self.head([scale * x + shift for scale, shift in zip(SCALES, (0, 1, -2))]))
+
+
+def deployed_model(deployable=True):
+    torch.manual_seed(0)
+    model, x = Dense().eval(), torch.randn(4, 4, 8, 8)
+    config = Quantization.from_dict(dict(activation=dict(per_level=True), deployable=deployable))
+    topology = record(model, lambda: model(x))
+    quantize_model(model, config, topology)
+    calibrate(model, lambda: model(x))
+    return model, topology, x
+
+
+@pytest.mark.parametrize('deployable', [True, False])
+def test_levels_are_merged_with_their_own_multipliers(deployable):
+    model, topology, x = deployed_model(deployable)
+    merged = merge_model(model, topology)
+    results = compare(model, merged, topology, lambda m: m(x))
+    assert [r.name for r in results if 'conv' in r.name] == ['head.conv.0', 'head.conv.1', 'head.conv.2']
+    assert len(results) == 10 and all(r.accumulator_errors == r.wrong == 0 for r in results)
+    assert max(r.largest for r in results) < 1e-4
+    for one, other in zip(model(x), merged(x)):
+        torch.testing.assert_close(other, one, atol=1e-3, rtol=1e-3)
+    levels = [merged.head.conv.get_submodule(str(level)) for level in range(3)]
+    assert levels[0].codes is levels[1].codes and not torch.equal(levels[0].multiplier, levels[1].multiplier)
+    with pytest.raises(UserError, match=r'head\.conv has thresholds for 3 levels, but was called 2 times'):
+        merged.head([x, x])
+
+
+def test_another_level_of_the_merged_model_is_seen():
+    model, topology, x = deployed_model()
+    merged = merge_model(model, topology)
+    merged.head.conv.get_submodule('1').multiplier.mul_(1.02)
+    wrong = [r.name for r in compare(model, merged, topology, lambda m: m(x)) if r.wrong or r.largest > 1e-4]
+    assert wrong == ['head.conv.1']
+
+
+@pytest.mark.parametrize('deployable', [True, False])
+def test_levels_give_the_same_codes_in_both_runtimes(deployable):
+    model, topology, x = deployed_model(deployable)
+    graph = export_onnx(merge_model(model, topology), x, [f'y{i}' for i in range(6)])
+    stored = [t.name for t in graph.graph.initializer if t.name.startswith('head.conv.') and 'codes' in t.name]
+    assert sorted(stored) == ['head.conv.0.codes.factor', 'head.conv.0.codes.int4']  # once for all levels
+    seen, out = record_codes(model, lambda: model(x))
+    for name, pieces in pieces_of(graph, seen, x, [y.numpy() for y in out]).items():
+        assert {f'head.{layer}.{level}' for layer in ('conv', 'out', 'fc') for level in range(3)} < {
+            p.name for p in pieces
+        }
+        assert sum(p.wrong for p in pieces) == 0, (name, pieces)
+        assert sum(p.differing for p in pieces if p.step) <= (2 if deployable else 20), (name, pieces)
+
+
+def test_levels_in_a_packed_file(tmp_path):
+    model, topology, x = deployed_model()
+    merged = merge_model(model, topology)
+    write_packed(merged, tmp_path / 'model.gdrq')
+    other = Dense().eval()
+    quantize_model(other, Quantization.from_dict(dict(activation=dict(per_level=True), deployable=True)), topology)
+    again, _ = load_packed(other, tmp_path / 'model.gdrq')
+    assert sum(isinstance(m, IntegerLayer) for m in again.modules()) == 10
+    assert all(torch.equal(a, b) for a, b in zip(again(x), merged(x)))

@@ -66,9 +66,10 @@ def exported(model, topology, x):
 
 
 def pieces_of(graph, seen, x, out):
-    """What both runtimes make of it."""
+    """What both runtimes make of it; `out` is an array, or a list of them."""
+    outputs = out if isinstance(out, list) else [out]
     return {
-        name: verify_onnx(graph, seen, [x.numpy()], [out], functools.partial(open_runtime, name)) for name in RUNTIMES
+        name: verify_onnx(graph, seen, [x.numpy()], outputs, functools.partial(open_runtime, name)) for name in RUNTIMES
     }
 
 

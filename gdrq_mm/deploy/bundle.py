@@ -20,7 +20,7 @@ from ..convert import quant_layers
 from ..errors import UserError, building
 from ..results.record import versions
 from ..tasks import TASKS, task_of
-from .merge import IntegerLayer
+from .merge import IntegerLayer, shared_codes
 from .onnx_export import export_onnx
 from .parts import Part, check_nest, nest, parts_of
 from .runtime import installed_backends, open_runtime
@@ -66,8 +66,10 @@ def export_graphs(
         onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in props.items()})
         graphs[part.name] = graph
     exported = {t.name.removesuffix('.int4') for graph in graphs.values() for t in graph.graph.initializer}
+    shared = shared_codes(merged)
     for name, layer in merged.named_modules():
-        if isinstance(layer, IntegerLayer) and f'model.{name}.codes' not in exported:
+        codes = shared.get(f'{name}.codes', f'{name}.codes')
+        if isinstance(layer, IntegerLayer) and f'model.{codes}' not in exported:
             raise UserError(f'{type(model).__name__} cannot be exported: layer {name} is in none of its graphs')
     return graphs
 

@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..convert import mergeable_norms, quant_layers
 from ..errors import UserError
 from ..layers import LARGEST_BIAS, Levels, QuantLayer, integer_bias, spread
-from ..quantizers import Stage
+from ..levels import move_levels
+from ..quantizers import ActivationQuantizer, Stage
 from ..topology import Topology
 
 
@@ -37,14 +38,14 @@ class IntegerLayer(nn.Module):
     multiplier: Tensor
     bias: Tensor
 
-    def __init__(self, layer: Any, norm: _BatchNorm | None, name: str) -> None:
+    def __init__(self, layer: Any, quant: ActivationQuantizer | None, norm: _BatchNorm | None, name: str) -> None:
         super().__init__()
-        _check(layer, norm, name)
-        quant = layer.input_quant
+        _check(layer, quant, norm, name)
+        assert quant is not None
         self.lo, self.hi, self.weight_bits, self.input_bits = quant.lo, quant.hi, layer.weight_quant.bits, quant.bits
         self.spread = spread(layer.weight_quant)
         with torch.no_grad():
-            _, multiplier, bias = layer.merged(norm)
+            _, multiplier, bias = layer.merged(norm, quant)
             if layer.deployable:
                 bias = integer_bias(multiplier, bias, layer.weight_quant)
             codes = layer.weight_quant.codes(layer.filters())
@@ -84,6 +85,31 @@ class IntegerLayer(nn.Module):
         return self.scale(self.accumulate(self.input_codes(x)))
 
 
+class IntegerLevels(nn.Module):
+    """A layer with thresholds for pyramid levels: an IntegerLayer for each level, which share the weight's codes."""
+
+    def __init__(self, layer: Any, norm: _BatchNorm | None, name: str) -> None:
+        super().__init__()
+        self.level, self.levels = 0, layer.levels
+        for level, quant in enumerate(layer.input_quant.quantizers):
+            merged = IntegerLayer(layer, quant, norm, f'{name}.{level}')
+            if level:
+                merged.codes = self.get_submodule('0').codes  # type: ignore[assignment]
+            self.add_module(str(level), merged)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input of a level to its output; gdrq_mm/levels.py starts the count anew and checks it."""
+        merged = self._modules[str(min(self.level, self.levels - 1))]
+        self.level += 1
+        return merged(x)  # type: ignore[misc]
+
+
+def shared_codes(merged: nn.Module) -> dict[str, str]:
+    """Name of the codes of a layer's second and later pyramid levels -> that of the first level's, the same tensor."""
+    levels = {name: module.levels for name, module in merged.named_modules() if isinstance(module, IntegerLevels)}
+    return {f'{name}.{i}.codes': f'{name}.0.codes' for name, count in levels.items() for i in range(1, count)}
+
+
 def merge_model(model: nn.Module, topology: Topology) -> nn.Module:
     """A copy of the model in evaluation mode in which every quantized layer is an IntegerLayer.
 
@@ -102,8 +128,13 @@ def merge_model(model: nn.Module, topology: Topology) -> nn.Module:
     for name, layer in layers.items():
         if topology.calls.get(name):
             norm: Any = modules[norms[name]] if name in norms else None
-            replaced[layer] = IntegerLayer(layer, norm, name)
-            replaced[layer].norm = norms.get(name)  # type: ignore[assignment]
+            if isinstance(layer.input_quant, Levels):
+                replaced[layer] = IntegerLevels(layer, norm, name)
+            else:
+                replaced[layer] = IntegerLayer(layer, layer.input_quant, norm, name)
+            for part in replaced[layer].modules():
+                if isinstance(part, IntegerLayer):
+                    part.norm = norms.get(name)
     replaced.update({modules[name]: nn.Identity() for name in norms.values()})
     for parent in list(merged.modules()):
         for child_name, child in list(parent._modules.items()):
@@ -111,16 +142,15 @@ def merge_model(model: nn.Module, topology: Topology) -> nn.Module:
                 new = replaced[child]
                 _move_hooks(child, new)  # type: ignore[arg-type]
                 parent._modules[child_name] = new
+    move_levels(merged, replaced)
     return merged
 
 
-def _check(layer: QuantLayer, norm: _BatchNorm | None, name: str) -> None:
+def _check(layer: QuantLayer, activation: ActivationQuantizer | None, norm: _BatchNorm | None, name: str) -> None:
     """Raise UserError if the layer is not a sum of integers times a multiplier a channel."""
-    weight, activation = layer.weight_quant, layer.input_quant
+    weight = layer.weight_quant
     if weight is None or activation is None or 32 in layer.bits:
         raise UserError(f'layer {name} cannot be merged: its {"weight" if layer.bits[0] == 32 else "input"} is float')
-    if isinstance(activation, Levels):
-        raise UserError(f'layer {name} cannot be merged: it has a threshold for each pyramid level')
     for quantizer in (weight, activation):
         if quantizer.uneven:
             raise UserError(f'layer {name} cannot be merged: {quantizer.uneven}')

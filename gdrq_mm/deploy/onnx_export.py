@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..layers import LARGEST_BIAS
 from ..quantizers import ActivationQuantizer, Stage
-from .merge import IntegerLayer
+from .merge import IntegerLayer, shared_codes
 from .onnx_graph import finish_graph
 
 OPSET = 21
@@ -62,7 +62,7 @@ def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: 
         )
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    finish_graph(model.graph)
+    finish_graph(model.graph, shared_codes(twin))
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ PASSES = ('MaxPool', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose')
 """Operators that only pick or move values: rounding before them and after them is the same."""
 
 
-def finish_graph(graph: Any) -> None:
-    """Change a traced graph in place."""
+def finish_graph(graph: Any, shared: Mapping[str, str] | None = None) -> None:
+    """Change a traced graph in place. `shared`: name of an initializer -> one to read instead if both are equal."""
+    _share(graph, shared or {})
     _merge_equal(graph)
     _quantize_before_pooling(graph)
     _clip_codes(graph)
@@ -60,6 +61,17 @@ def quantizations(graph: Any) -> Iterator[tuple[Any, Any, Any]]:
             while after.op_type in PASSES:
                 after = reading[after.output[0]][0]
             yield node, last, after
+
+
+def _share(graph: Any, shared: Mapping[str, str]) -> None:
+    values = initializers(graph)
+    equal = {name: other for name, other in shared.items() if {name, other} <= values.keys()}
+    equal = {name: other for name, other in equal.items() if np.array_equal(values[name], values[other])}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = equal.get(name, name)
+    for tensor in [t for t in graph.initializer if t.name in equal]:
+        graph.initializer.remove(tensor)
 
 
 def _merge_equal(graph: Any) -> None:

@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..heads import deployed
 from ..quantizers import ActivationQuantizer, Quantizer, Stage
 from ..topology import Topology
-from .merge import IntegerLayer, merge_model
+from .merge import IntegerLayer, merge_model, shared_codes
 
 MAGIC, VERSION = b'GDRQPACK', 1
 _TYPES = {'float32': np.float32, 'int64': np.int64, 'int32': np.int32, 'bool': np.bool_}
@@ -47,9 +47,9 @@ def write_packed(
         for n, m in model.named_modules()
         if isinstance(m, IntegerLayer)
     }
-    payload, tensors = bytearray(), {}
+    payload, tensors, shared = bytearray(), {}, shared_codes(model)
     for name, tensor in model.state_dict().items():
-        if not deployed(name):  # auxiliary heads are for training
+        if not deployed(name) or name in shared:  # auxiliary heads are for training
             continue
         entry, data = _encode(name, tensor, bits.get(name))
         tensors[name] = {**entry, 'offset': len(payload), 'bytes': len(data)}
@@ -110,12 +110,14 @@ def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
     entries = header['layers'] if isinstance(header['layers'], dict) else {}
     known = dict(model.named_modules())
     try:
-        norms = {name: entry['norm'] for name, entry in entries.items() if entry['norm'] is not None}
-        missing = next((n for n in [*entries, *norms.values()] if n not in known), None)
+        # A layer with thresholds for pyramid levels has an entry for each, LAYER.LEVEL.
+        layers = {name if name in known else name.rpartition('.')[0]: entry for name, entry in entries.items()}
+        norms = {name: entry['norm'] for name, entry in layers.items() if entry['norm'] is not None}
+        missing = next((n for n in [*layers, *norms.values()] if n not in known), None)
         if missing is not None:
             raise UserError(f'packed file {path} is that of another model: the config has no {missing}')
         # What feeds what stands in the file: a prediction of an untrained model may not reach every head.
-        calls = {**dict.fromkeys(entries, 1), **Counter(norms.values())}
+        calls = {**dict.fromkeys(layers, 1), **Counter(norms.values())}
         merged = merge_model(model, Topology(calls=calls, norms=norms))
         for name, layer in merged.named_modules():
             if not isinstance(layer, IntegerLayer):
@@ -126,7 +128,8 @@ def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
                 raise UserError(f'packed file {path} has W{bits[0]}A{bits[1]} in layer {name}, the config {expected}')
             layer.lo, layer.hi = int(entries[name]['lo']), int(entries[name]['hi'])
         rest = {name: tensor for name, tensor in merged.state_dict().items() if not deployed(name)}
-        merged.load_state_dict({**rest, **state})
+        levels = {name: state[first] for name, first in shared_codes(merged).items() if first in state}
+        merged.load_state_dict({**rest, **state, **levels})
     except UserError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..convert import activation_quantizers, mergeable_norms, quant_layers
 from ..quantizers import ActivationQuantizer
 from ..topology import Topology
-from .merge import IntegerLayer
+from .merge import IntegerLayer, IntegerLevels
 
 TIE = 1e-3
 """How near to a rounding tie, in steps, a value is whose code may be one off (ours): float32 sums differ in order."""
@@ -59,19 +59,20 @@ def compare(
     """
     norms, layers = mergeable_norms(model, topology), quant_layers(model)
     modules, ours = dict(model.named_modules()), dict(merged.named_modules())
-    inputs: dict[str, Tensor] = {}
-    calls: list[tuple[str, Tensor, Tensor]] = []
+    inputs: dict[str, tuple[str, Any, Any, Tensor]] = {}
+    calls: list[tuple[str, Any, Any, Tensor, Tensor]] = []
     read: list[tuple[ActivationQuantizer, Tensor]] = []
     handles = []
     for name, layer in layers.items():
-        if isinstance(ours.get(name), IntegerLayer):
+        if isinstance(ours.get(name), (IntegerLayer, IntegerLevels)):
 
-            def remember(module: Any, args: Any, name: str = name) -> None:
-                inputs[name] = args[0].clone()
+            def remember(layer: Any, args: Any, name: str = name) -> None:
+                place = f'{name}.{layer.level}' if layer.levels > 1 else name
+                inputs[name] = place, layer, layer.next_quant, args[0].clone()
 
             def finish(module: Any, args: Any, out: Tensor, name: str = name) -> None:
                 if name in inputs:  # a shared norm sees the outputs of all its layers
-                    calls.append((name, inputs.pop(name), out.clone()))
+                    calls.append((*inputs.pop(name), out.clone()))
 
             handles.append(layer.register_forward_pre_hook(remember))
             end = modules[norms[name]] if name in norms else layer
@@ -81,18 +82,24 @@ def compare(
     try:
         with torch.no_grad():
             predict(model)
-            return [_compare_layer(name, layers[name], ours[name], x, out, read) for name, x, out in calls]
+            return [_compare_layer(ours[call[0]], *call, read) for call in calls]
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _compare_layer(
-    name: str, layer: Any, merged: Any, x: Tensor, out: Tensor, read: list[tuple[ActivationQuantizer, Tensor]]
+    merged: Any,
+    name: str,
+    layer: Any,
+    quant: ActivationQuantizer,
+    x: Tensor,
+    out: Tensor,
+    read: list[tuple[ActivationQuantizer, Tensor]],
 ) -> Comparison:
     exact = merged.accumulate(merged.input_codes(x))
-    step = layer.input_quant.step()
-    codes = (layer.input_quant(x) / torch.where(step > 0, step, 1)).round()
+    step = quant.step()
+    codes = (quant(x) / torch.where(step > 0, step, 1)).round()
     weight = layer.set_filters(layer.weight_quant.codes(layer.filters()))
     trained = layer.compute(codes.double(), weight.double(), None)
     ours = merged.scale(exact)

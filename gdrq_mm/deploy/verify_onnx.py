@@ -72,7 +72,11 @@ def record_codes(model: Any, predict: Callable[[], Any]) -> tuple[dict[Site, Tra
 
     handles = []
     for name, layer in quant_layers(model).items():
-        handles.append(layer.register_forward_pre_hook(lambda m, args, name=name: keep(name, m.input_quant, args[0])))
+
+        def keep_input(layer: Any, args: Any, name: str = name) -> None:
+            keep(f'{name}.{layer.level}' if layer.levels > 1 else name, layer.next_quant, args[0])
+
+        handles.append(layer.register_forward_pre_hook(keep_input))
     for name, quantizer in activation_quantizers(model).items():
         if name.endswith('.output_quant'):
             handles.append(quantizer.register_forward_pre_hook(lambda m, args, name=name: keep(name, m, args[0])))
