@@ -31,7 +31,7 @@ def split_levels(model: nn.Module, layers: Mapping[str, QuantLayer], topology: T
         layer.split_levels(calls)
         if not hasattr(head, 'level_layers'):
             head.level_layers = ()
-            head.register_forward_pre_hook(_start_levels)
+            head.register_forward_pre_hook(start_levels)
             head.register_forward_hook(_check_levels)
         head.level_layers += ((name, layer),)  # type: ignore[operator]
 
@@ -44,8 +44,9 @@ def move_levels(model: nn.Module, replaced: Mapping[Any, Any]) -> None:
             head.level_layers = tuple((name, replaced.get(layer, layer)) for name, layer in counted)  # type: ignore[assignment]
 
 
-def _start_levels(head: nn.Module, args: Any) -> None:
-    for _, layer in head.level_layers:  # type: ignore[union-attr]
+def start_levels(head: Any, args: Any = ()) -> None:
+    """Count anew what this module counts, if it does; a hook in front of its forward."""
+    for _, layer in getattr(head, 'level_layers', ()):
         layer.level = 0
 
 

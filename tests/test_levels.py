@@ -11,6 +11,7 @@ from gdrq_mm.convert import activation_quantizers, quant_layers, quantize_model
 from gdrq_mm.deploy import IntegerLayer, compare, merge_model, write_packed
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.packed import load_packed
+from gdrq_mm.deploy.parts import parts_of
 from gdrq_mm.deploy.verify_onnx import record_codes
 from gdrq_mm.errors import UserError
 from gdrq_mm.hooks.calibration import calibrate
@@ -198,3 +199,47 @@ def test_levels_in_a_packed_file(tmp_path):
     again, _ = load_packed(other, tmp_path / 'model.gdrq')
     assert sum(isinstance(m, IntegerLayer) for m in again.modules()) == 10
     assert all(torch.equal(a, b) for a, b in zip(again(x), merged(x)))
+
+
+def test_a_packed_file_of_other_levels_is_refused(tmp_path):
+    model, topology, _ = deployed_model()
+    write_packed(merge_model(model, topology), tmp_path / 'model.gdrq')
+    plain = Dense().eval()
+    quantize_model(plain, Quantization.from_dict(dict(deployable=True)), topology)
+    with pytest.raises(UserError, match=r'is that of another model: the config has no head\.conv\.0'):
+        load_packed(copy.deepcopy(plain), tmp_path / 'model.gdrq')
+    calibrate(plain, lambda: plain(torch.randn(2, 4, 8, 8)))
+    write_packed(merge_model(plain, topology), tmp_path / 'plain.gdrq')
+    with pytest.raises(UserError, match=r'is that of another model: it has no layer head\.conv\.0'):
+        load_packed(copy.deepcopy(model), tmp_path / 'plain.gdrq')
+
+
+class Segmentor(nn.Module):
+    """Calls the `forward` of its head, as mmseg does, so the level is counted around the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.decode_head = conv(), Function(lambda head, x: head.conv(head.conv(x).relu() * 2), conv=conv())
+
+    def extract_feat(self, x):
+        return self.stem(x)
+
+    def forward(self, x):
+        return self.decode_head.forward(self.extract_feat(x))
+
+
+def test_a_part_without_the_forward_of_its_model_counts_anew():
+    torch.manual_seed(0)
+    model, x = Segmentor().eval(), torch.randn(2, 4, 8, 8)
+    topology = record(model, lambda: model(x))
+    quantize_model(model, Quantization.from_dict(dict(activation=dict(per_level=True), deployable=True)), topology)
+    calibrate(model, lambda: model(x))
+    (part,), (merged,) = parts_of(model, 'seg'), parts_of(merge_model(model, topology), 'seg')
+    expected = model(x)
+    for _ in range(2):
+        seen, (out,) = record_codes(model, lambda: part.module(x))
+        assert torch.equal(out, expected)
+    graph = export_onnx(merged.module, x, ['y'])
+    for pieces in pieces_of(graph, seen, x, out.numpy()).values():
+        assert [p.name for p in pieces if p.step] == ['stem', 'decode_head.conv.0', 'decode_head.conv.1']
+        assert sum(p.wrong for p in pieces) == 0

@@ -38,6 +38,7 @@ from gdrq_mm.deploy import (
 )
 from gdrq_mm.deploy.bundle import first_wrong
 from gdrq_mm.deploy.onnx_export import export_onnx
+from gdrq_mm.deploy.packed import load_packed
 from gdrq_mm.deploy.parts import parts_of
 from gdrq_mm.deploy.runtime import float_layers, integer_layers, kept_signal_stack, kernels, open_runtime
 from gdrq_mm.deploy.verify_onnx import Piece, record_codes, verify_onnx
@@ -210,6 +211,20 @@ def test_a_quantizer_that_calibration_did_not_reach_passes_its_values():
     graph, _, out = exported(model, topology, x)
     (found,) = open_runtime('onnxruntime', graph.SerializeToString())([x.numpy()])
     assert np.abs(found - out).max() < 0.05 * np.abs(out).max()
+
+
+def test_a_layer_of_several_names(tmp_path):
+    """As RTMDet's heads share convolutions; the graph has the last name, the state dict every one."""
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    model = Function(lambda m, x: m.layers[2](m.layers[0](x).relu()), layers=nn.ModuleList([shared, shared, shared]))
+    x = torch.randn(4, 3, 9, 9)
+    model, topology = prepared(model, x, deployable=True)
+    graph, seen, out = exported(model, topology, x)
+    assert wrong(graph, seen, x, out) == {'onnxruntime': None, 'openvino': None}
+    merged = merge_model(model, topology)
+    write_packed(merged, tmp_path / 'model.gdrq')
+    again, _ = load_packed(copy.deepcopy(model), tmp_path / 'model.gdrq')
+    assert torch.equal(again(x), merged(x))
 
 
 def test_float_additions_are_slower_but_right():

@@ -25,7 +25,7 @@ from .onnx_export import export_onnx
 from .parts import Part, check_nest, nest, parts_of
 from .runtime import installed_backends, open_runtime
 from .verify import too_many
-from .verify_onnx import Piece, record_codes, verify_onnx
+from .verify_onnx import Piece, aliases, record_codes, verify_onnx
 
 VERSION = 1
 """Version of export.json."""
@@ -66,10 +66,10 @@ def export_graphs(
         onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in props.items()})
         graphs[part.name] = graph
     exported = {t.name.removesuffix('.int4') for graph in graphs.values() for t in graph.graph.initializer}
-    shared = shared_codes(merged)
+    shared, names = shared_codes(merged), aliases(merged)
     for name, layer in merged.named_modules():
-        codes = shared.get(f'{name}.codes', f'{name}.codes')
-        if isinstance(layer, IntegerLayer) and f'model.{codes}' not in exported:
+        codes = {f'{other}.codes' for other in names[name]} | {shared.get(f'{name}.codes', '')}
+        if isinstance(layer, IntegerLayer) and exported.isdisjoint(f'model.{each}' for each in codes):
             raise UserError(f'{type(model).__name__} cannot be exported: layer {name} is in none of its graphs')
     return graphs
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..checkpoint import write_whole
 from ..errors import UserError
 from ..heads import deployed
+from ..layers import QuantLayer
 from ..quantizers import ActivationQuantizer, Quantizer, Stage
 from ..topology import Topology
 from .merge import IntegerLayer, merge_model, shared_codes
@@ -41,7 +42,8 @@ def write_packed(
         config: text of the config; it is kept beside the tensors, to be read, never to be run.
         meta: what the model knows of its data set, such as the names of the classes; plain data.
     """
-    bits = {f'{n}.codes': m.weight_bits for n, m in model.named_modules() if isinstance(m, IntegerLayer)}
+    every = model.named_modules(remove_duplicate=False)  # a layer of several names is in the state under each
+    bits = {f'{n}.codes': m.weight_bits for n, m in every if isinstance(m, IntegerLayer)}
     ranges = {
         n: dict(lo=m.lo, hi=m.hi, weight_bits=m.weight_bits, input_bits=m.input_bits, norm=m.norm)
         for n, m in model.named_modules()
@@ -107,11 +109,13 @@ def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
             module.set_state(stage=Stage.QUANTIZE, calibrated=True)
         if isinstance(module, ActivationQuantizer):
             module.set_range('unsigned')
-    entries = header['layers'] if isinstance(header['layers'], dict) else {}
+    entries: dict[str, Any] = header['layers'] if isinstance(header['layers'], dict) else {}
     known = dict(model.named_modules())
     try:
         # A layer with thresholds for pyramid levels has an entry for each, LAYER.LEVEL.
-        layers = {name if name in known else name.rpartition('.')[0]: entry for name, entry in entries.items()}
+        several = {name: m.levels for name, m in known.items() if isinstance(m, QuantLayer) and m.levels > 1}
+        layer_of = {f'{name}.{level}': name for name, count in several.items() for level in range(count)}
+        layers = {layer_of.get(name, name): entry for name, entry in entries.items()}
         norms = {name: entry['norm'] for name, entry in layers.items() if entry['norm'] is not None}
         missing = next((n for n in [*layers, *norms.values()] if n not in known), None)
         if missing is not None:
@@ -122,14 +126,16 @@ def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
         for name, layer in merged.named_modules():
             if not isinstance(layer, IntegerLayer):
                 continue
+            if name not in entries:
+                raise UserError(f'packed file {path} is that of another model: it has no layer {name}')
             bits = entries[name]['weight_bits'], entries[name]['input_bits']
             if bits != (layer.weight_bits, layer.input_bits):
                 expected = f'W{layer.weight_bits}A{layer.input_bits}'
                 raise UserError(f'packed file {path} has W{bits[0]}A{bits[1]} in layer {name}, the config {expected}')
             layer.lo, layer.hi = int(entries[name]['lo']), int(entries[name]['hi'])
         rest = {name: tensor for name, tensor in merged.state_dict().items() if not deployed(name)}
-        levels = {name: state[first] for name, first in shared_codes(merged).items() if first in state}
-        merged.load_state_dict({**rest, **state, **levels})
+        shared = {name: state[first] for name, first in shared_codes(merged).items() if first in state}
+        merged.load_state_dict({**rest, **state, **shared})
     except UserError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import UserError
+from ..levels import start_levels
 
 Run = Callable[..., Sequence[Tensor]]
 
@@ -64,6 +65,7 @@ class _Traced(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs of `raw`."""
+        start_levels(self.model)  # whose own forward does not run
         flat: list[Tensor] = []
         self.structure = _flatten(self.raw(x), flat)
         return tuple(flat)

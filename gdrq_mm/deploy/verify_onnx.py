@@ -59,22 +59,35 @@ class Trained:
         return codes.astype(np.uint8)
 
 
+def aliases(model: Any) -> dict[str, list[str]]:
+    """The first name of each module -> all its names: heads register a layer that they share under several."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return {each[0]: each for each in names.values()}
+
+
 def record_codes(model: Any, predict: Callable[[], Any]) -> tuple[dict[Site, Trained], Any]:
-    """Run `predict` and keep what each quantizer of `model` sees. Returns that, and what `predict` returned."""
+    """Run `predict` and keep what each quantizer of `model` sees, under every name that a graph may have for it.
+
+    Returns that, and what `predict` returned.
+    """
     seen: dict[Site, Trained] = {}
+    names = aliases(model)
     calls: dict[str, int] = {}
 
-    def keep(name: str, quantizer: Any, x: Tensor) -> None:
+    def keep(name: str, quantizer: Any, x: Tensor, suffix: str = '') -> None:
         step = quantizer.step()
         value = x.detach().float() / step if step > 0 else torch.zeros_like(x)  # float32, as the quantizer divides
-        seen[name, calls.setdefault(name, 0)] = Trained(value.numpy(), quantizer.lo, quantizer.hi)
-        calls[name] += 1
+        call = calls[name + suffix] = calls.get(name + suffix, -1) + 1
+        for other in names[name]:
+            seen[other + suffix, call] = Trained(value.numpy(), quantizer.lo, quantizer.hi)
 
     handles = []
     for name, layer in quant_layers(model).items():
 
         def keep_input(layer: Any, args: Any, name: str = name) -> None:
-            keep(f'{name}.{layer.level}' if layer.levels > 1 else name, layer.next_quant, args[0])
+            keep(name, layer.next_quant, args[0], f'.{layer.level}' if layer.levels > 1 else '')
 
         handles.append(layer.register_forward_pre_hook(keep_input))
     for name, quantizer in activation_quantizers(model).items():
