@@ -29,8 +29,7 @@ from gdrq_mm.results.analysis import (
     worst_first,
 )
 from gdrq_mm.runner import QuantRunner
-from tests.helpers import QUANTIZATION, ROOT, TEST_ONLY, checkpoint_of, same, tiny_config
-from tests.test_apis import config_of
+from tests.helpers import QUANTIZATION, ROOT, TEST_ONLY, checkpoint_of, same, task_config, tiny_config
 
 FORKED = ('backbone.layer2.0.conv1', 'backbone.layer2.0.downsample.0')
 """Two layers that read one tensor."""
@@ -417,7 +416,7 @@ def scenes(tmp_path_factory):
     ],
 )
 def test_all_tasks(scenes, tmp_path, task, patterns, title):
-    cfg = config_of(task, scenes, tmp_path)
+    cfg = task_config(task, scenes, tmp_path)
     cfg.experiment_name += '-analysis'
     plain = copy.deepcopy(cfg)
     plain.merge_from_dict(TEST_ONLY)
