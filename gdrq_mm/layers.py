@@ -143,6 +143,11 @@ class QuantLayer:
         # Of too many levels the last: the head tells at its end that they were
         return quant.quantizers[min(self.level, len(quant) - 1)] if isinstance(quant, Levels) else quant
 
+    @property
+    def next_level(self) -> str:
+        """What follows the layer's name in its next call: '.LEVEL', or '' with one quantizer for all levels."""
+        return f'.{self.level}' if self.levels > 1 else ''
+
     def split_levels(self, count: int) -> None:
         """Use an input quantizer of its own for each of the calls during one forward of the head."""
         quantizers: list[Any] = [make_activation_quantizer(self.activation_settings) for _ in range(count)]

@@ -67,8 +67,7 @@ def compare(
         if isinstance(ours.get(name), (IntegerLayer, IntegerLevels)):
 
             def remember(layer: Any, args: Any, name: str = name) -> None:
-                place = f'{name}.{layer.level}' if layer.levels > 1 else name
-                inputs[name] = place, layer, layer.next_quant, args[0].clone()
+                inputs[name] = name + layer.next_level, layer, layer.next_quant, args[0].clone()
 
             def finish(module: Any, args: Any, out: Tensor, name: str = name) -> None:
                 if name in inputs:  # a shared norm sees the outputs of all its layers

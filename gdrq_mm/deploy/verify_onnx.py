@@ -87,7 +87,7 @@ def record_codes(model: Any, predict: Callable[[], Any]) -> tuple[dict[Site, Tra
     for name, layer in quant_layers(model).items():
 
         def keep_input(layer: Any, args: Any, name: str = name) -> None:
-            keep(name, layer.next_quant, args[0], f'.{layer.level}' if layer.levels > 1 else '')
+            keep(name, layer.next_quant, args[0], layer.next_level)
 
         handles.append(layer.register_forward_pre_hook(keep_input))
     for name, quantizer in activation_quantizers(model).items():
