@@ -29,7 +29,7 @@ campaigns: .venv/.ready
 	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.fuzz
 	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.memory
 
-FLOATS := work_dirs/resnet18_w16_12e_cifar10/epoch_12.pth work_dirs/vgg11_bn_digits/epoch_4.pth \
+FLOATS := work_dirs/resnet18_width16_12e_cifar10/epoch_12.pth work_dirs/vgg11_bn_digits/epoch_4.pth \
     work_dirs/yolox_nano_digits/epoch_20.pth work_dirs/pspnet_r18_digits/epoch_20.pth
 
 benchmark: .venv/.ready data/digits $(FLOATS)
@@ -39,7 +39,7 @@ benchmark: .venv/.ready data/digits $(FLOATS)
 data/digits:
 	@$(PY) tools/prepare_data.py digits
 
-work_dirs/resnet18_w16_12e_cifar10/epoch_12.pth: ARGS := configs/cls/resnet18_w16_12e_cifar10.py --amp
+work_dirs/resnet18_width16_12e_cifar10/epoch_12.pth: ARGS := configs/cls/resnet18_width16_12e_cifar10.py --amp
 work_dirs/vgg11_bn_digits/epoch_4.pth: ARGS := configs/cls/vgg11_bn_digits.py --amp
 work_dirs/yolox_nano_digits/epoch_20.pth: ARGS := configs/det/yolox_nano_digits.py
 work_dirs/pspnet_r18_digits/epoch_20.pth: ARGS := configs/seg/pspnet_r18_digits.py

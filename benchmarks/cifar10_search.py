@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The short search that sets GDRQ's default k: one epoch of training on CIFAR-10 for each setting, from one checkpoint.
 
-    python benchmarks/cifar10_search.py --checkpoint work_dirs/resnet18_w16_cifar10/epoch_180.pth --jobs 2
+    python benchmarks/cifar10_search.py --checkpoint work_dirs/resnet18_width16_cifar10/epoch_180.pth --jobs 2
 
 Every setting is trained by tools/train.py and tested by tools/test.py, under the same recipe and seed; finished ones
 are not run again. Writes docs/figures/cifar10_search.json and prints a table.
@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gdrq_mm.checkpoint import write_whole
-from gdrq_mm.cli import main
-from gdrq_mm.errors import UserError
-from gdrq_mm.results.record import read_record
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import write_whole
+from gdrq_mm.openmmlab.cli import main
+from gdrq_mm.report.record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHT, ACTIVATION = 'quantization.weight.gdrq', 'quantization.activation.gdrq'
@@ -40,7 +40,7 @@ EPOCH = {'train_cfg.max_epochs': 1, 'param_scheduler.T_max': 1, 'default_hooks.c
 def run(bits: str, name: str, options: dict[str, object], checkpoint: str, work_dir: Path) -> dict | None:
     """Train and test one setting; its run record, or None if it failed."""
     folder = work_dir / f'{bits}_{name}'.replace(' ', '_').replace('=', '').replace(',', '')
-    config = str(ROOT / f'configs/cls/resnet18_w16_gdrq_{bits}_cifar10.py')
+    config = str(ROOT / f'configs/cls/resnet18_width16_gdrq_{bits}_cifar10.py')
     given = ['--cfg-options', *(f'{key}={value}' for key, value in {**options, **EPOCH}.items())]
     if not (folder / 'record.json').is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def run(bits: str, name: str, options: dict[str, object], checkpoint: str, work_
 
 def search() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--checkpoint', required=True, help='float checkpoint of resnet18_w16_cifar10')
+    parser.add_argument('--checkpoint', required=True, help='float checkpoint of resnet18_width16_cifar10')
     parser.add_argument('--jobs', type=int, default=1, help='runs at once, a thread each')
     parser.add_argument('--bits', nargs='+', default=['w4a4', 'w2a4'], help='which of the settings')
     parser.add_argument('--work-dir', default='work_dirs/cifar10_search')

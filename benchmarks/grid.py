@@ -5,7 +5,7 @@ work_dir = 'work_dirs/grid'
 records = 'docs/records/grid'
 
 methods = ['gdrq', 'dorefa', 'pact', 'lsq', 'lsq_plus', 'minmax']
-cifar10 = dict(name='cifar10', config='configs/cls/resnet18_w16_gdrq_w4a4_12e_cifar10.py', amp=True)
+cifar10 = dict(name='cifar10', config='configs/cls/resnet18_width16_gdrq_w4a4_12e_cifar10.py', amp=True)
 digits = dict(methods=methods, bits=['w4a4', 'w2a4'], seeds=[0])
 digits_det = dict(name='digits_det', config='configs/det/yolox_nano_gdrq_w4a4_digits.py')
 digits_seg = dict(name='digits_seg', config='configs/seg/pspnet_r18_gdrq_w4a4_digits.py')
@@ -52,7 +52,7 @@ full_range = {'quantization.weight.gdrq.narrow_range': False, 'quantization.weig
 runs = [
     dict(
         cifar10,
-        float_config='configs/cls/resnet18_w16_12e_cifar10.py',
+        float_config='configs/cls/resnet18_width16_12e_cifar10.py',
         methods=methods,
         bits=['w4a4', 'w2a4'],
         seeds=[0, 1, 2],

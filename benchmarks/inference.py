@@ -36,17 +36,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from shared import peak_of_process, write_figure
 
-from gdrq_mm.apis import infer, init_model
-from gdrq_mm.cli import check_writable, main, read_config
-from gdrq_mm.deploy import merge_model
-from gdrq_mm.deploy.bundle import example_inputs, export_graphs, properties
+from gdrq_mm.core.calibrate import calibrate
+from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.onnx_export import export_onnx
-from gdrq_mm.deploy.parts import parts_of
-from gdrq_mm.deploy.runtime import integer_layers, open_runtime
-from gdrq_mm.hooks.calibration import calibrate
-from gdrq_mm.results.record import RUNTIMES
-from gdrq_mm.tasks import task_of
-from gdrq_mm.topology import record
+from gdrq_mm.deploy.runtime import RUNTIMES, integer_layers, open_runtime
+from gdrq_mm.openmmlab.apis import infer, init_model
+from gdrq_mm.openmmlab.bundle import example_inputs, export_graphs, properties
+from gdrq_mm.openmmlab.cli import check_writable, main, read_config
+from gdrq_mm.openmmlab.parts import parts_of
+from gdrq_mm.openmmlab.tasks import task_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
@@ -85,7 +83,7 @@ def quant_model(title: str, setting: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     options = {f'quantization.{key}': value for key, value in setting.items()}
     model = init_model(ROOT / MODELS[title][0], None, 'cpu', options)
-    calibrate(model, lambda: infer(model, noise(title)))
+    calibrate(model, [noise(title)], lambda picture: infer(model, picture))
     return model
 
 
@@ -100,7 +98,7 @@ def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any
     for name in settings:
         quantized = quant_model(title, SETTINGS[name])
         predict = functools.partial(infer, quantized, noise(title))
-        graphs = export_graphs(quantized, merge_model(quantized, record(quantized, predict)), predict, lambda *_: None)
+        graphs = export_graphs(quantized, merge_model(quantized, quantized.plan), predict, lambda *_: None)
         for part_name, graph in graphs.items():
             (folder / f'{name}.{part_name}.onnx').write_bytes(graph.SerializeToString())
         counts = [integer_layers(graph) for graph in graphs.values()]

@@ -3,7 +3,7 @@
 
 Repeats the paper's Fig. 5 (arXiv:1908.01477): the threshold T* of least quantized loss QL = |W - Q(W)|_p / |W|_p
 (Eq. 3) for three distributions, by bits, with the paper's printed losses beside ours. Then, for the defaults in
-gdrq_mm/quantizers/gdrq.py, the k = T / mean|x| of least relative L2 error by range and bits. Prints tables, and writes
+core/quantizers/gdrq.py, the k = T / mean|x| of least relative L2 error by range and bits. Prints tables, and writes
 quantized_loss.json and quantized_loss.png.
 """
 
@@ -25,13 +25,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor
 
-from gdrq_mm import functional as F
-from gdrq_mm.checkpoint import write_whole
-from gdrq_mm.cli import check_writable, main
-from gdrq_mm.errors import UserError
-from gdrq_mm.quantizers.base import decide_range
-from gdrq_mm.quantizers.gdrq import ACTIVATION_K, WEIGHT_K, GDRQActivation
-from gdrq_mm.results.record import git_revision, versions
+from gdrq_mm.core import functional as F
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import write_whole
+from gdrq_mm.core.quantizers.base import decide_range
+from gdrq_mm.core.quantizers.gdrq import ACTIVATION_K, WEIGHT_K, GDRQActivation
+from gdrq_mm.openmmlab.cli import check_writable, main
+from gdrq_mm.report.record import git_revision, versions
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

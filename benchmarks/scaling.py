@@ -32,9 +32,9 @@ from shared import check_least, write_figure
 from torch.nn.parallel import DistributedDataParallel
 from train_step import WARM_UP, build
 
-from gdrq_mm.cli import check_writable, main
-from gdrq_mm.convert import moving_quantizers
-from gdrq_mm.quantizers.following import collected
+from gdrq_mm.core.modules import moving_quantizers
+from gdrq_mm.core.quantizers.following import collected
+from gdrq_mm.openmmlab.cli import check_writable, main
 
 MODELS = ('float', 'gdrq')
 SIZES = (1, 64, 1024, 16384, 262144, 4194304)

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from gdrq_mm.checkpoint import write_whole
-from gdrq_mm.errors import UserError
-from gdrq_mm.results.record import provenance
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import write_whole
+from gdrq_mm.report.record import provenance
 
 
 def check_least(args: argparse.Namespace, **least: int) -> None:

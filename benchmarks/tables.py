@@ -12,11 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gdrq_mm.checkpoint import write_whole
-from gdrq_mm.cli import main
-from gdrq_mm.errors import UserError
-from gdrq_mm.results.record import read_record
-from gdrq_mm.results.table import comparison_markdown, main_metric, markdown
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import write_whole
+from gdrq_mm.openmmlab.cli import main
+from gdrq_mm.report.compare import comparison_markdown, main_metric, markdown
+from gdrq_mm.report.record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, RECORDS = ROOT / 'docs/figures', ROOT / 'docs/records'

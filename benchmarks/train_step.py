@@ -22,10 +22,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mmpretrain.models  # noqa: F401  registers ResNet and its parts
@@ -40,13 +40,13 @@ from rich.table import Table
 from shared import check_least, peak_of_process, write_figure
 from torch import Tensor
 
-from gdrq_mm.cli import check_writable, main
-from gdrq_mm.config import Quantization
-from gdrq_mm.convert import quant_layers, quantize_model
-from gdrq_mm.errors import UserError
-from gdrq_mm.hooks import ThresholdHook
-from gdrq_mm.hooks.calibration import calibrate
-from gdrq_mm.topology import record
+from gdrq_mm.core.calibrate import calibrate
+from gdrq_mm.core.config import Quantization
+from gdrq_mm.core.convert import quantize_model
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.step import after_step
+from gdrq_mm.core.topology import record
+from gdrq_mm.openmmlab.cli import check_writable, main
 
 BREVITAS = 'uv pip install --no-deps brevitas==0.13.4 dependencies==2.0.1 unfoldNd==0.2.3'
 """Leaves torch, numpy and setuptools as they are. Brevitas 0.12.1 asks for a setuptools that torch 2.13 refuses."""
@@ -118,12 +118,9 @@ def use_float(model: nn.Module, images: Tensor) -> None:
 def use_gdrq(model: nn.Module, images: Tensor, deployable: bool = False) -> None:
     """Quantize with gdrq_mm and calibrate, as QuantRunner does."""
     small = images[:1, :, :64, :64]  # so that the peak of memory is that of the training step
-    topology = record(model, lambda: model(small))
-    quantize_model(model, settings(deployable), topology)
+    quantize_model(model, settings(deployable), record(model, lambda: model(small)))
     model.to(DEVICE)
-    model.eval()
-    calibrate(model, lambda: model(small))
-    model.train()
+    calibrate(model, [small])
 
 
 def use_deployable(model: nn.Module, images: Tensor) -> None:
@@ -215,16 +212,7 @@ def build(name: str, memory_format: str, args: argparse.Namespace) -> Contestant
     CONTESTANTS[name](model, images)
     model.to(DEVICE, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    return Contestant(model, images, samples, optimizer, _threshold_update(model))
-
-
-def _threshold_update(model: nn.Module) -> Callable[[], None]:
-    """What ThresholdHook does after an optimizer step; nothing for a model without our layers."""
-    if not quant_layers(model):
-        return lambda: None
-    hook = ThresholdHook()
-    runner: Any = SimpleNamespace(model=model, iter=0, optim_wrapper=SimpleNamespace(should_update=lambda: True))
-    return lambda: hook.after_train_iter(runner, 0)
+    return Contestant(model, images, samples, optimizer, partial(after_step, model))
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import pytest
 from torch.utils.data._utils import signal_handling
 from yapf.yapflib import yapf_api
 
-from gdrq_mm import cli
-from gdrq_mm.datasets import digits
-from gdrq_mm.runner import QuantRunner
+from gdrq_mm.data import digits
+from gdrq_mm.openmmlab import cli
+from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import COUNTS, ENV, SCENES, checkpoint_of, tiny_config
 
 # mmengine formats the config for every checkpoint; here each text is formatted once.
@@ -85,7 +85,7 @@ def float_checkpoint(digits_root, tmp_path_factory):
 SERVER = """
 import faulthandler, gc, json, os, runpy, sys
 import mmpretrain.datasets, mmpretrain.engine, mmpretrain.evaluation, mmpretrain.models
-import gdrq_mm.datasets.cifar10, gdrq_mm.datasets.digits, gdrq_mm.results.record, gdrq_mm.runner
+import gdrq_mm.data.cifar10, gdrq_mm.data.digits, gdrq_mm.report.record, gdrq_mm.openmmlab.runner
 gc.freeze()
 print('ready', flush=True)
 for line in sys.stdin:

@@ -10,8 +10,8 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
-from gdrq_mm.cli import read_config
-from gdrq_mm.tasks import dataset_of
+from gdrq_mm.openmmlab.cli import read_config
+from gdrq_mm.openmmlab.tasks import dataset_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {
@@ -25,7 +25,7 @@ COUNTS = {'cls': {'train': 64, 'test': 40}, 'scenes': {'train': 1, 'test': 1}}
 SCENES = {'cls': {'train': 64, 'test': 20}, 'scenes': {'train': 8, 'test': 4}}
 FEW_SCENES = SCENES['scenes']['test']
 TASK_CONFIGS = dict(
-    cls='cls/resnet18_w16_gdrq_w4a4_digits.py',
+    cls='cls/resnet18_width16_gdrq_w4a4_digits.py',
     det='det/faster_rcnn_r18_gdrq_w4a4_digits.py',
     seg='seg/pspnet_r18_gdrq_w4a4_digits.py',
 )
@@ -51,7 +51,7 @@ def tiny_config(data, work_dir, quantization=QUANTIZATION, epochs=3, **changes):
 
     `changes` are merged into it; `train_cfg` and `param_scheduler` replace what is there.
     """
-    cfg = Config.fromfile(ROOT / 'configs/cls/resnet18_w16_digits.py')
+    cfg = Config.fromfile(ROOT / 'configs/cls/resnet18_width16_digits.py')
     cfg.merge_from_dict(
         {
             'model.backbone.stem_channels': 4,

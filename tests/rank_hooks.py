@@ -15,8 +15,8 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
-from gdrq_mm.convert import bare_model
-from gdrq_mm.hooks import StopHook
+from gdrq_mm.openmmlab.hooks import StopHook
+from gdrq_mm.openmmlab.models import bare_model
 
 
 class Note(Hook):

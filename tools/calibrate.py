@@ -4,8 +4,8 @@
 import argparse
 from pathlib import Path
 
-from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main
-from gdrq_mm.errors import UserError
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, main
 
 
 def calibrate() -> None:

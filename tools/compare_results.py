@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gdrq_mm.checkpoint import write_whole
-from gdrq_mm.cli import check_writable, main
-from gdrq_mm.errors import UserError
-from gdrq_mm.results.record import find_records
-from gdrq_mm.results.report import html_report
-from gdrq_mm.results.table import comparison_csv, comparison_markdown, comparison_rows, comparison_table
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import write_whole
+from gdrq_mm.openmmlab.cli import check_writable, main
+from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_rows, comparison_table
+from gdrq_mm.report.html import html_report
+from gdrq_mm.report.record import find_records
 
 FORMATS = dict(markdown=comparison_markdown, csv=comparison_csv)
 

@@ -10,17 +10,15 @@ from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.table import Table
 
-from gdrq_mm.apis import infer, init_model
-from gdrq_mm.cli import ConfigOptions, check_data, check_writable, main
-from gdrq_mm.config import Quantization
-from gdrq_mm.deploy import compare, export_graphs, merge_model, write_bundle, write_packed
-from gdrq_mm.deploy.bundle import properties
-from gdrq_mm.deploy.packed import is_packed
-from gdrq_mm.deploy.runtime import float_layers, installed_backends, integer_layers
-from gdrq_mm.deploy.verify import too_many
-from gdrq_mm.errors import UserError
-from gdrq_mm.results.record import RUNTIMES
-from gdrq_mm.topology import record
+from gdrq_mm.core.config import Quantization
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.deploy.merge import merge_model
+from gdrq_mm.deploy.packed import is_packed, write_packed
+from gdrq_mm.deploy.runtime import RUNTIMES, float_layers, installed_backends, integer_layers
+from gdrq_mm.deploy.verify import compare, too_many
+from gdrq_mm.openmmlab.apis import infer, init_model
+from gdrq_mm.openmmlab.bundle import export_graphs, properties, write_bundle
+from gdrq_mm.openmmlab.cli import ConfigOptions, check_data, check_writable, main
 
 CONSOLE = Console()
 
@@ -83,9 +81,9 @@ def show_pieces(part: str, found: dict[str, list[Any]]) -> None:
         CONSOLE.print(f'{name}: {differing} of {codes} codes differ, {ties}', soft_wrap=True)
 
 
-def export_packed(model: Any, merged: Any, topology: Any, image: Any, out: Path) -> None:
+def export_packed(model: Any, merged: Any, image: Any, out: Path) -> None:
     """Compare the merged model with the trained one and write model.gdrq."""
-    results = compare(model, merged, topology, lambda m: infer(m, image))
+    results = compare(model, merged, model.plan, lambda m: infer(m, image))
     columns = ['layer', 'outputs', 'wrong sums', 'difference', 'codes', 'ties', 'wrong']
     cells = [
         (r.outputs, r.accumulator_errors, f'{r.largest:.1e}', *((r.codes, r.ties, r.wrong) if r.codes else '---'))
@@ -145,12 +143,11 @@ def export() -> None:
     if 'quantization' not in model.cfg:
         raise UserError(f'{args.config} has no quantization: there are no integers to export')
     image = args.image or first_picture(model.cfg)
-    topology = record(model, lambda: infer(model, image))
-    merged = merge_model(model, topology)
+    merged = merge_model(model, model.plan)
     if not Quantization.from_dict(model.cfg.quantization).deployable:
         CONSOLE.print('The model was trained with deployable=False: more stays float, which is slower.')
     if args.format == 'packed':
-        export_packed(model, merged, topology, image, out)
+        export_packed(model, merged, image, out)
     else:
         export_onnx(model, merged, image, out, args.checkpoint)
 

@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 
-from gdrq_mm.apis import draw, infer, init_model
-from gdrq_mm.cli import ConfigOptions, main, read_config
-from gdrq_mm.errors import UserError
-from gdrq_mm.results.plots import side_by_side
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab.apis import draw, infer, init_model
+from gdrq_mm.openmmlab.cli import ConfigOptions, main, read_config
+from gdrq_mm.report.plots import side_by_side
 
 
 def parse_args() -> argparse.Namespace:

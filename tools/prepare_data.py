@@ -3,9 +3,9 @@
 
 import argparse
 
-from gdrq_mm.cli import main
-from gdrq_mm.datasets import bccd, camvid, cifar10, digits, standard
-from gdrq_mm.errors import UserError
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.data import bccd, camvid, cifar10, digits, standard
+from gdrq_mm.openmmlab.cli import main
 
 BUILDERS = {
     'cifar10': (cifar10.build, 'an archive with a folder per class, or the official python archive'),

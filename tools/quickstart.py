@@ -16,20 +16,21 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gdrq_mm.amp import use_amp
-from gdrq_mm.apis import draw, infer, init_model
-from gdrq_mm.cli import check_writable, main, prepare_test, read_config
-from gdrq_mm.datasets import digits
-from gdrq_mm.environment import check_environment
-from gdrq_mm.results.plots import side_by_side
-from gdrq_mm.results.record import make_record, write_record
-from gdrq_mm.results.table import comparison_table
-from gdrq_mm.runner import QuantRunner
-from gdrq_mm.tasks import task_of
+from gdrq_mm.data import digits
+from gdrq_mm.openmmlab.amp import use_amp
+from gdrq_mm.openmmlab.apis import draw, infer, init_model
+from gdrq_mm.openmmlab.cli import check_writable, main, prepare_test, read_config
+from gdrq_mm.openmmlab.compat import check_environment
+from gdrq_mm.openmmlab.describe import make_record
+from gdrq_mm.openmmlab.runner import QuantRunner
+from gdrq_mm.openmmlab.tasks import task_of
+from gdrq_mm.report.compare import comparison_table
+from gdrq_mm.report.plots import side_by_side
+from gdrq_mm.report.record import write_record
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 JOBS = [
-    ('classification', 'cls/resnet18_w16_digits.py', 'cls/resnet18_w16_gdrq_w4a4_digits.py', None),
+    ('classification', 'cls/resnet18_width16_digits.py', 'cls/resnet18_width16_gdrq_w4a4_digits.py', None),
     ('detection', 'det/yolox_nano_digits.py', 'det/yolox_nano_gdrq_w4a4_digits.py', 7),
     ('segmentation', 'seg/pspnet_r18_digits.py', 'seg/pspnet_r18_gdrq_w4a4_digits.py', None),
 ]

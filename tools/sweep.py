@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run a grid of methods x bits x seeds x configs from one file (gdrq_mm/sweep.py explains it).
+"""Run a grid of methods x bits x seeds x configs from one file (gdrq_mm/openmmlab/sweep.py explains it).
 
 Finished cells are skipped, interrupted ones go on where they stopped. Compare with tools/compare_results.py RECORDS.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gdrq_mm.checkpoint import write_whole
-from gdrq_mm.cli import check_writable, main
-from gdrq_mm.errors import UserError
-from gdrq_mm.sweep import Cell, read_sweep, run_cell, slurm_script
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import write_whole
+from gdrq_mm.openmmlab.cli import check_writable, main
+from gdrq_mm.openmmlab.sweep import Cell, read_sweep, run_cell, slurm_script
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 
-from gdrq_mm.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
-from gdrq_mm.convert import bare_model
-from gdrq_mm.deploy import use_runtime
-from gdrq_mm.errors import UserError, building
-from gdrq_mm.results.record import RUNTIMES, make_record, write_record
-from gdrq_mm.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
+from gdrq_mm.core.errors import UserError, building
+from gdrq_mm.deploy.runtime import RUNTIMES
+from gdrq_mm.openmmlab.bundle import use_runtime
+from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
+from gdrq_mm.openmmlab.describe import make_record
+from gdrq_mm.openmmlab.models import bare_model
+from gdrq_mm.openmmlab.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
+from gdrq_mm.report.record import write_record
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from gdrq_mm.amp import use_amp
-from gdrq_mm.checkpoint import find_resumable
-from gdrq_mm.cli import add_config_arguments, build_runner, load_config, main
-from gdrq_mm.errors import building
+from gdrq_mm.core.errors import building
+from gdrq_mm.openmmlab.amp import use_amp
+from gdrq_mm.openmmlab.checkpoints import find_resumable
+from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, load_config, main
 
 
 def parse_args() -> argparse.Namespace:

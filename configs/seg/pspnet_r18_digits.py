@@ -1,5 +1,5 @@
 _base_ = [
-    '../_base_/models/pspnet_r18_w32.py',
+    '../_base_/models/pspnet_r18_width32.py',
     '../_base_/datasets/digits_seg.py',
     '../_base_/default_runtime_seg.py',
 ]

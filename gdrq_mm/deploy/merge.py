@@ -18,12 +18,14 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..convert import mergeable_norms, quant_layers
-from ..errors import UserError
-from ..layers import LARGEST_BIAS, Levels, QuantLayer, integer_bias, spread
-from ..levels import move_levels
-from ..quantizers import ActivationQuantizer, Stage
-from ..topology import Topology
+from ..core.deployable import folded_norms
+from ..core.errors import UserError
+from ..core.integer_bias import LARGEST_BIAS, integer_bias, multiplier_and_bias, spread
+from ..core.layers import QuantLayer
+from ..core.modules import quant_layers, replace_modules
+from ..core.pyramid import PyramidQuantizers, move_pyramid, quantizers_of
+from ..core.quantizers import ActivationQuantizer, Stage
+from ..core.topology import Plan
 
 
 class IntegerLayer(nn.Module):
@@ -45,7 +47,7 @@ class IntegerLayer(nn.Module):
         self.lo, self.hi, self.weight_bits, self.input_bits = quant.lo, quant.hi, layer.weight_quant.bits, quant.bits
         self.spread = spread(layer.weight_quant)
         with torch.no_grad():
-            _, multiplier, bias = layer.merged(norm, quant)
+            _, multiplier, bias = multiplier_and_bias(layer, norm, quant)
             if layer.deployable:
                 bias = integer_bias(multiplier, bias, layer.weight_quant)
             codes = layer.weight_quant.codes(layer.filters())
@@ -58,12 +60,12 @@ class IntegerLayer(nn.Module):
             self.register_buffer('bias', bias.float())
         # The layer without its tensors: it knows stride, padding and the like.
         bare = copy.copy(layer)
-        bare._parameters, bare._buffers, bare._modules, bare._shared, bare._norm = {}, {}, {}, (), None
+        bare._parameters, bare._buffers, bare._modules, bare._shared, bare._norm = {}, {}, {}, (), ()
         self.__dict__['bare'] = bare  # not a child: it has no state
 
     bare: Any
     norm: str | None = None
-    """Name of the batch normalization that was taken up."""
+    """Name of the batch normalization that was folded into it."""
 
     def input_codes(self, x: Tensor) -> Tensor:
         """Codes of an input, as floats in [lo, hi]."""
@@ -85,37 +87,39 @@ class IntegerLayer(nn.Module):
         return self.scale(self.accumulate(self.input_codes(x)))
 
 
-class IntegerLevels(nn.Module):
+class IntegerPyramid(nn.Module):
     """A layer with thresholds for pyramid levels: an IntegerLayer for each level, which share the weight's codes."""
 
     def __init__(self, layer: Any, norm: _BatchNorm | None, name: str) -> None:
         super().__init__()
-        self.level, self.levels = 0, layer.levels
-        for level, quant in enumerate(layer.input_quant.quantizers):
+        self.pyramid_level, self.pyramid_levels = 0, layer.pyramid_levels
+        for level, quant in enumerate(quantizers_of(layer.input_quant)):
             merged = IntegerLayer(layer, quant, norm, f'{name}.{level}')
             if level:
                 merged.codes = self.get_submodule('0').codes  # type: ignore[assignment]
             self.add_module(str(level), merged)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input of a level to its output; gdrq_mm/levels.py starts the count anew and checks it."""
-        merged = self._modules[str(min(self.level, self.levels - 1))]
-        self.level += 1
+        """The input of a level to its output; gdrq_mm/core/pyramid.py starts the count anew and checks it."""
+        merged = self._modules[str(min(self.pyramid_level, self.pyramid_levels - 1))]
+        self.pyramid_level += 1
         return merged(x)  # type: ignore[misc]
 
 
 def shared_codes(merged: nn.Module) -> dict[str, str]:
     """Name of the codes of a layer's second and later pyramid levels -> that of the first level's, the same tensor."""
-    levels = {name: module.levels for name, module in merged.named_modules() if isinstance(module, IntegerLevels)}
+    levels = {
+        name: module.pyramid_levels for name, module in merged.named_modules() if isinstance(module, IntegerPyramid)
+    }
     return {f'{name}.{i}.codes': f'{name}.0.codes' for name, count in levels.items() for i in range(1, count)}
 
 
-def merge_model(model: nn.Module, topology: Topology) -> nn.Module:
+def merge_model(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the model in evaluation mode in which every quantized layer is an IntegerLayer.
 
     Args:
         model: quantized and trained; it is not changed.
-        topology: record of a prediction, see gdrq_mm/topology.py.
+        plan: of a prediction, see gdrq_mm/core/topology.py.
 
     Raises:
         UserError: a layer cannot be expressed with one multiplier and one bias a channel; names it and says why.
@@ -123,26 +127,24 @@ def merge_model(model: nn.Module, topology: Topology) -> nn.Module:
     merged = copy.deepcopy(model).eval()
     modules = dict(merged.named_modules())
     layers = quant_layers(merged)
-    norms = mergeable_norms(merged, topology)
+    norms = folded_norms(merged, plan)
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
-        if topology.calls.get(name):
+        if plan.calls.get(name):
             norm: Any = modules[norms[name]] if name in norms else None
-            if isinstance(layer.input_quant, Levels):
-                replaced[layer] = IntegerLevels(layer, norm, name)
+            if isinstance(layer.input_quant, PyramidQuantizers):
+                replaced[layer] = IntegerPyramid(layer, norm, name)
             else:
                 replaced[layer] = IntegerLayer(layer, layer.input_quant, norm, name)
             for part in replaced[layer].modules():
                 if isinstance(part, IntegerLayer):
                     part.norm = norms.get(name)
     replaced.update({modules[name]: nn.Identity() for name in norms.values()})
-    for parent in list(merged.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child in replaced:
-                new = replaced[child]
-                _move_hooks(child, new)  # type: ignore[arg-type]
-                parent._modules[child_name] = new
-    move_levels(merged, replaced)
+    replaced.update({modules[name]: nn.Identity() for name in plan.training_only if name in modules})
+    for old, new in replaced.items():
+        _move_hooks(old, new)
+    replace_modules(merged, replaced)
+    move_pyramid(merged, replaced)
     return merged
 
 

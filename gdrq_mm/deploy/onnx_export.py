@@ -22,9 +22,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..errors import UserError
-from ..layers import LARGEST_BIAS
-from ..quantizers import ActivationQuantizer, Stage
+from ..core.errors import UserError
+from ..core.integer_bias import LARGEST_BIAS
+from ..core.quantizers import ActivationQuantizer, Stage
 from .merge import IntegerLayer, shared_codes
 from .onnx_graph import finish_graph
 

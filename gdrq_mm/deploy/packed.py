@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_whole
-from ..errors import UserError
-from ..heads import deployed
-from ..layers import QuantLayer
-from ..quantizers import ActivationQuantizer, Quantizer, Stage
-from ..topology import Topology
+from ..core.errors import UserError
+from ..core.files import write_whole
+from ..core.layers import QuantLayer
+from ..core.quantizers import ActivationQuantizer, Quantizer, Stage
+from ..core.topology import Plan
 from .merge import IntegerLayer, merge_model, shared_codes
 
 MAGIC, VERSION = b'GDRQPACK', 1
@@ -51,7 +50,7 @@ def write_packed(
     }
     payload, tensors, shared = bytearray(), {}, shared_codes(model)
     for name, tensor in model.state_dict().items():
-        if not deployed(name) or name in shared:  # auxiliary heads are for training
+        if name in shared:
             continue
         entry, data = _encode(name, tensor, bits.get(name))
         tensors[name] = {**entry, 'offset': len(payload), 'bytes': len(data)}
@@ -94,11 +93,12 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, dict(config=header.get('config'), meta=meta, layers=header.get('layers'))
 
 
-def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
+def load_packed(model: Any, path: str | Path, training_only: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
     """The merged model of a packed file, bit-exact, and what was known of its data set.
 
     Args:
         model: quantized, not trained, as the config builds it; it becomes unusable.
+        training_only: modules that are not in the file, see topology.Plan.
 
     Raises:
         UserError: the file cannot be read, or it is that of another model or of other bits.
@@ -113,7 +113,7 @@ def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
     known = dict(model.named_modules())
     try:
         # A layer with thresholds for pyramid levels has an entry for each, LAYER.LEVEL.
-        several = {name: m.levels for name, m in known.items() if isinstance(m, QuantLayer) and m.levels > 1}
+        several = {n: m.pyramid_levels for n, m in known.items() if isinstance(m, QuantLayer) and m.pyramid_levels > 1}
         layer_of = {f'{name}.{level}': name for name, count in several.items() for level in range(count)}
         layers = {layer_of.get(name, name): entry for name, entry in entries.items()}
         norms = {name: entry['norm'] for name, entry in layers.items() if entry['norm'] is not None}
@@ -122,7 +122,7 @@ def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
             raise UserError(f'packed file {path} is that of another model: the config has no {missing}')
         # What feeds what stands in the file: a prediction of an untrained model may not reach every head.
         calls = {**dict.fromkeys(layers, 1), **Counter(norms.values())}
-        merged = merge_model(model, Topology(calls=calls, norms=norms))
+        merged = merge_model(model, Plan(calls=calls, norms=norms, training_only=training_only or []))
         for name, layer in merged.named_modules():
             if not isinstance(layer, IntegerLayer):
                 continue
@@ -133,9 +133,8 @@ def load_packed(model: Any, path: str | Path) -> tuple[Any, dict[str, Any]]:
                 expected = f'W{layer.weight_bits}A{layer.input_bits}'
                 raise UserError(f'packed file {path} has W{bits[0]}A{bits[1]} in layer {name}, the config {expected}')
             layer.lo, layer.hi = int(entries[name]['lo']), int(entries[name]['hi'])
-        rest = {name: tensor for name, tensor in merged.state_dict().items() if not deployed(name)}
         shared = {name: state[first] for name, first in shared_codes(merged).items() if first in state}
-        merged.load_state_dict({**rest, **state, **shared})
+        merged.load_state_dict({**state, **shared})
     except UserError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..errors import UserError
-from ..results.record import RUNTIMES
+from ..core.errors import UserError
 
 
 def has_vnni() -> bool:
@@ -125,6 +124,10 @@ class OpenVino:
         return [np.array(found[i]) for i in range(len(found))]
 
 
+RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVino]] = {'onnxruntime': OnnxRuntime, 'openvino': OpenVino}
+"""The runtimes by the names of their packages."""
+
+
 def installed_backends() -> list[str]:
     """Names of the runtimes that are installed.
 
@@ -147,7 +150,7 @@ def open_runtime(backend: str, model: str | Path | bytes, threads: int | None = 
         raise UserError(f'backend {backend} is not one of {", ".join(RUNTIMES)}')
     if backend not in installed_backends():
         raise UserError(f"{backend} is not installed: uv pip install 'gdrq-mm[deploy]'")
-    return OnnxRuntime(model, threads) if backend == 'onnxruntime' else OpenVino(model, threads)
+    return RUNTIMES[backend](model, threads)
 
 
 INTEGER_KERNELS = ('QLinearConv', 'QGemm', 'QLinearMatMul', 'MatMulIntegerToFloat')

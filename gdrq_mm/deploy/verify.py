@@ -10,10 +10,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..convert import activation_quantizers, mergeable_norms, quant_layers
-from ..quantizers import ActivationQuantizer
-from ..topology import Topology
-from .merge import IntegerLayer, IntegerLevels
+from ..core.deployable import folded_norms
+from ..core.modules import activation_quantizers, quant_layers
+from ..core.quantizers import ActivationQuantizer
+from ..core.topology import Plan
+from .merge import IntegerLayer, IntegerPyramid
 
 TIE = 1e-3
 """How near to a rounding tie, in steps, a value is whose code may be one off (ours): float32 sums differ in order."""
@@ -44,9 +45,7 @@ class Comparison:
     """Of them those that differ otherwise."""
 
 
-def compare(
-    model: nn.Module, merged: nn.Module, topology: Topology, predict: Callable[[nn.Module], Any]
-) -> list[Comparison]:
+def compare(model: nn.Module, merged: nn.Module, plan: Plan, predict: Callable[[nn.Module], Any]) -> list[Comparison]:
     """Give each merged layer the trained layer's input; compare sums, outputs, and the codes that readers make of them.
 
     Args:
@@ -57,14 +56,14 @@ def compare(
     Returns:
         A Comparison for each call of a layer, in the order of the prediction.
     """
-    norms, layers = mergeable_norms(model, topology), quant_layers(model)
+    norms, layers = folded_norms(model, plan), quant_layers(model)
     modules, ours = dict(model.named_modules()), dict(merged.named_modules())
     inputs: dict[str, tuple[str, Any, Any, Tensor]] = {}
     calls: list[tuple[str, Any, Any, Tensor, Tensor]] = []
     read: list[tuple[ActivationQuantizer, Tensor]] = []
     handles = []
     for name, layer in layers.items():
-        if isinstance(ours.get(name), (IntegerLayer, IntegerLevels)):
+        if isinstance(ours.get(name), (IntegerLayer, IntegerPyramid)):
 
             def remember(layer: Any, args: Any, name: str = name) -> None:
                 inputs[name] = name + layer.next_level, layer, layer.next_quant, args[0].clone()

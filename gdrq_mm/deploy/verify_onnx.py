@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from ..convert import activation_quantizers, quant_layers
+from ..core.modules import activation_quantizers, quant_layers
 from .onnx_export import zero_point_of_codes
 from .onnx_graph import cut, initializers, makers, quantizations
 from .verify import TIE

@@ -28,20 +28,20 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from gdrq_mm import cli
-from gdrq_mm.config import Quantization
-from gdrq_mm.datasets import digits
-from gdrq_mm.deploy import merge_model, read_packed, write_packed
-from gdrq_mm.deploy.packed import MAGIC, load_packed
-from gdrq_mm.errors import UserError
-from gdrq_mm.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
-from gdrq_mm.results.record import find_records
-from gdrq_mm.results.report import html_report
-from gdrq_mm.results.table import comparison_csv, comparison_markdown, comparison_table
-from gdrq_mm.runner import read_quantization
+from gdrq_mm.core.config import Quantization
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
+from gdrq_mm.data import digits
+from gdrq_mm.deploy.merge import merge_model
+from gdrq_mm.deploy.packed import MAGIC, load_packed, read_packed, write_packed
+from gdrq_mm.openmmlab import cli
+from gdrq_mm.openmmlab.models import read_quantization
+from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_table
+from gdrq_mm.report.html import html_report
+from gdrq_mm.report.record import find_records
 from tests.campaigns.report import FIGURES, report
+from tests.deploy.test_deploy import prepared
 from tests.helpers import COUNTS, ROOT, Block
-from tests.test_deploy import prepared
 
 MEMORY = 1 << 30
 ODD = (
@@ -118,8 +118,8 @@ class Packed:
         self.path = folder / 'model.gdrq'
         self.build = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Block())
         self.settings = dict(weight=dict(bits=3, groups=2), activation=dict(bits=4))
-        trained, topology = prepared(self.build(), *torch.rand(2, 4, 3, 9, 9), **self.settings)
-        write_packed(merge_model(trained.eval(), topology), self.path, 'model = 1', dict(classes=['a', 'b']))
+        trained, plan = prepared(self.build(), *torch.rand(2, 4, 3, 9, 9), **self.settings)
+        write_packed(merge_model(trained.eval(), plan), self.path, 'model = 1', dict(classes=['a', 'b']))
         self.content = self.path.read_bytes()
         self.size = struct.unpack_from('<Q', self.content, len(MAGIC) + 4)[0]
         start = len(MAGIC) + 12
@@ -216,7 +216,7 @@ class Reached(Exception):
 class Commands:
     """Cases of command lines, as far as the point where a model is built."""
 
-    CONFIG = ROOT / 'configs/cls/resnet18_w16_gdrq_w4a4_digits.py'
+    CONFIG = ROOT / 'configs/cls/resnet18_width16_gdrq_w4a4_digits.py'
     TOOLS = {
         'train': (1, ['--amp', '--auto-scale-lr', '--no-validate', '--unsafe-load'], ['--resume', '--work-dir']),
         'test': (2, ['--show', '--tta'], ['--out', '--show-dir', '--wait-time', '--record', '--backend', '--exported']),

@@ -20,9 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from gdrq_mm.checkpoint import POINTER, find_resumable, read_checkpoint
-from gdrq_mm.datasets import digits
-from gdrq_mm.errors import UserError
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.data import digits
+from gdrq_mm.openmmlab.checkpoints import POINTER, find_resumable, read_checkpoint
 from tests.campaigns.report import FIGURES, report
 from tests.helpers import COUNTS, ENV, QUANTIZATION, ROOT, same, tiny_config
 

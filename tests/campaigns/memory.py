@@ -21,9 +21,9 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
-from gdrq_mm.datasets import digits
-from gdrq_mm.quantizers import Quantizer
-from gdrq_mm.runner import QuantRunner
+from gdrq_mm.core.quantizers import Quantizer
+from gdrq_mm.data import digits
+from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.campaigns.report import FIGURES, report
 from tests.helpers import COUNTS, QUANTIZATION, At, tiny_config
 

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from gdrq_mm.checkpoint import write_whole
-from gdrq_mm.results.record import provenance
+from gdrq_mm.core.files import write_whole
+from gdrq_mm.report.record import provenance
 
 FIGURES = Path(__file__).resolve().parents[2] / 'docs/figures'
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdrq_mm.datasets import digits
+from gdrq_mm.data import digits
 from tests.helpers import ROOT, same
 from tests.slurm.cluster import Cluster, wait
 

@@ -1,3 +1,3 @@
-# Balanced Quantization with 2-bit weights and 2-bit activations; see gdrq_mm/quantizers/balanced.py.
+# Balanced Quantization with 2-bit weights and 2-bit activations; see gdrq_mm/core/quantizers/balanced.py.
 _base_ = './gdrq_w2a2.py'
 quantization = dict(method='balanced')

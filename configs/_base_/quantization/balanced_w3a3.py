@@ -1,3 +1,3 @@
-# Balanced Quantization with 3-bit weights and 3-bit activations; see gdrq_mm/quantizers/balanced.py.
+# Balanced Quantization with 3-bit weights and 3-bit activations; see gdrq_mm/core/quantizers/balanced.py.
 _base_ = './gdrq_w3a3.py'
 quantization = dict(method='balanced')

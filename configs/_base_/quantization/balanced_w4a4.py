@@ -1,3 +1,3 @@
-# Balanced Quantization with 4-bit weights and 4-bit activations; see gdrq_mm/quantizers/balanced.py.
+# Balanced Quantization with 4-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/balanced.py.
 _base_ = './gdrq_w4a4.py'
 quantization = dict(method='balanced')

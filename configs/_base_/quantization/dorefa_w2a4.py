@@ -1,3 +1,3 @@
-# DoReFa with 2-bit weights and 4-bit activations; see gdrq_mm/quantizers/dorefa.py.
+# DoReFa with 2-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/dorefa.py.
 _base_ = './gdrq_w2a4.py'
 quantization = dict(method='dorefa')

@@ -1,3 +1,3 @@
-# DoReFa with 3-bit weights and 3-bit activations; see gdrq_mm/quantizers/dorefa.py.
+# DoReFa with 3-bit weights and 3-bit activations; see gdrq_mm/core/quantizers/dorefa.py.
 _base_ = './gdrq_w3a3.py'
 quantization = dict(method='dorefa')

@@ -1,3 +1,3 @@
-# DoReFa with 4-bit weights and 4-bit activations; see gdrq_mm/quantizers/dorefa.py.
+# DoReFa with 4-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/dorefa.py.
 _base_ = './gdrq_w4a4.py'
 quantization = dict(method='dorefa')

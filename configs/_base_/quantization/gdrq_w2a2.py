@@ -1,5 +1,5 @@
-# GDRQ with 2-bit weights, 4 groups a layer, and 2-bit activations; every key is explained in gdrq_mm/config.py.
-runner_type = 'gdrq_mm.runner.QuantRunner'
+# GDRQ with 2-bit weights, 4 groups a layer, and 2-bit activations; every key is explained in gdrq_mm/core/config.py.
+runner_type = 'gdrq_mm.openmmlab.QuantRunner'
 quantization = dict(
     method='gdrq',
     weight=dict(bits=2),

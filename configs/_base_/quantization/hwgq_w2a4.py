@@ -1,3 +1,3 @@
-# HWGQ with 2-bit weights and 4-bit activations; see gdrq_mm/quantizers/hwgq.py.
+# HWGQ with 2-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/hwgq.py.
 _base_ = './gdrq_w2a4.py'
 quantization = dict(method='hwgq')

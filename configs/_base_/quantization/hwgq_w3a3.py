@@ -1,3 +1,3 @@
-# HWGQ with 3-bit weights and 3-bit activations; see gdrq_mm/quantizers/hwgq.py.
+# HWGQ with 3-bit weights and 3-bit activations; see gdrq_mm/core/quantizers/hwgq.py.
 _base_ = './gdrq_w3a3.py'
 quantization = dict(method='hwgq')

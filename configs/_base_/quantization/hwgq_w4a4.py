@@ -1,3 +1,3 @@
-# HWGQ with 4-bit weights and 4-bit activations; see gdrq_mm/quantizers/hwgq.py.
+# HWGQ with 4-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/hwgq.py.
 _base_ = './gdrq_w4a4.py'
 quantization = dict(method='hwgq')

@@ -1,3 +1,3 @@
-# Logarithmic quantization with 2-bit weights and 2-bit activations; see gdrq_mm/quantizers/log2.py.
+# Logarithmic quantization with 2-bit weights and 2-bit activations; see gdrq_mm/core/quantizers/log2.py.
 _base_ = './gdrq_w2a2.py'
 quantization = dict(method='log2')

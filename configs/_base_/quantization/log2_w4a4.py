@@ -1,3 +1,3 @@
-# Logarithmic quantization with 4-bit weights and 4-bit activations; see gdrq_mm/quantizers/log2.py.
+# Logarithmic quantization with 4-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/log2.py.
 _base_ = './gdrq_w4a4.py'
 quantization = dict(method='log2')

@@ -1,3 +1,3 @@
-# LSQ+ with 2-bit weights and 4-bit activations; see gdrq_mm/quantizers/lsq_plus.py.
+# LSQ+ with 2-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/lsq_plus.py.
 _base_ = './gdrq_w2a4.py'
 quantization = dict(method='lsq_plus')

@@ -1,3 +1,3 @@
-# LSQ with 3-bit weights and 3-bit activations; see gdrq_mm/quantizers/lsq.py.
+# LSQ with 3-bit weights and 3-bit activations; see gdrq_mm/core/quantizers/lsq.py.
 _base_ = './gdrq_w3a3.py'
 quantization = dict(method='lsq')

@@ -1,3 +1,3 @@
-# LSQ with 8-bit weights and 8-bit activations; see gdrq_mm/quantizers/lsq.py.
+# LSQ with 8-bit weights and 8-bit activations; see gdrq_mm/core/quantizers/lsq.py.
 _base_ = './gdrq_w8a8.py'
 quantization = dict(method='lsq')

@@ -1,3 +1,3 @@
-# Min-max with 2-bit weights and 2-bit activations; see gdrq_mm/quantizers/minmax.py.
+# Min-max with 2-bit weights and 2-bit activations; see gdrq_mm/core/quantizers/minmax.py.
 _base_ = './gdrq_w2a2.py'
 quantization = dict(method='minmax')

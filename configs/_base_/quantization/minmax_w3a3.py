@@ -1,3 +1,3 @@
-# Min-max with 3-bit weights and 3-bit activations; see gdrq_mm/quantizers/minmax.py.
+# Min-max with 3-bit weights and 3-bit activations; see gdrq_mm/core/quantizers/minmax.py.
 _base_ = './gdrq_w3a3.py'
 quantization = dict(method='minmax')

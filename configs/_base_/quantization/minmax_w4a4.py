@@ -1,3 +1,3 @@
-# Min-max with 4-bit weights and 4-bit activations; see gdrq_mm/quantizers/minmax.py.
+# Min-max with 4-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/minmax.py.
 _base_ = './gdrq_w4a4.py'
 quantization = dict(method='minmax')

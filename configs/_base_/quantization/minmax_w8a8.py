@@ -1,3 +1,3 @@
-# Min-max with 8-bit weights and 8-bit activations; see gdrq_mm/quantizers/minmax.py.
+# Min-max with 8-bit weights and 8-bit activations; see gdrq_mm/core/quantizers/minmax.py.
 _base_ = './gdrq_w8a8.py'
 quantization = dict(method='minmax')

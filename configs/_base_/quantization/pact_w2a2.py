@@ -1,3 +1,3 @@
-# PACT (weights as DoReFa) with 2-bit weights and 2-bit activations; see gdrq_mm/quantizers/pact.py.
+# PACT (weights as DoReFa) with 2-bit weights and 2-bit activations; see gdrq_mm/core/quantizers/pact.py.
 _base_ = './gdrq_w2a2.py'
 quantization = dict(method='pact')

@@ -1,3 +1,3 @@
-# PACT (weights as DoReFa) with 3-bit weights and 3-bit activations; see gdrq_mm/quantizers/pact.py.
+# PACT (weights as DoReFa) with 3-bit weights and 3-bit activations; see gdrq_mm/core/quantizers/pact.py.
 _base_ = './gdrq_w3a3.py'
 quantization = dict(method='pact')

@@ -1,3 +1,3 @@
-# Post-training quantization with 4-bit weights and 4-bit activations; see gdrq_mm/quantizers/ptq.py.
+# Post-training quantization with 4-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/ptq.py.
 _base_ = './gdrq_w4a4.py'
 quantization = dict(method='ptq')

@@ -1,3 +1,3 @@
-# Post-training quantization with 8-bit weights and 8-bit activations; see gdrq_mm/quantizers/ptq.py.
+# Post-training quantization with 8-bit weights and 8-bit activations; see gdrq_mm/core/quantizers/ptq.py.
 _base_ = './gdrq_w8a8.py'
 quantization = dict(method='ptq')

@@ -1,3 +1,3 @@
-# SYQ with 2-bit weights and 4-bit activations; see gdrq_mm/quantizers/syq.py.
+# SYQ with 2-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/syq.py.
 _base_ = './gdrq_w2a4.py'
 quantization = dict(method='syq')

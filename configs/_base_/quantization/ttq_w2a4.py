@@ -1,3 +1,3 @@
-# TTQ with 2-bit weights and 4-bit activations; see gdrq_mm/quantizers/ttq.py.
+# TTQ with 2-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/ttq.py.
 _base_ = './gdrq_w2a4.py'
 quantization = dict(method='ttq')

@@ -1,3 +1,3 @@
-# TWN with 2-bit weights and 4-bit activations; see gdrq_mm/quantizers/twn.py.
+# TWN with 2-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/twn.py.
 _base_ = './gdrq_w2a4.py'
 quantization = dict(method='twn')

@@ -1,0 +1,142 @@
+"""Turn a float model into a quantized one, and tell what was done to each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from .config import FLOAT_BITS, Quantization
+from .deployable import QuantizedOutput, quantize_outputs, round_biases, share_inputs
+from .errors import UserError
+from .layers import QUANTIZED, QuantLayer
+from .modules import activation_quantizers, quant_layers, replace_modules
+from .pyramid import split_pyramid
+from .topology import Plan
+
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A row of the layer table."""
+
+    name: str
+    kind: str
+    weights: int
+    """Number of weights."""
+    macs: int
+    """Multiply-accumulates for one image; 0 if it was not recorded."""
+    note: str = ''
+    """Why the layer stayed float, or what is special about it."""
+
+
+@dataclass
+class Report:
+    """What became of each layer."""
+
+    layers: list[LayerReport]
+    outputs: list[QuantizedOutput]
+    plan: Plan
+
+
+def float_report(model: nn.Module, plan: Plan) -> Report:
+    """The report of a model that stays float."""
+    layers = {name: m for name, m in model.named_modules() if _has_filters(m)}
+    rows = [LayerReport(n, type(m).__name__, _weights(m), plan.macs.get(n, 0)) for n, m in layers.items()]
+    return Report(rows, [], plan)
+
+
+def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = None) -> Report:
+    """Replace layers in place.
+
+    Args:
+        model: any module; its Parameters stay the same objects.
+        config: see gdrq_mm/core/config.py.
+        plan: of :func:`topology.record`. Without it first and last layers are taken by the order of the modules, and
+            nothing is shared or added for `deployable`.
+
+    Raises:
+        UserError: a pattern that matches no layer, or a plan of another model.
+    """
+    recorded, plan = plan is not None, plan or Plan()
+    named = {name: m for name, m in model.named_modules() if _has_filters(m)}
+    config.check_patterns(named)
+    _check_plan(model, plan)
+    edges = _first_and_last(named, plan)
+    rows, replaced = [], {}
+    for name, layer in named.items():
+        note = _reason_to_skip(name, layer, config)
+        if not note:
+            weight, activation = config.for_layer(name, name in edges)
+            replaced[layer] = QUANTIZED[type(layer)].from_float(layer, weight, activation)  # type: ignore[attr-defined]
+            note = edges.get(name, '')
+            if weight.bits == activation.bits == FLOAT_BITS:
+                note = 'float by config'
+        if not plan.deployed(name):
+            note = ', '.join(filter(None, [note, 'training only']))
+        rows.append(LayerReport(name, type(layer).__name__, _weights(layer), plan.macs.get(name, 0), note))
+    if model in replaced:
+        raise UserError('the model is a single layer; put it into an nn.Sequential')
+    replace_modules(model, replaced)
+    split_pyramid(model, quant_layers(model), plan)
+    outputs: list[QuantizedOutput] = []
+    if config.deployable and recorded:
+        share_inputs(model, plan)
+        outputs = quantize_outputs(model, config, plan, edges)
+        round_biases(model, plan)
+    _name_quantizers(model)
+    return Report(rows, outputs, plan)
+
+
+def _name_quantizers(model: nn.Module) -> None:
+    """Tell every quantizer the name of its layer, for messages."""
+    for name, quantizer in activation_quantizers(model).items():
+        quantizer.name = name.replace('.own_input_quant', '')
+    for name, layer in quant_layers(model).items():
+        if layer.weight_quant is not None:
+            layer.weight_quant.name = name
+
+
+def _check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raise UserError if the plan names modules that the model does not have."""
+    known = {name for name, _ in model.named_modules()}
+    for name in (*plan.calls, *plan.inputs, *plan.norms, *plan.norms.values(), *plan.activated, *plan.last):
+        if name not in known:
+            raise UserError(f'the plan is that of another model: this one has no {name}')
+
+
+def _has_filters(module: nn.Module) -> bool:
+    """Convolutions, linear layers and attention, those of other packages too (mmcv's deformable convolutions)."""
+    weight = getattr(module, 'weight', None)
+    return isinstance(module, _KINDS) or (isinstance(weight, nn.Parameter) and weight.dim() > 2)
+
+
+def _weights(layer: nn.Module) -> int:
+    """Number of a layer's weights; nn.MultiheadAttention keeps those of its projections under other names."""
+    return sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.dim() > 1)
+
+
+def _reason_to_skip(name: str, layer: nn.Module, config: Quantization) -> str:
+    if isinstance(layer, QuantLayer):
+        return 'quantized by the model config'
+    if config.skipped(name):
+        return 'float: skipped by config'
+    if type(layer) not in QUANTIZED:
+        module = type(layer).__module__.split('.')[0]
+        return f'float: {module} {type(layer).__name__} has a forward of its own'
+    return ''
+
+
+def _first_and_last(named: dict[str, nn.Module], plan: Plan) -> dict[str, str]:
+    """First and last layers, among those that stay float too: name -> 'first' or 'last'."""
+    if not any(type(layer) in QUANTIZED for layer in named.values()):
+        raise UserError('the model has no convolution or linear layer to quantize')
+    executed = [n for n in (plan.calls or named) if n in named] or list(named)
+    first = executed[0]
+    edges = {first: 'first'}
+    if first in plan.inputs:
+        edges.update({n: 'first' for n in executed if plan.inputs.get(n) == plan.inputs[first]})
+    last = [name for name in plan.last if name in named]
+    edges.update(dict.fromkeys(last or [executed[-1]], 'last'))
+    return edges

@@ -1,0 +1,122 @@
+"""What `deployable` adds, so that training computes what the integer graph computes.
+
+One quantizer for all readers of a tensor, 8-bit operands of additions, 8-bit outputs of convolutions in front of an
+activation function other than ReLU, and in evaluation biases that are whole multiples of one unit of the sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch.nn as nn
+from torch import Tensor
+
+from .config import FLOAT_BITS, Quantization
+from .layers import QuantLayer, make_activation_quantizer
+from .modules import quant_layers
+from .topology import Plan
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class QuantizedOutput(NamedTuple):
+    """A module whose output is quantized, or a place that stays float."""
+
+    name: str
+    """Module, or the operand of an addition that no module made."""
+    before: str
+    """What reads it: 'addition' or 'activation'."""
+    note: str
+    """Bits, or why it stays float."""
+
+
+def folded_norms(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Quantized layer -> the batch normalization that is folded into it; all of its readers are quantized."""
+    layers = quant_layers(model)
+    float_ = {norm for layer, norm in plan.norms.items() if layer not in layers}
+    return {layer: norm for layer, norm in plan.norms.items() if norm not in float_}
+
+
+def share_inputs(model: nn.Module, plan: Plan) -> None:
+    """Readers of one tensor with equal settings share the quantizer of the first reader."""
+    owners: dict[int, list[QuantLayer]] = {}
+    layers = quant_layers(model)
+    for name in plan.calls:
+        layer = layers.get(name)
+        if layer is None or layer.input_quant is None or name not in plan.inputs:
+            continue
+        settings, levels = layer.activation_settings, layer.pyramid_levels
+        same = next(
+            (
+                each
+                for each in owners.get(plan.inputs[name], ())
+                if each.activation_settings == settings and each.pyramid_levels == levels
+            ),
+            None,
+        )
+        if same is None:
+            owners.setdefault(plan.inputs[name], []).append(layer)
+        else:
+            layer.share_input_quant(same)
+
+
+def round_biases(model: nn.Module, plan: Plan) -> None:
+    """Evaluate with the biases of the integer graph wherever an integer kernel computes the layer."""
+    modules, norms = dict(model.named_modules()), folded_norms(model, plan)
+    for name, layer in quant_layers(model).items():
+        norm: Any = modules[norms[name]] if name in norms else None
+        if not isinstance(layer, nn.ConvTranspose2d) and (norm is None or norm.running_mean is not None):
+            layer.deploy_with(norm)
+
+
+def quantize_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """Forward hook of a module whose output is quantized."""
+    return module.output_quant(out)  # type: ignore[operator]
+
+
+def quantize_outputs(
+    model: nn.Module, config: Quantization, plan: Plan, edges: dict[str, str]
+) -> list[QuantizedOutput]:
+    """Put an 8-bit quantizer behind what is added, and behind convolutions in front of an activation function."""
+    if config.activation.bits == FLOAT_BITS:
+        return []
+    settings = dataclasses.replace(config.activation.with_bits(8), range='auto')
+    modules = dict(model.named_modules())
+    rows: list[QuantizedOutput] = []
+    done: set[str] = set()
+
+    def quantize(name: str, before: str) -> None:
+        done.add(name)
+        modules[name].add_module('output_quant', make_activation_quantizer(settings))
+        modules[name].register_forward_hook(quantize_output)
+        rows.append(QuantizedOutput(name, before, '8 bits'))
+
+    for addition in plan.additions:
+        for side, producers in enumerate(addition.operands):
+            usable = [p for p in producers if plan.calls[p] == 1 and not isinstance(modules[p], _CONTAINERS)]
+            if not usable:
+                why = 'made by a function' if not producers else 'made by a module that is called several times'
+                place = f'{addition.module or "model"}, operand {side}'
+                rows.append(QuantizedOutput(place, 'addition', f'float: {why}'))
+            elif not done.intersection(producers):
+                quantize(usable[0], 'addition')
+    for name in _before_activations(model, plan, edges):
+        if name not in done:
+            quantize(name, 'activation')
+    return rows
+
+
+def _before_activations(model: nn.Module, plan: Plan, edges: dict[str, str]) -> list[str]:
+    """Convolutions, or their batch normalization, all of whose results an activation function other than ReLU reads.
+
+    The integer kernel of a convolution needs a quantized output; behind ReLU the quantizer of the next layer is one.
+    Linear layers do not need it, and the last layers are left: their output is that of the model.
+    """
+    norms = folded_norms(model, plan)
+    ends = {
+        norms.get(name, name): None
+        for name, layer in quant_layers(model).items()
+        if FLOAT_BITS not in layer.bits and isinstance(layer, nn.Conv2d) and edges.get(name) != 'last'
+    }
+    return [name for name in ends if name in plan.activated]

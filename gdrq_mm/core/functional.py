@@ -1,0 +1,205 @@
+"""The arithmetic of GDRQ on plain tensors: no modules, no state.
+
+Source: Yu et al., "Low-bit Quantization Needs Good Distribution", CVPR Workshops 2020, arXiv:1908.01477.
+
+Words used throughout: `threshold` T is where values are clipped, `step` d is the distance of two neighbouring
+levels, a `code` is the integer round(x / d), `lo` and `hi` are the smallest and the largest code.
+Filters are dimension 0 of a weight: (C_out, ...). Everything is computed in float32 or better.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels import FakeQuantize, LearnedStep, StraightThrough, block_size, blocks
+
+
+def code_range(bits: int, signed: bool, narrow_range: bool = True, zero_point: int = 0) -> tuple[int, int]:
+    """Smallest and largest code of an n-bit quantizer.
+
+    Args:
+        bits: n, 2 to 8.
+        signed: signed codes; otherwise unsigned.
+        narrow_range: leave out the code -2^(n-1), so that the range is symmetric (ours; the paper's Fig. 5 draws
+            the full range).
+        zero_point: shift of an unsigned range, in codes: it becomes [-z, 2^n - 1 - z].
+
+    Examples:
+        >>> code_range(4, signed=True), code_range(4, signed=True, narrow_range=False)
+        ((-7, 7), (-8, 7))
+        >>> code_range(4, signed=False), code_range(4, signed=False, zero_point=1)
+        ((0, 15), (-1, 14))
+    """
+    if signed:
+        top = 2 ** (bits - 1)
+        return (1 - top, top - 1) if narrow_range else (-top, top - 1)
+    return -zero_point, 2**bits - 1 - zero_point
+
+
+def step_size(threshold: Tensor, lo: int, hi: int) -> Tensor:
+    """Step d = T / max(-lo, hi): the code farthest from zero stands for the threshold (METHOD: section 1).
+
+    That is T / (2^(n-1) - 1) for signed codes, T / 2^(n-1) for the full signed range, T / (2^n - 1) for unsigned.
+    """
+    return threshold / max(-lo, hi)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes unchanged (straight-through estimator)."""
+    return x + (torch.round(x) - x).detach()
+
+
+def straight_through(surrogate: Tensor, value: Tensor) -> Tensor:
+    """`value` to the last bit, with the gradient of `surrogate`; both of one shape."""
+    return StraightThrough.apply(surrogate, value.detach())
+
+
+# ---- groups -----------------------------------------------------------------------------------------------------
+
+
+def group_sizes(channels: int, groups: int) -> list[int]:
+    """Sizes of contiguous groups of filters, which differ by one at most.
+
+    Examples:
+        >>> group_sizes(10, 4)
+        [3, 3, 2, 2]
+    """
+    size, larger = divmod(channels, groups)
+    return [size + (g < larger) for g in range(groups)]
+
+
+def per_group(per_channel: Tensor, sizes: Tensor, reduce: str = 'sum') -> Tensor:
+    """Reduce a statistic of each filter (C,) to each group (G,); `reduce` is 'sum', 'max' or 'min'."""
+    if len(sizes) == len(per_channel):
+        return per_channel
+    return torch.segment_reduce(per_channel, reduce, lengths=sizes)
+
+
+def per_channel(per_group: Tensor, sizes: Tensor, ndim: int) -> Tensor:
+    """Spread a value of each group (G,) over its filters: (C, 1, ..., 1) with `ndim` dimensions."""
+    total = int(sizes.sum()) if sizes.device.type == 'cpu' else None
+    spread = torch.repeat_interleave(per_group, sizes, output_size=total)
+    return spread.view(-1, *[1] * (ndim - 1))
+
+
+def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
+    """mean(|w|) of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
+    flat = weight.detach().float().flatten(1)
+    rows = max(1, block_size() // max(1, flat.shape[1])) if flat.device.type == 'cpu' else len(flat)
+    sums = torch.cat([part.abs().sum(1) for part in flat.split(max(1, rows))])
+    return per_group(sums, sizes) / (sizes * flat.shape[1])
+
+
+def max_abs(weight: Tensor, sizes: Tensor) -> Tensor:
+    """max|w| of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
+    return per_group(weight.detach().float().flatten(1).abs().amax(1), sizes, 'max')
+
+
+def sum_abs(x: Tensor) -> Tensor:
+    """sum|x| of a dense tensor, a float32 scalar."""
+    pieces = blocks((x,), (x.new_zeros(()),)) if torch.ops.aten.is_non_overlapping_and_dense(x) else None
+    if pieces is None:
+        return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+    return torch.stack([block[0].abs().sum(dtype=torch.float32) for block in pieces]).sum()
+
+
+# ---- Scale-Clip ---------------------------------------------------------------------------------------------------
+
+
+def scale_clip_threshold(weight: Tensor, k: float, sizes: Tensor) -> Tensor:
+    """Scale-Clip's threshold of each group, T_g = k * mean(|w|) over the group's filters: (C, ...) gives (G,).
+
+    k = 2 is the smallest k that leaves a uniform distribution unchanged.
+    """
+    return k * mean_abs(weight, sizes)
+
+
+def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | None = None) -> Tensor:
+    """min(max(x, low), T), where low is -T if it is not given; neither takes a gradient.
+
+    Args:
+        gradient: 'masked', a clipped value has gradient 0, or 'straight_through', it has gradient 1.
+    """
+    threshold = threshold.detach()
+    low = -threshold if low is None else low.detach()
+    clipped = torch.minimum(torch.maximum(x.detach(), low), threshold) if gradient == 'straight_through' else None
+    if clipped is not None:
+        return x + (clipped - x.detach())
+    return torch.clamp(x, low, threshold)
+
+
+# ---- uniform fake quantization ------------------------------------------------------------------------------------
+
+
+def fake_quantize(x: Tensor, step: Tensor, lo: int, hi: int, gradient: str = 'masked') -> Tensor:
+    """Uniform quantization Q(x) = d * clip(round(x / d), lo, hi), round half to even (METHOD: section 1).
+
+    Args:
+        x: any shape and memory layout; half precision is computed in float32 and returned in its own type.
+        step: d, a scalar tensor or one that broadcasts against x, such as (C, 1, 1, 1). It takes no gradient; 0
+            gives 0.
+        lo, hi: smallest and largest code, see :func:`code_range`.
+        gradient: 'masked', 1 inside [lo * d, hi * d] and 0 outside, or 'straight_through', 1 everywhere.
+
+    Examples:
+        >>> fake_quantize(torch.tensor([-0.9, 0.2, 0.26, 3.0]), torch.tensor(0.5), -1, 1)
+        tensor([-0.5000,  0.0000,  0.5000,  0.5000])
+    """
+    return FakeQuantize.apply(x, step.detach(), lo, hi, gradient == 'masked')
+
+
+def learned_step_quantize(
+    x: Tensor, step: Tensor, lo: int, hi: int, scale: Tensor | float, inside: bool = True
+) -> Tensor:
+    """Uniform quantization with a step that learns (LSQ, Esser et al. 2020, arXiv:1902.08153, Eq. 1 to 3).
+
+    dQ/dd = lo below the range, hi above it, round(x/d) - x/d inside; times `scale`, LSQ's 1 / sqrt(N * Qp).
+    dQ/dx = 1 inside the range, 0 outside. `inside=False` leaves out the gradient of the values inside the range, as
+    PACT does, which learns where to clip.
+    """
+    return LearnedStep.apply(x, step, lo, hi, scale, inside)
+
+
+# ---- quantized loss -----------------------------------------------------------------------------------------------
+
+
+def quantized_loss(weight: Tensor, quantized: Tensor, sizes: Tensor | None = None, p: float = 1.0) -> Tensor:
+    """The paper's Eq. 3, QL = ||W - Q(W)||_p / ||W||_p: a scalar, or (G,) by groups of filters. 0 for W = 0."""
+    error = (weight - quantized).abs().double().pow(p)
+    norm = weight.abs().double().pow(p)
+    if sizes is None:
+        top, bottom = error.sum(), norm.sum()
+    else:
+        top, bottom = per_group(error.flatten(1).sum(1), sizes), per_group(norm.flatten(1).sum(1), sizes)
+    return torch.where(bottom > 0, top / bottom.clamp(min=1e-300), 0).pow(1 / p)
+
+
+def search_threshold(weight: Tensor, lo: int, hi: int, sizes: Tensor, p: float = 2.0, candidates: int = 64) -> Tensor:
+    """The threshold of each group that minimizes its quantized loss: (C, ...) gives (G,).
+
+    `candidates` thresholds are tried, evenly spaced up to the largest |w| of the group (grid: ours).
+    """
+    weight = weight.detach().float()
+    top = max_abs(weight, sizes)
+    best, best_loss = top, torch.full_like(top, torch.inf, dtype=torch.float64)
+    for i in range(1, candidates + 1):
+        threshold = top * (i / candidates)
+        step = per_channel(step_size(threshold, lo, hi), sizes, weight.dim())
+        loss = quantized_loss(weight, fake_quantize(weight, step, lo, hi), sizes, p)
+        better = loss < best_loss
+        best, best_loss = torch.where(better, threshold, best), torch.where(better, loss, best_loss)
+    return best
+
+
+def distance_to_uniform(x: Tensor) -> Tensor:
+    """Kolmogorov-Smirnov distance of |x| / max|x| to the uniform distribution on [0, 1]; 0 is uniform.
+
+    The statistic is our choice: the paper shows histograms. Laplace noise has about 0.7, Gaussian about 0.5.
+    """
+    values = x.detach().float().abs().flatten()
+    if values.numel() == 0 or not bool(values.amax() > 0):
+        return torch.zeros((), device=x.device)
+    values = torch.sort(values / values.amax()).values
+    expected = torch.linspace(0, 1, len(values) + 1, device=x.device)
+    return torch.maximum((values - expected[:-1]).abs(), (values - expected[1:]).abs()).amax()

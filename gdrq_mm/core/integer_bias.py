@@ -1,0 +1,83 @@
+"""The bias that an integer kernel adds: a whole multiple of one unit of the sum (docs/method.md, section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .quantizers import ActivationQuantizer, Stage, WeightQuantizer
+
+LARGEST_BIAS = 2**30
+"""In units of the sum; int32 holds it with room for the sum itself."""
+
+
+def spread(quantizer: WeightQuantizer) -> int:
+    """By what the codes of a weight are multiplied in the integer graph: as much as int8 holds, 18 for 4 bits (ours).
+
+    An integer kernel adds its bias to the sum, so the bias is a multiple of one unit of the sum. The spread makes the
+    unit, and the rounding of the bias, so much smaller.
+    """
+    return max(1, 127 // max(-quantizer.lo, quantizer.hi))
+
+
+def integer_bias(multiplier: Tensor, bias: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """B as the integer graph has it: round(B / u) * u with the unit u = |M| / spread; (C,) float64.
+
+    A channel without a unit keeps its bias: gamma is 0, or so small that int32 could not hold the bias.
+    """
+    unit = multiplier.abs() / spread(quantizer)
+    codes = (bias / torch.where(unit > 0, unit, 1)).round()
+    return torch.where((unit > 0) & (codes.abs() <= LARGEST_BIAS), codes * unit, bias)
+
+
+def multiplier_and_bias(
+    layer: Any, norm: _BatchNorm | None, quant: ActivationQuantizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gain, M and B of each channel, (C_out,) float64: the output is gain * (d s acc + b) + shift = M acc + B.
+
+    Args:
+        layer: a quantized layer.
+        norm: the batch normalization behind it.
+        quant: what its input was quantized with.
+    """
+    filters = layer.filters()
+    gain, shift = _normalization(norm, len(filters), filters.device)
+    step = layer.weight_quant.step(filters).detach().double().flatten()
+    own = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
+    return gain, gain * step * quant.step().detach().double(), gain * own + shift
+
+
+def bias_in_use(layer: Any, quant: ActivationQuantizer | None) -> Tensor | None:
+    """The bias that a layer computes with: in evaluation of a deployable one that of the integer graph.
+
+    Args:
+        quant: what quantizes the input of this call.
+    """
+    bias, norm = layer.bias, layer.norm
+    if layer.training or not layer.deployable or layer.weight_quant is None or quant is None:
+        return bias
+    for quantizer in (layer.weight_quant, quant):
+        if quantizer.uneven or quantizer.stage not in (Stage.QUANTIZE, Stage.FREEZE):
+            return bias
+    if norm.training if norm is not None else bias is None:
+        return bias  # the statistics of the batch are not known yet; or there is nothing to round
+    with torch.no_grad():
+        gain, multiplier, before = multiplier_and_bias(layer, norm, quant)
+        moved = integer_bias(multiplier, before, layer.weight_quant) - before
+        moved = torch.where(gain == 0, 0, moved / torch.where(gain == 0, 1, gain)).to(layer.weight.dtype)
+    return moved if bias is None else bias + moved
+
+
+def _normalization(norm: _BatchNorm | None, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """gain and shift of each channel, (C,) float64: gain * x + shift is the normalization of x."""
+    one = torch.ones(channels, dtype=torch.float64, device=device)
+    if norm is None:
+        return one, torch.zeros_like(one)
+    assert norm.running_mean is not None and norm.running_var is not None
+    gain = one if norm.weight is None else norm.weight.detach().double()
+    gain = gain / torch.sqrt(norm.running_var.double() + norm.eps)
+    shift = torch.zeros_like(one) if norm.bias is None else norm.bias.detach().double()
+    return gain, shift - gain * norm.running_mean.double()

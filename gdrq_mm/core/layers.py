@@ -1,0 +1,217 @@
+"""Convolution and linear layers with a quantized weight and input.
+
+A layer is a direct child of its torch class and shares the Parameter objects of the layer it came from, so checkpoint
+names, initializers and optimizers see an ordinary layer. Quantizers: `weight_quant` (None: float) and `input_quant`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .config import FLOAT_BITS, Activation, Quantization, Weight
+from .errors import UserError
+from .integer_bias import bias_in_use
+from .pyramid import InputQuant, PyramidQuantizers, quantizers_of
+from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, WeightQuantizer
+
+
+def make_weight_quantizer(cfg: Weight, filters: Tensor) -> WeightQuantizer | None:
+    """The quantizer of a layer's filters, (C_out, ...), or None for float."""
+    if cfg.bits == FLOAT_BITS:
+        return None
+    method: Any = WEIGHT_METHODS[cfg.method]
+    place = dict(kernel=tuple(filters.shape[2:])) if method.by_place else {}
+    return method(cfg.bits, len(filters), cfg.groups, **place, **cfg.options)
+
+
+def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
+    """The quantizer of a layer's input, or None for float."""
+    if cfg.bits == FLOAT_BITS:
+        return None
+    return ACTIVATION_METHODS[cfg.method](cfg.bits, cfg.range, **cfg.options)
+
+
+class QuantLayer:
+    """What the quantized layers share; mixed into a torch layer."""
+
+    weight_quant: WeightQuantizer | None
+    _shared: tuple[InputQuant, ...]
+    deployable: bool
+    """Whether evaluation uses the bias that the integer graph has, see core/integer_bias.py."""
+    _norm: tuple[_BatchNorm, ...]
+    seen: bool
+    """Whether `forward` ran since this flag was cleared; calibration reads it."""
+    pyramid_level: int
+    """With a quantizer for each pyramid level: how often `forward` ran since that of the head began."""
+    weight: Tensor
+
+    @property
+    def input_quant(self) -> InputQuant | None:
+        """The quantizer of the input: this layer's own, or that of the first reader of the same tensor."""
+        return self._shared[0] if self._shared else self.own_input_quant  # type: ignore[attr-defined]
+
+    @property
+    def norm(self) -> _BatchNorm | None:
+        """With `deployable`: the batch normalization that is folded into this layer, if there is one."""
+        return self._norm[0] if self._norm else None  # kept in a tuple, as it is no child of this layer
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, weight: Weight, activation: Activation) -> Any:
+        """A quantized layer that takes over the Parameters, hooks and attributes of `layer`."""
+        new = cls.__new__(cls)  # type: ignore[type-var]
+        new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+        new._attach(weight, activation)
+        return new
+
+    def _attach(self, weight: Weight, activation: Activation) -> None:
+        self.seen, self.pyramid_level, self.deployable = False, 0, False
+        self._shared, self._norm = (), ()
+        self.activation_settings = activation
+        self.weight_quant = make_weight_quantizer(weight, self.filters())
+        self.own_input_quant: InputQuant | None = make_activation_quantizer(activation)
+
+    @property
+    def pyramid_levels(self) -> int:
+        """How many pyramid levels have an input quantizer of their own; 1 if there is one for all."""
+        return max(1, len(quantizers_of(self.input_quant)))
+
+    @property
+    def next_quant(self) -> ActivationQuantizer | None:
+        """What the next call quantizes its input with."""
+        quantizers = quantizers_of(self.input_quant)
+        if not quantizers:
+            return None
+        # A call too many takes the last one; the head reports it when its forward ends.
+        return quantizers[min(self.pyramid_level, len(quantizers) - 1)]
+
+    @property
+    def next_level(self) -> str:
+        """What follows the layer's name in its next call: '.LEVEL', or '' with one quantizer for all levels."""
+        return f'.{self.pyramid_level}' if self.pyramid_levels > 1 else ''
+
+    def split_pyramid(self, count: int) -> None:
+        """Use an input quantizer of its own for each of the calls during one forward of the head."""
+        quantizers: list[Any] = [make_activation_quantizer(self.activation_settings) for _ in range(count)]
+        self.own_input_quant = PyramidQuantizers(quantizers)
+
+    def share_input_quant(self, owner: QuantLayer) -> None:
+        """Use the input quantizer of another reader of the same tensor. It is saved under the owner's name only."""
+        self.own_input_quant = None
+        assert owner.input_quant is not None
+        self._shared = (owner.input_quant,)  # a tuple, so that torch does not register it a second time
+
+    def deploy_with(self, norm: _BatchNorm | None) -> None:
+        """Evaluate with the bias that the integer graph has."""
+        self.deployable, self._norm = True, () if norm is None else (norm,)
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of the weight and of the input; 32 is float."""
+        weight, activation = self.weight_quant, self.input_quant
+        return weight.bits_in_use if weight else FLOAT_BITS, activation.bits_in_use if activation else FLOAT_BITS
+
+    def filters(self) -> Tensor:
+        """The weight as filters, (C_out, ...)."""
+        return self.weight
+
+    def set_filters(self, filters: Tensor) -> Tensor:
+        """The inverse of :meth:`filters`: (C_out, ...) in the layout of the weight."""
+        return filters
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Quantized input, quantized weight, and the bias to compute with."""
+        self.seen = True
+        quant = self.next_quant
+        if self.pyramid_levels > 1:
+            self._count_level()
+        weight = self.weight if self.weight_quant is None else self.set_filters(self.weight_quant(self.filters()))
+        return (x if quant is None else quant(x)), weight, bias_in_use(self, quant)
+
+    def _count_level(self) -> None:
+        if torch._C._current_graph_task_id() != -1:  # a backward pass, where a checkpointed segment runs once more
+            name = self.weight_quant.name if self.weight_quant else '?'
+            raise UserError(
+                f'layer {name} has thresholds for each pyramid level and is computed again in the backward pass; '
+                'activation.per_level does not go with activation checkpointing (with_cp)'
+            )
+        self.pyramid_level += 1
+
+
+def _init(self: Any, torch_class: type, args: Any, quantization: Mapping[str, Any] | None, kwargs: Any) -> None:
+    torch_class.__init__(self, *args, **kwargs)  # type: ignore[misc]
+    cfg = Quantization.from_dict(quantization or {})
+    self._attach(*cfg.for_layer(torch_class.__name__))
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """nn.Conv2d with quantized weight and input: any stride, dilation, groups (depthwise too), padding, bias.
+
+    In a hand-written model: `conv_cfg=dict(type='GDRQConv2d', quantization=dict(weight=dict(bits=4)))`; the dict is
+    explained in core/config.py. Outside QuantRunner thresholds start from the first training batch and follow only with
+    `custom_hooks=[dict(type='ThresholdHook')]`; evaluating an uncalibrated layer is an error.
+    """
+
+    def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        _init(self, nn.Conv2d, args, quantization, kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W')."""
+        return self.compute(*self.operands(x))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without quantizers, with this weight and bias."""
+        return self._conv_forward(x, weight, bias)
+
+
+class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d with quantized weight and input; its weight is (C_in, C_out / groups, kH, kW)."""
+
+    def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        _init(self, nn.ConvTranspose2d, args, quantization, kwargs)
+
+    def filters(self) -> Tensor:
+        c_in, c_out, *kernel = self.weight.shape
+        split = self.weight.view(self.groups, c_in // self.groups, c_out, *kernel)
+        return split.transpose(1, 2).reshape(self.groups * c_out, c_in // self.groups, *kernel)
+
+    def set_filters(self, filters: Tensor) -> Tensor:
+        c_in, c_out, *kernel = self.weight.shape
+        split = filters.view(self.groups, c_out, c_in // self.groups, *kernel)
+        return split.transpose(1, 2).reshape(c_in, c_out, *kernel)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W')."""
+        return self.compute(*self.operands(x), output_size)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        """The layer without quantizers, with this weight and bias."""
+        conv: Any = self  # torch annotates these attributes more narrowly than its own calls take them
+        stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+        extra = conv._output_padding(x, output_size, stride, padding, conv.kernel_size, 2, dilation)
+        return nn.functional.conv_transpose2d(x, weight, bias, stride, padding, extra, self.groups, dilation)
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """nn.Linear with quantized weight and input."""
+
+    def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        _init(self, nn.Linear, args, quantization, kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return self.compute(*self.operands(x))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without quantizers, with this weight and bias."""
+        return nn.functional.linear(x, weight, bias)
+
+
+QUANTIZED: dict[type, type] = {nn.Conv2d: QuantConv2d, nn.ConvTranspose2d: QuantConvTranspose2d, nn.Linear: QuantLinear}
+"""The exact float classes that are quantized; gdrq_mm/openmmlab adds those of mmcv."""

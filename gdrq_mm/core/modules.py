@@ -1,0 +1,69 @@
+"""Find, replace and watch modules of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn as nn
+
+from .layers import QuantLayer
+from .quantizers import ActivationQuantizer, FollowingQuantizer, Quantizer, Stage
+
+
+def quant_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> quantized layer, each layer once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Name -> activation quantizer, each once: inputs of layers, and outputs that `deployable` quantizes."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+
+
+def moving_quantizers(model: nn.Module) -> dict[str, FollowingQuantizer]:
+    """Those of them whose thresholds follow the inputs, and are not frozen."""
+    quantizers = activation_quantizers(model)
+    return {n: q for n, q in quantizers.items() if isinstance(q, FollowingQuantizer) and q.stage < Stage.FREEZE}
+
+
+def replace_modules(model: nn.Module, replaced: Mapping[Any, nn.Module]) -> None:
+    """Put new modules in the place of old ones, under every name that an old one has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+
+
+@contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks at the end, whatever happens. `handles` is used up first, so it may be a generator."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its training flag back at the end."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def mute_leaves(model: nn.Module) -> None:
+    """Evaluation mode for the modules without children, BN and dropout among them; the others keep theirs.
+
+    Some models compute a loss in training mode only (Deformable DETR, PIDNet). A quantizer does not count as a child:
+    BN has one where its output is quantized.
+    """
+    for module in model.modules():
+        if all(isinstance(child, Quantizer) for child in module.children()):
+            module.eval()

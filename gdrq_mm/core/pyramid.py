@@ -1,0 +1,93 @@
+"""A quantizer for each pyramid level in layers that a head shares between its levels (Chen et al., AQD, CVPR 2021).
+
+Which level it is, a layer counts by its calls; the head starts the count anew and checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn as nn
+
+from .errors import UserError
+from .quantizers import ActivationQuantizer
+from .topology import Plan
+
+
+class PyramidQuantizers(nn.ModuleList):
+    """The input quantizers of a layer that a head calls once for each pyramid level."""
+
+    @property
+    def quantizers(self) -> list[Any]:
+        """Those of the levels, in the order of the calls."""
+        return list(self)
+
+    @property
+    def bits_in_use(self) -> int:
+        """Bits of every level; 32 if calibration did not reach one."""
+        return max(quant.bits_in_use for quant in self.quantizers)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every level has a threshold."""
+        return all(quant.calibrated for quant in self.quantizers)
+
+    @property
+    def kind(self) -> str:
+        """The ranges of the levels."""
+        return '/'.join(dict.fromkeys(quant.kind for quant in self.quantizers)) + f', {len(self)} pyramid levels'
+
+
+InputQuant = ActivationQuantizer | PyramidQuantizers
+
+
+def quantizers_of(quant: InputQuant | None) -> list[ActivationQuantizer]:
+    """All quantizers of an input, one for each pyramid level if the config says so."""
+    if quant is None:
+        return []
+    return quant.quantizers if isinstance(quant, PyramidQuantizers) else [quant]
+
+
+def split_pyramid(model: nn.Module, layers: Mapping[str, Any], plan: Plan) -> None:
+    """Give the layers that ask for it a quantizer for each call during one forward of the head that calls them."""
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        calls = plan.calls.get(name, 0)
+        if layer.input_quant is None or not layer.activation_settings.per_level or calls < 2:
+            continue
+        parts = name.split('.')
+        above = ('.'.join(parts[:length]) for length in reversed(range(len(parts))))
+        around = next((each for each in above if plan.calls.get(each) == 1), None)
+        if around is None:
+            raise UserError(f'activation.per_level: no module around layer {name} is called once a prediction')
+        head = modules[around]
+        layer.split_pyramid(calls)
+        if not hasattr(head, 'pyramid_layers'):
+            head.pyramid_layers = ()
+            head.register_forward_pre_hook(start_pyramid)
+            head.register_forward_hook(_check_pyramid)
+        head.pyramid_layers += ((name, layer),)  # type: ignore[operator]
+
+
+def move_pyramid(model: nn.Module, replaced: Mapping[Any, Any]) -> None:
+    """Let the heads of a model count for what took the place of their layers: old module -> new one."""
+    for head in model.modules():
+        if hasattr(head, 'pyramid_layers'):
+            counted: Any = head.pyramid_layers
+            head.pyramid_layers = tuple((name, replaced.get(layer, layer)) for name, layer in counted)  # type: ignore[assignment]
+
+
+def start_pyramid(head: Any, args: Any = ()) -> None:
+    """Count anew what this module counts, if it does; a hook in front of its forward."""
+    for _, layer in getattr(head, 'pyramid_layers', ()):
+        layer.pyramid_level = 0
+
+
+def _check_pyramid(head: nn.Module, args: Any, out: Any) -> None:
+    for name, layer in head.pyramid_layers:  # type: ignore[union-attr]
+        if layer.pyramid_level not in (0, layer.pyramid_levels):
+            raise UserError(
+                f'layer {name} has thresholds for {layer.pyramid_levels} pyramid levels, but was called '
+                f'{layer.pyramid_level} times in one forward of its head; activation.per_level does not fit this model'
+            )

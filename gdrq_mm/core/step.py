@@ -1,0 +1,57 @@
+"""What happens to the quantizers of a model after an optimizer step and between two stages of training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from .modules import activation_quantizers, moving_quantizers, quant_layers
+from .quantizers import Quantizer, Stage
+from .quantizers.following import collected, move_thresholds
+from .ranks import all_reduce
+
+
+@torch.no_grad()
+def after_step(model: nn.Module, step: int | None = None) -> None:
+    """Call once after each optimizer step: project weights, then move the thresholds of activations.
+
+    Statistics of all forwards since the last call and of all processes are added up, in one collective; so call it not
+    between the forwards of gradient accumulation. It belongs before an average of the weights (EMA).
+
+    Args:
+        step: number of the optimizer step, from 0, where a training may be resumed; None counts the calls.
+    """
+    if step is None:
+        step = model.steps_taken = getattr(model, 'steps_taken', -1) + 1  # type: ignore[assignment]
+    for layer in quant_layers(model).values():
+        if layer.weight_quant is not None and layer.weight_quant.calibrated:
+            projected = layer.weight_quant.after_step(layer.filters(), step)
+            if projected is not None:
+                layer.weight.copy_(layer.set_filters(projected))
+    moving = moving_quantizers(model).values()
+    if moving:
+        statistics = collected(moving)
+        all_reduce(statistics, 'sum')
+        move_thresholds(moving, statistics)
+
+
+@torch.no_grad()
+def set_stage(model: nn.Module, stage: Stage) -> Stage | None:
+    """Set the stage of every quantizer that is in use; freezing keeps the thresholds of this moment.
+
+    Returns:
+        The stage before; None if the model has no quantizer.
+    """
+    for layer in quant_layers(model).values():
+        quant = layer.weight_quant
+        if stage == Stage.FREEZE and quant is not None and quant.calibrated and quant.stage != Stage.FREEZE:
+            quant.threshold.copy_(quant.threshold_of(layer.filters()))
+    for quant in activation_quantizers(model).values():
+        if stage == Stage.FREEZE and quant.calibrated and quant.stage != Stage.FREEZE:
+            quant.freeze()
+    before = None
+    for module in model.modules():
+        if isinstance(module, Quantizer) and module.stage != Stage.FLOAT:
+            before = module.stage
+            module.set_state(stage=stage)
+    return before

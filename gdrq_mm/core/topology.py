@@ -1,0 +1,251 @@
+"""The plan of a model: what feeds what, recorded during one eager prediction. No torch.fx, no tracing.
+
+Forward hooks tell which module reads and returns which tensor; a TorchFunctionMode tells the operands of additions and
+what activation functions read. A tensor is known by a number for each of its versions, so an in-place ReLU makes a new
+one. Only weak references are held: recording keeps no tensor alive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+_ACTIVATIONS = set(
+    'celu elu gelu hardsigmoid hardswish leaky_relu logsigmoid mish prelu rrelu selu sigmoid silu softplus tanh'.split()
+)
+"""Names of functions that a runtime cannot express by the clip of a quantizer, as it does ReLU."""
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """One addition of two tensors of the same shape."""
+
+    module: str
+    """Module whose forward adds."""
+    operands: tuple[tuple[str, ...], tuple[str, ...]]
+    """For each operand the modules that returned it, innermost first; empty if a function made it."""
+
+
+@dataclass
+class Plan:
+    """What one prediction tells about a model. Names are those of `named_modules()`, the first one of a shared module.
+
+    It depends on the model alone: not on the picture, and not on how often the picture makes a part of it run. A
+    checkpoint holds it as plain data (:meth:`to_dict`).
+    """
+
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often each module was called, in the order of the first call."""
+    inputs: dict[str, int] = field(default_factory=dict)
+    """Number of the tensor that a module read at its first call; the same number is the same tensor."""
+    norms: dict[str, str] = field(default_factory=dict)
+    """Convolution -> the batch normalization that can be folded into it: each reads and is read by nothing else."""
+    additions: list[Addition] = field(default_factory=list)
+    activated: list[str] = field(default_factory=list)
+    """Modules all of whose results an activation function other than ReLU reads."""
+    last: list[str] = field(default_factory=list)
+    """Layers that make the model's outputs; empty: the one that was called last."""
+    training_only: list[str] = field(default_factory=list)
+    """Modules that are not deployed, with what is in them, such as auxiliary heads."""
+    macs: dict[str, int] = field(default_factory=dict, compare=False)
+    """Multiply-accumulates of each convolution and linear layer for the picture that was recorded."""
+
+    def deployed(self, name: str) -> bool:
+        """Whether a module or parameter of this name is part of the deployed model."""
+        return not any(name == top or name.startswith(f'{top}.') for top in self.training_only)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what :meth:`from_dict` takes."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(content: Any) -> Plan:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: `content` is not of that form.
+        """
+        names = [f.name for f in dataclasses.fields(Plan)]
+        if not isinstance(content, Mapping) or set(content) != set(names):
+            raise ValueError(f'a plan has {", ".join(names)}')
+        for name in ('calls', 'inputs', 'macs'):
+            if not _is_dict(content[name], int):
+                raise ValueError(f'{name} of the plan is not a dict of integers')
+        if not _is_dict(content['norms'], str):
+            raise ValueError('norms of the plan is not a dict of names')
+        for name in ('activated', 'last', 'training_only'):
+            if not _is_names(content[name]):
+                raise ValueError(f'{name} of the plan is not a list of names')
+        additions = content['additions']
+        if not isinstance(additions, (list, tuple)):
+            raise ValueError('additions of the plan is not a list')
+        for each in additions:
+            sides = each.get('operands') if isinstance(each, Mapping) and isinstance(each.get('module'), str) else None
+            if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(map(_is_names, sides)):
+                raise ValueError('an addition of the plan is not a module with two lists of names')
+        found = [Addition(a['module'], tuple(tuple(side) for side in a['operands'])) for a in additions]  # type: ignore[arg-type]
+        copied = {n: dict(v) if isinstance(v, Mapping) else list(v) for n, v in content.items() if n != 'additions'}
+        return Plan(additions=found, **copied)  # type: ignore[arg-type]
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _is_dict(value: Any, kind: type) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and type(v) is kind for k, v in value.items())
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, whole: bool) -> None:
+        super().__init__()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.convs = {n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        self.plan = Plan()
+        self.whole = whole
+        self.repeated = 0
+        """How many modules deep we are in a part that ran before: it tells nothing new."""
+        self.images = 0
+        self.stack: list[str] = []
+        self.numbers = WeakTensorKeyDictionary()
+        self.count = 0
+        self.producers: dict[int, list[str]] = {}
+        self.made_by: dict[int, str] = {}
+        self.reads: dict[str, int] = {}
+        self.norms: dict[str, str] = {}
+        self.activated: dict[str, set[int]] = {}
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of this version of a tensor."""
+        versions: dict[int, int] = self.numbers.setdefault(tensor, {})  # type: ignore[assignment]
+        if tensor._version not in versions:
+            self.count += 1
+            versions[tensor._version] = self.count
+        return versions[tensor._version]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.repeated:
+            return func(*args, **kwargs)
+        pair = [*args, *(kwargs[key] for key in ('input', 'other') if key in kwargs)][:2]
+        if func in _ADDITIONS and len(pair) > 1 and all(isinstance(a, Tensor) for a in pair):
+            self._add(*pair)
+        if getattr(func, '__name__', '').rstrip('_') in _ACTIVATIONS and pair and isinstance(pair[0], Tensor):
+            for producer in self.producers.get(self.number(pair[0]), [])[:1]:
+                self.activated.setdefault(producer, set()).add(self.number(pair[0]))
+        numbers = {self.number(a) for a in args if isinstance(a, Tensor)}
+        out = func(*args, **kwargs)
+        if isinstance(out, (Tensor, tuple)) and not isinstance(out, torch.Size):  # a size or a type is no reading
+            for name in (self.made_by[n] for n in numbers if n in self.made_by):
+                self.reads[name] = self.reads.get(name, 0) + 1
+        return out
+
+    def _add(self, a: Tensor, b: Tensor) -> None:
+        if a.shape == b.shape and a.dim() > 2 and a.is_floating_point():
+            one, other = (tuple(self.producers.get(self.number(t), ())) for t in (a, b))
+            self.plan.additions.append(Addition(self.stack[-1] if self.stack else '', (one, other)))
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self.names[module]
+        outermost = not self.whole and name != '' and not any(self.stack)
+        if self.repeated or (outermost and name in self.plan.calls):
+            self.repeated += 1
+            return
+        self.stack.append(name)
+        self.plan.calls[name] = self.plan.calls.get(name, 0) + 1
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if tensors:
+            number = self.number(tensors[0])
+            self.plan.inputs.setdefault(name, number)
+            if isinstance(module, _NORMS):
+                for producer in self.producers.get(number, [])[:1]:
+                    if producer in self.convs:
+                        self.norms.setdefault(producer, name)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        name = self.names[module]
+        if isinstance(out, Tensor) and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            x = (*args, *kwargs.values())[0]
+            self.images = self.images or max(len(x), 1)
+            self.plan.macs[name] = self.plan.macs.get(name, 0) + _macs(module, x, out, self.images)
+        if self.repeated:
+            self.repeated -= 1
+            return
+        self.stack.pop()
+        if isinstance(out, Tensor):
+            number = self.number(out)
+            self.producers.setdefault(number, []).append(name)
+            if name in self.convs:
+                self.made_by[number] = name
+
+    def finish(self) -> Plan:
+        """The plan, from what was seen."""
+        calls = self.plan.calls
+        alone = {conv: norm for conv, norm in self.norms.items() if self.reads.get(conv, 0) <= calls[conv]}
+        read: dict[str, int] = {}
+        for conv, norm in alone.items():
+            read[norm] = read.get(norm, 0) + calls[conv]
+        self.plan.norms = {conv: norm for conv, norm in alone.items() if read[norm] == calls[norm]}
+        self.plan.activated = [name for name, results in self.activated.items() if len(results) == calls.get(name)]
+        order = {number: i for i, number in enumerate(dict.fromkeys(self.plan.inputs.values()))}
+        self.plan.inputs = {name: order[number] for name, number in self.plan.inputs.items()}
+        return self.plan
+
+
+def _macs(module: nn.Module, x: Tensor, out: Tensor, images: int) -> int:
+    each = x if isinstance(module, nn.ConvTranspose2d) else out
+    return each.numel() * module.weight[0].numel() // images  # type: ignore[operator, union-attr, index]
+
+
+@contextmanager
+def _listening(recorder: _Recorder) -> Iterator[None]:
+    handles = []
+    for module in recorder.names:
+        handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def record(
+    model: nn.Module,
+    predict: Callable[[], Any],
+    whole: bool = True,
+    last: Iterable[str] = (),
+    training_only: Iterable[str] = (),
+) -> Plan:
+    """Run `predict` once, in evaluation mode and without gradients, and tell what feeds what in `model`.
+
+    The model's training flags and random state are left as they were.
+
+    Args:
+        whole: `predict` calls the model's forward once, and every call in it counts. False: the forward runs parts of
+            the model as often as the picture wants (sliding windows), and only the first run of each part counts.
+        last, training_only: what is known of the model beside the prediction, see :class:`Plan`.
+    """
+    recorder = _Recorder(model, whole)
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(), _listening(recorder), recorder:
+            predict()
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    plan = recorder.finish()
+    plan.last, plan.training_only = list(last), list(training_only)
+    return plan

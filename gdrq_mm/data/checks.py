@@ -1,0 +1,143 @@
+"""Annotations, pictures and masks are what they should be, or one message names the file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from ..core.errors import UserError
+
+KEYS = {
+    'images': {'id', 'file_name', 'width', 'height'},
+    'categories': {'id', 'name'},
+    'annotations': {'id', 'image_id', 'category_id', 'bbox', 'area'},
+}
+"""What mmdet reads of a COCO file."""
+
+
+def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[str, Any]:
+    """The content of a COCO file; messages call it `name`.
+
+    Raises:
+        UserError: it is not JSON, or lacks what mmdet reads. Files to predict only have no `annotations`.
+    """
+    name = name or path
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f'{name} is not JSON: {error}') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{name} is a {type(content).__name__}, not a COCO dict with {", ".join(KEYS)}')
+    content.setdefault('annotations', [])
+    for part, keys in KEYS.items():
+        if not isinstance(content.get(part), list):
+            raise UserError(f'{name} has no list {part!r}')
+        for number, entry in enumerate(content[part]):
+            if not isinstance(entry, dict) or not keys <= entry.keys():
+                lacking = ', '.join(sorted(keys - set(entry))) if isinstance(entry, dict) else f'all keys: {entry!r}'
+                raise UserError(f'{name}: entry {number} of {part!r} lacks {lacking}')
+    return content
+
+
+def check_annotations(content: dict[str, Any], name: str | Path, classes: Iterable[str] | None = None) -> str:
+    """Check what the parts of a COCO file say of each other.
+
+    Returns:
+        A warning that counts the boxes that mmdet leaves out; '' if there are none.
+
+    Raises:
+        UserError: an annotation is of an image or a category that does not exist, its box is malformed, or a class is
+            not among the categories.
+    """
+    images = {image['id']: image for image in content['images']}
+    categories = {category['id']: category['name'] for category in content['categories']}
+    unknown = [c for c in classes or () if c not in categories.values()]
+    if unknown:
+        raise UserError(
+            f'{name}: {len(unknown)} classes of metainfo are not among its categories: {few(unknown)}; '
+            f'categories are {few(categories.values())}'
+        )
+    empty = []
+    for entry in content['annotations']:
+        if entry['image_id'] not in images:
+            raise UserError(f'{name}: annotation {entry["id"]} is of image {entry["image_id"]}, which it does not have')
+        if entry['category_id'] not in categories:
+            category = entry['category_id']
+            raise UserError(f'{name}: annotation {entry["id"]} is of category {category}, which it does not have')
+        box = entry['bbox']
+        if not _is_box(box):
+            raise UserError(
+                f'{name}: annotation {entry["id"]} has bbox={box}, which is not [x, y, width, height] '
+                'with a width and a height of at least 0'
+            )
+        (x, y, width, height), image = box, images[entry['image_id']]
+        inside = x < image['width'] and y < image['height'] and x + width > 0 and y + height > 0
+        if not inside or width < 1 or height < 1 or entry['area'] <= 0:
+            empty.append(entry['id'])
+    if empty:
+        share = f'{len(empty)} of {len(content["annotations"])} boxes are left out'
+        return f'{name}: {share}, smaller than a pixel or outside their picture: annotation {few(empty)}'
+    return ''
+
+
+def _is_box(box: Any) -> bool:
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+        and min(box[2:]) >= 0
+    )
+
+
+def few(names: Iterable[Any]) -> str:
+    names = [str(name) for name in names]
+    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A picture, BGR.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    picture = cv2.imread(str(path))
+    if picture is None:
+        raise UserError(f'{path} cannot be read: damaged or not a picture')
+    return picture
+
+
+def read_mask(path: Path, shape: tuple[int, ...], classes: int, ignored: Iterable[int]) -> np.ndarray:
+    """An index mask.
+
+    Raises:
+        UserError: it cannot be decoded, is not of this shape, or has labels that are neither classes nor ignored.
+    """
+    try:
+        with Image.open(path) as file:
+            mask = np.asarray(file)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f'{path} cannot be read: {error}') from None
+    wrong = wrong_mask(mask, shape, classes, ignored)
+    if wrong:
+        raise UserError(f'{path} {wrong}')
+    return mask
+
+
+def wrong_mask(mask: np.ndarray, shape: tuple[int, ...], classes: int, ignored: Iterable[int]) -> str:
+    """What is wrong with an index mask, '' if nothing is."""
+    if mask.shape != tuple(shape):
+        return f'is a mask of shape {mask.shape}, and its picture is {tuple(shape)}'
+    wrong = mask >= classes  # several passes over bytes are ten times faster than np.unique
+    for label in ignored:
+        wrong &= mask != label
+    if not wrong.any():
+        return ''
+    allowed = f'0 to {classes - 1} and {few(sorted(ignored))} (ignored)'
+    return f'has the labels {few(np.unique(mask[wrong]))}; allowed are {allowed}'

@@ -1,0 +1,114 @@
+"""CIFAR-10 (Krizhevsky 2009) as a folder per class, from an archive that the user has.
+
+{train,test}/<class>/*.{jpg,png}      32x32, 50,000 and 10,000 pictures     (mmpretrain: CustomDataset)
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+from rich.progress import track
+
+from ..core.errors import UserError
+
+CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+COUNTS = {'train': 50000, 'test': 10000}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads the official batches: plain data and NumPy arrays, nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.split('.')[0], name) in {('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy', '_reconstruct')}:
+            return np._core.multiarray._reconstruct if name == '_reconstruct' else getattr(np, name)  # type: ignore[attr-defined]
+        if (module, name) == ('_codecs', 'encode'):
+            return lambda text, encoding: text.encode(encoding)
+        raise pickle.UnpicklingError(f'{module}.{name} is not allowed in a CIFAR-10 batch')
+
+
+def _official(name: str, data: bytes) -> Iterator[tuple[str, str, bytes]]:
+    """Pictures of one official batch: split and class, file name, PNG bytes."""
+    batch = _ArrayUnpickler(io.BytesIO(data), encoding='bytes').load()
+    split = 'test' if name.startswith('test') else 'train'
+    pictures = batch[b'data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[..., ::-1]  # RGB planes to BGR pixels
+    for number, (picture, label) in enumerate(zip(pictures, batch[b'labels'])):
+        ok, png = cv2.imencode('.png', np.ascontiguousarray(picture))
+        assert ok
+        yield f'{split}/{CLASSES[label]}', f'{name}_{number:05}.png', png.tobytes()
+
+
+def _pictures(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+    for member in archive:
+        path = PurePosixPath(member.name)
+        if not member.isfile():
+            continue
+        data = archive.extractfile(member).read()  # type: ignore[union-attr]
+        if path.name.startswith(('data_batch_', 'test_batch')):
+            yield from _official(path.name, data)
+        elif len(path.parts) >= 3 and path.parts[-3] in COUNTS and path.parts[-2] in CLASSES:
+            yield '/'.join(path.parts[-3:-1]), path.name, data
+
+
+def build(source: str | Path, root: str | Path, show_progress: bool = True) -> Path:
+    """Unpack a CIFAR-10 archive: a folder per class, or the official python version.
+
+    Raises:
+        UserError: no archive there, or its counts are not CIFAR-10's.
+    """
+    source, root = Path(source), Path(root)
+    if root.is_dir() and _is_complete(root):
+        return root
+    if source.is_dir():
+        archives = sorted(source.glob('cifar*10*.tar.gz'))
+        if not archives:
+            raise UserError(f'{source} holds no CIFAR-10 archive (cifar*10*.tar.gz)')
+        source = archives[0]
+    counts = {split: dict.fromkeys(CLASSES, 0) for split in COUNTS}
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))  # a half-filled folder looks whole
+    try:
+        with tarfile.open(source) as archive:
+            for place, name, data in track(
+                _pictures(archive), 'CIFAR-10', total=sum(COUNTS.values()), disable=not show_progress
+            ):
+                folder = unfinished / place
+                if not counts[place.split('/')[0]][folder.name]:
+                    folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(data)
+                counts[place.split('/')[0]][folder.name] += 1
+        for split, expected in COUNTS.items():
+            if set(counts[split].values()) != {expected // len(CLASSES)}:
+                raise UserError(f'{source} has {sum(counts[split].values())} {split} pictures, CIFAR-10 has {expected}')
+        for split in COUNTS:
+            shutil.rmtree(root / split, ignore_errors=True)
+            os.replace(unfinished / split, root / split)
+    except UserError:
+        raise
+    # Everything a damaged archive or batch can raise on the way through tarfile, zlib, pickle and NumPy.
+    except (tarfile.TarError, zlib.error, EOFError, OSError, pickle.UnpicklingError, LookupError, ValueError) as error:
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        raise UserError(f'{source} is not a readable CIFAR-10 archive: {reason}') from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not any(root.iterdir()):
+            root.rmdir()
+    return root
+
+
+def _is_complete(root: Path) -> bool:
+    return all(
+        (root / split / name).is_dir() and len(os.listdir(root / split / name)) == expected // len(CLASSES)
+        for split, expected in COUNTS.items()
+        for name in CLASSES
+    )

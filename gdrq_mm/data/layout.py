@@ -1,0 +1,81 @@
+"""What the preparations share: say what is missing, and write a data folder whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ..core.errors import UserError
+
+
+def source_folder(source: str | Path, name: str = '') -> Path:
+    """The folder that the user gave, or its folder `name` if there is one.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not Path(source).is_dir():
+        raise UserError(f'--source {source} is not a folder')
+    inner = Path(source, name)
+    return inner if inner.is_dir() else Path(source)
+
+
+def require(name: str, paths: Iterable[Path]) -> None:
+    """Raise UserError if paths do not exist."""
+    refuse_missing(name, [p for p in paths if not p.exists()])
+
+
+def refuse_missing(name: str, missing: Sequence[str | Path]) -> None:
+    """Raise UserError that tells the number of missing paths and names the first."""
+    if missing:
+        shown = ', '.join(map(str, missing[:3])) + (', ...' if len(missing) > 3 else '')
+        what = '1 path is' if len(missing) == 1 else f'{len(missing)} paths are'
+        raise UserError(f'{name}: {what} missing: {shown}')
+
+
+def write_picture(path: Path, picture: np.ndarray, options: Sequence[int] = ()) -> None:
+    """Write a picture; OpenCV itself says nothing of a full disk."""
+    if not cv2.imwrite(str(path), picture, options):
+        raise OSError(f'cannot write {path}')
+
+
+@contextmanager
+def building(root: Path) -> Iterator[Path]:
+    """A folder beside `root` to fill; it takes the place of `root` if nothing goes wrong.
+
+    Raises:
+        UserError: `root` is there already and not empty, or cannot be written.
+    """
+    try:
+        if root.is_dir() and any(root.iterdir()):
+            raise UserError(f'{root} is there already; give another --out, or remove it to prepare it again')
+        root.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
+    except OSError as error:
+        raise UserError(f'{root} cannot be written: {error.strerror}') from None
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if root.is_dir():
+            root.rmdir()
+        os.replace(folder, root)
+    except OSError as error:
+        raise UserError(f'{root} cannot be prepared: {error}') from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def link(source: Path, root: Path, names: Iterable[str]) -> Path:
+    """Make `root` a folder of links to folders of the source; a source that is at `root` already stays as it is."""
+    if source.resolve() != root.resolve():
+        with building(root) as folder:
+            for name in names:
+                (folder / name).symlink_to((source / name).resolve())
+    return root

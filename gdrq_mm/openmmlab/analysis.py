@@ -1,0 +1,232 @@
+"""Test runs with everything, nothing and one part quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from ..core.errors import UserError
+from ..core.modules import quant_layers
+from ..core.quantizers import Quantizer, Stage
+from ..report.analysis import Analysis, Metric, Row, Weights, worst_first
+from ..report.damage import Meter, measure_weight, quantized_weight, watch
+from ..report.parts import Part, choose, only, parts_of
+from ..report.record import MAIN_METRICS
+from .checkpoints import read_checkpoint, state_of, without_quantizers
+from .cli import prepare_test
+from .models import bare_model
+from .runner import QuantRunner
+from .seeding import kept_random_state, seed_all
+from .tasks import task_of
+
+SAMPLES = 1 << 16
+"""Values of an input whose distribution is looked at (ours)."""
+ADAPTED = (
+    '{} is {:.2f} with everything float and {:.2f} quantized: training has adapted these weights to their quantizers, '
+    'and the float model is no reference for them; --reference quantized is'
+)
+
+
+def prepare(cfg: Config, checkpoint: str, unsafe: bool = False) -> bool:
+    """Leave in a config what the analysis of `checkpoint` needs.
+
+    Returns:
+        Whether the checkpoint is a float one, for which :func:`load` has to find thresholds.
+
+    Raises:
+        UserError: the config quantizes nothing, or the checkpoint cannot be read.
+    """
+    if 'quantization' not in cfg:
+        raise UserError('the config has no quantization: there is nothing to analyze')
+    content = read_checkpoint(checkpoint, 'cpu', unsafe)
+    is_float = len(without_quantizers(content)['state_dict']) == len(state_of(content))
+    if is_float:
+        cfg.load_from, cfg.resume = checkpoint, False
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    else:
+        prepare_test(cfg, checkpoint)
+    cfg.log_level = 'WARNING'  # else each run logs all its metrics
+    return is_float
+
+
+def load(runner: Runner, calibrate: bool) -> None:
+    """Load the checkpoint; with `calibrate` find thresholds on training batches, as tools/calibrate.py does.
+
+    No other hook of the runner is called, now or later: they write logs and pictures. An average of the weights (EMA)
+    needs none, the checkpoint holds it.
+    """
+    if not isinstance(runner, QuantRunner):
+        raise UserError(f'runner_type={runner.cfg.runner_type!r} does not quantize')
+    if calibrate:
+        runner.load_calibrated()
+    else:
+        runner._hooks = []
+        runner.load_or_resume()
+
+
+def take_samples(loop: Any, count: int) -> None:
+    """Let a test loop use `count` pictures, evenly spaced: data sets are often sorted by class."""
+    loader = loop.dataloader
+    data, total = loader.dataset, len(loader.dataset)
+    count = min(count, total)
+    chosen = [i * total // count for i in range(count)]
+    batch_size = loader.batch_size or loader.batch_sampler.batch_size
+    workers = dict(num_workers=loader.num_workers, worker_init_fn=loader.worker_init_fn)
+    loop.dataloader = DataLoader(Subset(data, chosen), batch_size, collate_fn=loader.collate_fn, **workers)
+    for metric in loop.evaluator.metrics:
+        if hasattr(metric, 'img_ids'):  # COCO's: it takes the pictures that are left out for missed ones
+            metric.img_ids = [data.get_data_info(i)['img_id'] for i in chosen]
+
+
+class _Tick(Hook):
+    """Calls a function after each test batch."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self.tick = tick
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.tick()
+
+
+@contextmanager
+def _progress(runner: Runner, runs: int, show: bool) -> Iterator[Callable[[str], None]]:
+    """Show how far `runs` runs of the test loop are; yields a function that tells what the next run is."""
+    columns = (
+        BarColumn(20),
+        TimeElapsedColumn(),
+        TextColumn('left:'),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    number = TextColumn('{task.fields[run]}/{task.fields[runs]} {task.description}')
+    with Progress(*columns, number, console=Console(stderr=True), disable=not show, transient=True) as progress:
+        task = progress.add_task('', total=runs * len(runner.test_loop.dataloader), run=0, runs=runs)
+        runner._hooks = [_Tick(lambda: progress.advance(task))]
+
+        def start(description: str) -> None:
+            progress.update(task, description=description, run=progress.tasks[0].fields['run'] + 1)
+
+        try:
+            yield start
+        finally:
+            runner._hooks = []
+
+
+def evaluate(runner: Runner) -> dict[str, Any]:
+    """All metrics of a run of the test loop, with the same random numbers each time, and without what COCO prints."""
+    with kept_random_state(), redirect_stdout(io.StringIO()):
+        seed_all(int(runner.seed or 0))
+        return runner.test_loop.run()
+
+
+def analyze(
+    runner: Runner,
+    patterns: Sequence[str] = (),
+    samples: int | None = None,
+    metric: str | None = None,
+    reference: str | None = 'float',
+    show_progress: bool = True,
+) -> Analysis:
+    """Analyze the model of a runner that :func:`load` prepared, on its test data.
+
+    Args:
+        patterns: fnmatch patterns of the layers to look at; all without them.
+        samples: test pictures to use, evenly spaced; None: all.
+        metric: key of the metric; None: the main one of the task.
+        reference: see Metric; it takes a run over the pictures for each part. None: one run, for statistics only.
+
+    Raises:
+        UserError: there is nothing to analyze, or a pattern or the metric does not exist.
+    """
+    model, task = bare_model(runner.model), task_of(runner.cfg)
+    parts = choose(parts_of(model, runner.report.plan), patterns)
+    available = len(runner.test_loop.dataloader.dataset)
+    if samples is not None:
+        take_samples(runner.test_loop, samples)
+    pictures = len(runner.test_loop.dataloader.dataset)
+    with _progress(runner, len(parts) + 2 if reference else 1, show_progress) as start:
+        start('everything quantized')
+        rows, values = _measure(runner, parts)
+        if reference is None:
+            return Analysis(worst_first(rows), None, pictures, available)
+        key = metric_key(values, metric, task)
+        title, factor = MAIN_METRICS[task].get(key, (key, 1))
+        start('everything float')
+        unquantized = _value_with([], runner, key) * factor
+        found = Metric(key, title, factor, reference, unquantized, float(values[key]) * factor)
+        if reference == 'float' and found.unquantized < found.quantized:
+            runner.logger.warning(ADAPTED.format(found.title, found.unquantized, found.quantized))
+        every = {m for m in model.modules() if isinstance(m, Quantizer) and m.stage != Stage.FLOAT}
+        for number, (part, row) in enumerate(zip(parts, rows)):
+            start(part.name)
+            chosen = set(part.quantizers)
+            value = _value_with(chosen if reference == 'float' else every - chosen, runner, key) * factor
+            rows[number] = dataclasses.replace(row, metric=value, cost=found.cost(value))
+    return Analysis(worst_first(rows), found, pictures, available)
+
+
+def _value_with(active: Iterable[Quantizer], runner: Runner, key: str) -> float:
+    """A metric with only the `active` quantizers; 0 if it is missing, because nothing was detected."""
+    with only(bare_model(runner.model), active):
+        return float(evaluate(runner).get(key, 0.0))
+
+
+def _measure(runner: Runner, parts: Sequence[Part]) -> tuple[list[Row], dict[str, Any]]:
+    """The parts with statistics but not yet with what they cost, and the metrics, with everything quantized."""
+    keep = max(1 << 6, SAMPLES // len(runner.test_loop.dataloader))
+    meters = [Meter(keep) for _ in parts]
+    with ExitStack() as stack:
+        for part, meter in zip(parts, meters):
+            for quantizer in part.inputs:
+                stack.callback(watch(quantizer, meter).remove)
+        values = evaluate(runner)
+    rows = []
+    for part, meter in zip(parts, meters):
+        weight = measure_weight(part.layer) if part.layer else None
+        seen = meter.result(max((q.bits for q in part.inputs), default=0))
+        rows.append(Row(part.name, part.kind, part.readers, weight, seen))
+    return rows, values
+
+
+def metric_key(values: dict[str, Any], key: str | None, task: str) -> str:
+    """The metric that tells the cost: `key`, or the first main one of the task.
+
+    Raises:
+        UserError: the evaluator does not compute it.
+    """
+    wanted = [key] if key is not None else list(MAIN_METRICS[task])
+    numbers = sorted(name for name, value in values.items() if isinstance(value, (int, float, np.number)))
+    found = next((each for each in wanted if each in numbers), None)
+    if found is None:
+        raise UserError(f'--metric: the test computes no {" or ".join(wanted)}, but {", ".join(numbers)}')
+    return found
+
+
+def weights_of(model: nn.Module, rows: Iterable[Row], start: dict[str, Tensor] | None = None) -> list[Weights]:
+    """The weights of the rows that have one, in their order.
+
+    Args:
+        start: state dict of the checkpoint that training started from.
+    """
+    layers, found = quant_layers(model), []
+    for row in rows:
+        if row.weight is not None:
+            weight, quantized, low, high = (value.float().cpu() for value in quantized_weight(layers[row.name]))
+            ends = torch.cat([low.flatten(), high.flatten()]).unique()
+            before = start[f'{row.name}.weight'].float().flatten().numpy() if start is not None else None
+            now, after = weight.flatten().numpy(), quantized.flatten().numpy()
+            found.append(Weights(row.name, now, after, ends.numpy(), before))
+    return found

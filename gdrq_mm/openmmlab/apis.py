@@ -1,0 +1,172 @@
+"""A trained model for your own program: build it, predict, draw. The libraries' inference functions accept it too."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
+from mmengine.structures import PixelData
+
+from ..core.errors import UserError, building
+from ..deploy.packed import is_packed, load_packed
+from .checkpoints import check_finite, check_fits, other_quantization, read_checkpoint, state_of
+from .cli import read_config
+from .compat import check_environment
+from .models import drop_pretrained, prepare_model
+from .tasks import task_of
+
+NOISE = (240, 320)
+"""Size of the picture from which an inference model learns what feeds what; pipelines resize it as they like."""
+LEGIBLE = 320
+"""Pictures are drawn with a shorter side of about so many pixels at least, else labels cannot be read."""
+
+
+def init_model(
+    config: str | Path | Config,
+    checkpoint: str | Path | None = None,
+    device: str | None = None,
+    cfg_options: dict[str, Any] | None = None,
+    unsafe_load: bool = False,
+) -> Any:
+    """A float or quantized model that is ready to predict.
+
+    mmdet's `inference_detector`, mmseg's `inference_model` and mmpretrain's `inference_model` accept it. Their own
+    `init_*` functions would build a plain model and evaluate it in float.
+
+    Args:
+        config: path of a config, or the config.
+        checkpoint: path or address; without it the weights are random. A packed file (tools/export.py) gives the
+            integers of the trained model, computed by torch.
+        device: such as 'cuda:0'; by default a GPU if there is one.
+        cfg_options: settings to override, such as {'model.test_cfg.score_thr': 0.1}.
+        unsafe_load: unpickle whatever the checkpoint holds; that runs its code.
+
+    Raises:
+        UserError: the config or the checkpoint cannot be read, or they do not fit.
+    """
+    check_environment()
+    if isinstance(config, Config):
+        cfg = config.copy()
+        cfg.merge_from_dict(cfg_options or {})
+    else:
+        cfg = read_config(config, cfg_options)
+    task = task_of(cfg)
+    init_default_scope(cfg.default_scope)
+    drop_pretrained(cfg.model)
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with building(f'model={cfg.model.get("type")!r}'):
+        model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model.cfg = model._config = cfg
+    if task == 'cls':  # how mmpretrain finds its inferencer
+        model._metainfo = SimpleNamespace(results=[SimpleNamespace(task='Image Classification')])
+    model.dataset_meta = model._dataset_meta = {}
+    noise = np.random.default_rng(0).integers(0, 256, (*NOISE, 3), np.uint8)
+    model.plan = prepare_model(model, cfg, lambda: infer(model, noise)).plan
+    model.eval()
+    if checkpoint is not None and is_packed(checkpoint):
+        model, meta = load_packed(model, checkpoint, model.plan.training_only)
+        model.dataset_meta = model._dataset_meta = meta
+    elif checkpoint is not None:
+        _load(model, str(checkpoint), unsafe_load)
+    if not model.dataset_meta.get('classes'):
+        model.dataset_meta.update(cfg.test_dataloader.dataset.get('metainfo') or {})
+    return model.to(device or get_device())
+
+
+def _load(model: Any, checkpoint: str, unsafe_load: bool) -> None:
+    content = read_checkpoint(checkpoint, 'cpu', unsafe_load)
+    check_fits(model, content, checkpoint, share=1.0)
+    mismatch = other_quantization(model, content)
+    if mismatch:
+        raise UserError(f'checkpoint {checkpoint} was trained with another quantization config: {mismatch}')
+    load_state_dict(model, state_of(content))
+    check_finite(model, checkpoint)
+    meta = content.get('meta', {}).get('dataset_meta') or {}
+    model.dataset_meta = model._dataset_meta = {key.lower(): value for key, value in meta.items()}
+
+
+def infer(model: Any, image: str | Path | np.ndarray) -> Any:
+    """The prediction for one picture, as the data sample of the model's library.
+
+    Args:
+        image: path, or BGR pixels (H, W, 3).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    image = read_image(image)
+    task, cfg = task_of(model.cfg), model.cfg
+    model.cfg = copy.deepcopy(cfg)  # mmdet and mmseg change the pipeline in it when they are given pixels
+    try:
+        if task == 'det':
+            from mmdet.apis import inference_detector
+
+            return inference_detector(model, image)
+        if task == 'seg':
+            from mmseg.apis import inference_model
+
+            return inference_model(model, image)
+        from mmpretrain.apis import ImageClassificationInferencer
+
+        inferencer = ImageClassificationInferencer(model)  # calling it would print a progress bar for one picture
+        (batch,) = inferencer.preprocess([image])
+        return inferencer.forward(batch)[0]
+    finally:
+        model.cfg = cfg
+
+
+def read_image(image: str | Path | np.ndarray) -> np.ndarray:
+    """A picture as BGR pixels, (H, W, 3).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    if not Path(image).is_file():
+        raise UserError(f'picture {image} does not exist')
+    pixels = cv2.imread(str(image))
+    if pixels is None:
+        raise UserError(f'picture {image} cannot be read: damaged or not a picture')
+    return pixels
+
+
+def draw(model: Any, image: str | Path | np.ndarray, prediction: Any, score_thr: float = 0.3) -> np.ndarray:
+    """The picture with its class, boxes or mask drawn onto it, RGB; a small one is enlarged first.
+
+    Args:
+        image: as for :func:`infer`.
+        prediction: what :func:`infer` returned.
+        score_thr: boxes below it are left out.
+    """
+    pixels = read_image(image)
+    factor = max(1, round(LEGIBLE / min(pixels.shape[:2])))
+    pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)[..., ::-1].copy()
+    visualizer = VISUALIZERS.build({**model.cfg.visualizer, 'name': 'infer', 'vis_backends': None})
+    visualizer.dataset_meta = model.dataset_meta
+    task = task_of(model.cfg)
+    if task == 'cls':
+        visualizer.visualize_cls(pixels, prediction, classes=model.dataset_meta.get('classes'), draw_gt=False)
+    elif task == 'det':
+        prediction = copy.deepcopy(prediction.cpu())
+        found = prediction.pred_instances
+        found.bboxes *= factor
+        if 'masks' in found:
+            found.masks = found.masks.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        visualizer.add_datasample('', pixels, prediction, draw_gt=False, pred_score_thr=score_thr)
+    else:
+        prediction = prediction.cpu().clone()
+        labels = prediction.pred_sem_seg.data
+        prediction.pred_sem_seg = PixelData(data=labels.repeat_interleave(factor, -1).repeat_interleave(factor, -2))
+        visualizer.add_datasample('', pixels, prediction, draw_gt=False, with_labels=False)
+    return visualizer.get_image()

@@ -1,0 +1,237 @@
+"""Read checkpoints without running code in them, and write them whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from mmengine.fileio import get as fetch
+from mmengine.logging.history_buffer import HistoryBuffer
+
+from ..core.errors import UserError
+from ..core.quantizers import Quantizer, learned_parameters
+
+_QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant)\.')
+"""Matches the names of what quantizers keep in a state dict."""
+
+POINTER = 'last_checkpoint'
+"""mmengine's file in a work directory that holds the path of the newest checkpoint."""
+
+
+def _history_method(owner: Any, name: str) -> Any:
+    """Stands for `getattr` in a pickle: resolves the statistics of a HistoryBuffer and nothing else."""
+    if owner is not HistoryBuffer or name not in ('max', 'min', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'Unsupported attribute {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
+ALLOWED: list[Any] = [
+    (_history_method, 'builtins.getattr'),
+    HistoryBuffer,  # what mmengine's message hub keeps in a training checkpoint
+    OrderedDict,
+    bytes,  # an empty array
+    np.ndarray,
+    np.dtype,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    *(type(np.dtype(t)) for t in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')),
+]
+
+
+def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = False) -> dict[str, Any]:
+    """A checkpoint as a dict; its tensors and plain data only.
+
+    Args:
+        filename: a local path or an http(s) address.
+        unsafe: unpickle anything. That runs whatever code the file holds.
+
+    Raises:
+        UserError: missing, empty, truncated, not a checkpoint, or with anything in it but tensors and plain data.
+    """
+    if '://' in filename:
+        try:
+            source: Any = io.BytesIO(fetch(filename))
+        except Exception as error:  # each storage backend has errors of its own
+            reason = f'{type(error).__name__} {error}'.splitlines()[0]
+            raise UserError(f'checkpoint {filename} cannot be fetched: {reason}') from None
+    else:
+        source = filename
+        if not os.path.isfile(filename):
+            raise UserError(f'checkpoint {filename} does not exist{_neighbours(filename)}')
+        if os.path.getsize(filename) == 0:
+            raise UserError(f'checkpoint {filename} is empty')
+    try:
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                if archive.testzip() is not None:  # torch does not look at the checksums that it writes
+                    raise ValueError('a checksum does not fit')
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
+        with torch.serialization.safe_globals(ALLOWED):
+            checkpoint = torch.load(source, map_location=map_location, weights_only=not unsafe)
+    except Exception as error:  # a damaged file can raise anything in the unpickler
+        refused = re.search(
+            r'(GLOBAL [\w.]+|Unsupported (?:global|class|attribute)[^\n]*|Can only build[^\n]*)', str(error)
+        )
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise UserError(
+                f'checkpoint {filename} holds more than tensors and plain data and was not loaded: '
+                f'{refused[1]} (--unsafe-load runs what it holds)'
+            ) from None
+        reason = f'{type(error).__name__} {error}'.splitlines()[0]
+        if 'Weights only load failed' in reason:  # followed by advice that is not ours
+            reason = 'it cannot be read as tensors and plain data'
+        raise UserError(f'checkpoint {filename} is truncated or damaged: {reason}') from None
+    state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(state, dict):
+        raise UserError(f'checkpoint {filename} holds a {type(state).__name__}, not a dict of tensors')
+    for name in state:
+        if not isinstance(name, str):
+            raise UserError(f'checkpoint {filename} has the name {name!r}, which is not a string')
+    return checkpoint
+
+
+def find_resumable(work_dir: str | Path, out_dir: str | Path | None = None, unsafe: bool = False) -> tuple[str, str]:
+    """The checkpoint from which the training of a work directory goes on.
+
+    The one that `last_checkpoint` names if it is whole; no other is read then. Else, of the whole ones in the work
+    directory, the one after most iterations.
+
+    Args:
+        out_dir: the folder of the checkpoints, if it is not the work directory.
+
+    Returns:
+        Its path, '' if there is nothing to resume; and why it is not that of `last_checkpoint`, '' if it is.
+
+    Raises:
+        UserError: a training was begun here, but none of its checkpoints is whole.
+    """
+    pointer = Path(work_dir) / POINTER
+    named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    if named:
+        try:
+            if _iterations(read_checkpoint(named, unsafe=unsafe)) is not None:
+                return named, ''
+            reason = f'{named} does not hold the state of a training'
+        except UserError as error:
+            reason = str(error)
+    else:
+        reason = f'{pointer} {"is empty" if pointer.exists() else "is missing"}'
+    whole, damaged = [], []
+    for path in sorted({p for folder in {work_dir, out_dir or work_dir} for p in Path(folder).glob('*.pth')}):
+        try:
+            checkpoint = read_checkpoint(str(path), unsafe=unsafe)
+        except UserError:
+            damaged.append(path.name)
+            continue
+        iterations = _iterations(checkpoint)
+        if iterations is not None and 'optimizer' in checkpoint:  # those of the best score have none
+            whole.append((iterations, str(path)))
+    if whole:
+        return max(whole)[1], reason
+    if not damaged and not pointer.exists():
+        return '', ''
+    others = f', nor is {", ".join(damaged)}' if damaged else ''
+    raise UserError(
+        f'{work_dir} has no whole checkpoint to resume from: {reason}{others}; leave --resume out to start anew'
+    )
+
+
+def _iterations(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
+    """Iterations and epochs of the training whose state a checkpoint holds; None if it holds weights only."""
+    meta = checkpoint.get('meta')
+    found = tuple(meta.get(key) for key in ('iter', 'epoch')) if isinstance(meta, dict) else ()
+    whole = 'message_hub' in checkpoint and len(found) == 2 and all(isinstance(n, int) for n in found)
+    return found if whole else None  # type: ignore[return-value]
+
+
+def check_resumable(checkpoint: dict[str, Any], filename: str) -> None:
+    """Raise UserError if a checkpoint does not hold the state of a training."""
+    if _iterations(checkpoint) is None:
+        raise UserError(f'checkpoint {filename} holds weights only and cannot be resumed; name it in load_from instead')
+
+
+def last_written(work_dir: str | Path) -> str:
+    """Says which checkpoint of a work directory is the last good one."""
+    pointer = Path(work_dir) / POINTER
+    named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    return f'the last good checkpoint is {named}' if named else 'no checkpoint had been written yet'
+
+
+def state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The state dict in a checkpoint, names without a 'module.' prefix."""
+    return {k.removeprefix('module.'): v for k, v in checkpoint.get('state_dict', checkpoint).items()}
+
+
+def check_fits(model: nn.Module, checkpoint: dict[str, Any], filename: str, share: float) -> None:
+    """Raise UserError if less than `share` of the model's parameters are in the checkpoint, with their shape.
+
+    Parameters of quantizers do not count: a float checkpoint has none.
+    """
+    state = state_of(checkpoint)
+    learned = learned_parameters(model)
+    parameters = {n: p for n, p in model.named_parameters() if n not in learned}
+    wrong = [n for n, p in parameters.items() if n not in state or getattr(state[n], 'shape', None) != p.shape]
+    if len(parameters) - len(wrong) < share * len(parameters):
+        raise UserError(
+            f'checkpoint {filename} is of another model: {len(parameters) - len(wrong)} of {len(parameters)} '
+            f'parameters match by name and shape; the first that does not is {wrong[0]}'
+        )
+
+
+def check_finite(model: nn.Module, filename: str) -> None:
+    """Raise UserError if a parameter that was loaded is NaN or infinite: the training had diverged."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f'checkpoint {filename} has NaN or infinite values in {name}: its training diverged')
+
+
+def other_quantization(model: nn.Module, checkpoint: dict[str, Any]) -> str:
+    """Why the thresholds of a quantized checkpoint do not belong to this model; '' if they do or if it has none.
+
+    One that QuantRunner wrote holds the rules of its quantizers; others are compared by names, bits and shapes.
+    """
+    state = state_of(checkpoint)
+    theirs = {name for name in state if _QUANTIZER_ENTRY.search(name)}
+    if not theirs:
+        return ''
+    prefixes = [(name, m) for name, m in model.named_modules() if isinstance(m, Quantizer)]
+    ours = {f'{name}.{key}': value for name, m in prefixes for key, value in m.state_dict().items()}
+    if not ours:
+        return 'this config quantizes nothing'
+    for name in sorted(theirs ^ set(ours)):
+        return f'{name} is in the {"checkpoint" if name in theirs else "config"} only'
+    meta = checkpoint.get('meta')
+    rules = meta.get('quantizers') if isinstance(meta, dict) else None
+    for name, m in prefixes:
+        bits = int(state[f'{name}.state'][-1])
+        if bits != m.bits:
+            return f'{name} has {bits} bits in the checkpoint and {m.bits} in the config'
+        rule = rules.get(name, m.rule) if isinstance(rules, dict) else m.rule
+        if rule != m.rule:
+            return f'{name} is {rule} in the checkpoint and {m.rule} in the config'
+    for name, value in ours.items():
+        if state[name].shape != value.shape:
+            return f'{name} has shape {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} in the config'
+    return ''
+
+
+def without_quantizers(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint as if it came from the float model."""
+    state = {k: v for k, v in state_of(checkpoint).items() if not _QUANTIZER_ENTRY.search(k)}
+    return {**checkpoint, 'state_dict': state}
+
+
+def _neighbours(filename: str) -> str:
+    folder = Path(filename).parent
+    found = sorted(p.name for p in folder.glob('*.pth')) if folder.is_dir() else []
+    return f'; {folder} has {", ".join(found[:5])}' if found else ''

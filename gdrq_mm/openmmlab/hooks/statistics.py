@@ -1,0 +1,128 @@
+"""Write what happens to the distributions: scalars and histograms through mmengine's Visualizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from mmengine.visualization import TensorboardVisBackend
+from torch import Tensor
+
+from ...core import functional as F
+from ...core.modules import activation_quantizers, quant_layers
+from ...core.quantizers import Quantizer, Stage
+from ...report.plots import Distribution, distribution_sheet
+from ..models import bare_model
+
+SAMPLES = 1 << 16
+"""Values of a weight or an activation that are looked at; evenly spaced ones of the tensor (ours)."""
+
+
+@HOOKS.register_module()
+class StatisticsHook(Hook):
+    """Write what the quantizers see, for each layer's weight and each activation.
+
+    Every `interval` iterations (0: never), in the first and the last one and the first of each stage: so the pictures
+    show the distributions before training, after reshape and after quantization.
+
+    Scalars `quant/<name>/{threshold, clip_ratio, quantized_loss, distance_to_uniform}` and a picture of all histograms
+    go to every backend of the visualizer, the histograms themselves to TensorBoard if it is one of them. The table of
+    layers is logged before training and testing.
+
+    Example:
+        custom_hooks = [dict(type='StatisticsHook', interval=500)]   # QuantRunner adds it by itself
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, interval: int = 500) -> None:
+        self.interval = interval
+        self._due = False
+        self._stages: frozenset[Stage] = frozenset()
+        self._samples: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def before_train(self, runner: Runner) -> None:
+        if hasattr(runner, 'log_layers'):
+            runner.log_layers()
+
+    before_test = before_train
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        model = bare_model(runner.model)
+        before, self._stages = self._stages, frozenset(m.stage for m in model.modules() if isinstance(m, Quantizer))
+        last = runner.iter + 1 == runner.max_iters
+        begins = self._stages != before
+        self._due = self.interval > 0 and (begins or last or self.every_n_train_iters(runner, self.interval))
+        if not self._due:
+            return
+        for name, quantizer in activation_quantizers(model).items():
+
+            def keep(module: Any, args: Any, name: str = name) -> None:
+                values = args[0].detach().flatten()
+                self._samples[name] = _some(values).float()
+
+            self._handles.append(quantizer.register_forward_pre_hook(keep))
+
+    @torch.no_grad()
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        if not self._due:
+            return
+        for handle in self._handles:
+            handle.remove()
+        samples, self._samples, self._handles = self._samples, {}, []
+        self._write(runner, self._distributions(bare_model(runner.model), samples))
+
+    @staticmethod
+    def _distributions(model: Any, samples: dict[str, Tensor]) -> list[Distribution]:
+        found = []
+        for name, layer in quant_layers(model).items():
+            quant = layer.weight_quant
+            if quant is not None and quant.calibrated:
+                weight = layer.filters()
+                step = quant.step(weight)
+                quantized = quant.quantize(weight, step)
+                weight, step, quantized = (_some(t.expand_as(weight).flatten()) for t in (weight, step, quantized))
+                found.append(_distribution(f'{name}.weight', weight, step, quantized, quant))
+        for name, quant in activation_quantizers(model).items():
+            if quant.calibrated and name in samples and samples[name].numel():
+                x, step = samples[name], quant.step()
+                found.append(_distribution(name, x, step, quant.quantize(x, step), quant))
+        return found
+
+    @master_only
+    def _write(self, runner: Runner, distributions: list[Distribution]) -> None:
+        if not distributions:
+            return
+        scalars = {f'quant/{d.name}/{key}': value for d in distributions for key, value in d.scalars().items()}
+        runner.visualizer.add_scalars(scalars, step=runner.iter)
+        runner.visualizer.add_image('distributions', distribution_sheet(distributions), step=runner.iter)
+        for backend in runner.visualizer._vis_backends.values():
+            if isinstance(backend, TensorboardVisBackend):
+                for d in distributions:
+                    backend.experiment.add_histogram(f'quant/{d.name}', d.values, runner.iter)
+
+
+def _some(values: Tensor) -> Tensor:
+    """Evenly spaced ones of (N,); the spacing is odd, else it may hit the same channels only."""
+    return values[:: max(1, len(values) // SAMPLES) | 1]
+
+
+def _distribution(name: str, x: Tensor, step: Tensor, quantized: Tensor, quant: Quantizer) -> Distribution:
+    low, threshold = quant.lo * step, step * max(-quant.lo, quant.hi)
+    clipped = (x > quant.hi * step) | (x < low)
+    return Distribution(
+        name=name.replace('.own_input_quant', ''),
+        values=x.float().flatten().cpu().numpy(),
+        low=float(low.mean()),
+        threshold=float(threshold.mean()),
+        clip_ratio=float(clipped.float().mean()),
+        quantized_loss=float(F.quantized_loss(x, quantized)),
+        distance_to_uniform=float(F.distance_to_uniform(x)),
+    )

@@ -1,0 +1,168 @@
+"""Bad data ends in one message that names the file: before training if that is cheap, else when the sample is loaded.
+
+Before: what annotation files say, and whether pictures and masks exist. When loaded: whether picture and mask can be
+decoded, are of one size, and the labels of the mask are classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import cv2
+from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
+
+from ..core.errors import UserError
+from ..data.checks import check_annotations, read_annotations, wrong_mask
+from ..data.layout import refuse_missing
+
+
+class DataError(UserError):
+    """A UserError of a loader's worker process: torch makes it anew, with a traceback before the message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f'{__name__}.DataError: '))
+
+
+@contextmanager
+def checked_reading(scope: str | None) -> Iterator[None]:
+    """Check annotations while data sets are built: reading them once more would take long on big data."""
+
+    def serialize(dataset: BaseDataset) -> Any:
+        _refuse_empty(dataset, len(dataset.data_list))  # mmengine would fail to concatenate nothing
+        return original(dataset)
+
+    original = BaseDataset._serialize_data
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(BaseDataset, '_serialize_data', serialize))
+        if scope == 'mmdet':
+            _check_mmdet(stack)
+        yield
+
+
+def _check_mmdet(stack: ExitStack) -> None:
+    from mmdet.datasets import CocoDataset, XMLDataset
+    from mmdet.datasets.api_wrappers import COCO
+
+    def read(dataset: CocoDataset, path: str) -> COCO:
+        coco = COCO()
+        coco.dataset = read_annotations(path, dataset.ann_file)
+        warning = check_annotations(coco.dataset, dataset.ann_file, dataset.metainfo['classes'])
+        if warning:
+            print_log(warning, logger='current', level=logging.WARNING)
+        if not (dataset.test_mode or coco.dataset['annotations']):
+            raise UserError(f'{dataset.ann_file} has no annotations to train with')
+        coco.createIndex()
+        coco.img_ann_map, coco.cat_img_map = coco.imgToAnns, coco.catToImgs  # mmdet's names, set when it is made
+        return coco
+
+    def parse(dataset: XMLDataset, info: dict[str, Any]) -> Any:
+        try:
+            return original(dataset, info)
+        except (ET.ParseError, AttributeError, ValueError) as error:
+            raise UserError(f'{info["xml_path"]} is not an annotation of Pascal VOC: {error}') from None
+
+    original = XMLDataset.parse_data_info
+    stack.enter_context(_replaced(CocoDataset, 'COCOAPI', read))
+    stack.enter_context(_replaced(XMLDataset, 'parse_data_info', parse))
+
+
+@contextmanager
+def _replaced(cls: type, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    before = getattr(cls, name)
+    setattr(cls, name, function)
+    try:
+        yield
+    finally:
+        setattr(cls, name, before)
+
+
+def _refuse_empty(dataset: BaseDataset, number: int) -> None:
+    if not number:
+        raise UserError(f'{_name(dataset)} has no pictures that can be used')
+
+
+def _name(dataset: BaseDataset) -> str:
+    places = (dataset.ann_file, *dataset.data_prefix.values(), dataset.data_root)
+    return f'{type(dataset).__name__} of {next(filter(None, places), "")}'
+
+
+class _Checked:
+    """A transform that loads a file, with errors that name it."""
+
+    def __init__(self, transform: Any, classes: int | None, ignored: set[int]) -> None:
+        self.transform, self.classes, self.ignored = transform, classes, ignored
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any] | None:
+        path = data.get('seg_map_path') if 'img' in data else None  # the picture is loaded first
+        path = path or data.get('img_path')
+        try:
+            loaded = self.transform(data)
+        # What mmcv, OpenCV and Pillow raise on a damaged file; other errors are the config's.
+        except (OSError, AssertionError, AttributeError, SyntaxError, cv2.error) as error:
+            reason = getattr(error, 'strerror', None) or f'damaged or not a picture ({error})'.splitlines()[0]
+            raise DataError(f'{path} cannot be read: {reason}') from error
+        mask = (loaded or {}).get('gt_seg_map')
+        if mask is not None and self.classes is not None and 'ori_shape' in data:
+            wrong = wrong_mask(mask, data['ori_shape'][:2], self.classes, self.ignored)
+            if wrong:
+                raise DataError(f'{path} {wrong}')
+        return loaded
+
+
+def ignored_labels(model: Any) -> set[int]:
+    """Labels that the heads of a model's config ignore."""
+    if isinstance(model, dict):
+        found = set().union(*map(ignored_labels, model.values()))
+        return found | {model.get('ignore_index', 255)} - {None} if 'num_classes' in model else found
+    return set().union(*map(ignored_labels, model)) if isinstance(model, (list, tuple)) else set()
+
+
+def check_dataset(dataset: Any, ignored: set[int]) -> None:
+    """Check that the files of a data set exist, and let it name a file that it cannot load.
+
+    Raises:
+        UserError: it is empty, or some do not exist.
+    """
+    inner = getattr(dataset, 'datasets', None) or [d for d in [getattr(dataset, 'dataset', None)] if d is not None]
+    for each in inner:
+        check_dataset(each, ignored)
+    if not isinstance(dataset, BaseDataset):
+        return
+    _refuse_empty(dataset, len(dataset))
+    transforms = dataset.pipeline.transforms
+    if not any(getattr(t, 'backend_args', None) for t in transforms):  # else the files are elsewhere
+        _require_files(dataset)
+    classes = dataset.metainfo.get('classes') if hasattr(dataset, 'reduce_zero_label') else None  # mmseg's have that
+    _wrap(dataset.pipeline, len(classes) if classes else None, ignored)
+
+
+def _require_files(dataset: BaseDataset) -> None:
+    if not dataset.ann_file and 'seg_map_path' not in dataset.get_data_info(0):
+        return  # its pictures were found by listing folders
+    folders: dict[str, set[str]] = {}  # listing a folder is faster than asking for each file
+    missing = []
+    for number in range(len(dataset)):
+        info = dataset.get_data_info(number)
+        for path in (info.get('img_path'), info.get('seg_map_path')):
+            if not isinstance(path, str) or '://' in path:
+                continue
+            folder, file = os.path.split(path)
+            if folder not in folders:
+                folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            if file not in folders[folder]:
+                missing.append(path)
+    refuse_missing(_name(dataset), missing)
+
+
+def _wrap(pipeline: Any, classes: int | None, ignored: set[int]) -> None:
+    for number, transform in enumerate(pipeline.transforms):
+        if type(transform).__name__.startswith('Load'):
+            pipeline.transforms[number] = _Checked(transform, classes, ignored)
+        for inner in getattr(transform, 'subroutines', ()):  # TestTimeAug
+            _wrap(inner, classes, ignored)

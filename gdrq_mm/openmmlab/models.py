@@ -1,0 +1,80 @@
+"""From the model of a config to the quantized model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.config import Config
+from mmengine.model import BaseTTAModel, is_model_wrapper
+
+from ..core.config import Quantization
+from ..core.convert import Report, float_report, quantize_model
+from ..core.errors import UserError, building
+from ..core.topology import Plan, record
+from .heads import TRAINING_ONLY, last_layers
+
+
+def bare_model(model: nn.Module) -> Any:
+    """The model without a wrapper for several processes or for test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def record_plan(model: nn.Module, predict: Callable[[], Any]) -> Plan:
+    """The plan of a bare model from one prediction, with what is known of the libraries' heads."""
+    training_only = [name for name, _ in model.named_children() if name in TRAINING_ONLY]
+    return record(model, predict, whole=False, last=last_layers(model), training_only=training_only)
+
+
+def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any]) -> Report:
+    """Give a model of a config its memory format and its quantized layers, in place.
+
+    Args:
+        predict: one prediction of the model, from which is learned what feeds what.
+    """
+    memory_format = cfg.get('memory_format', 'contiguous')
+    if memory_format not in ('contiguous', 'channels_last'):
+        raise UserError(f'memory_format={memory_format!r} is not one of contiguous, channels_last')
+    if memory_format == 'channels_last':
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bare, quantization = bare_model(model), read_quantization(cfg)
+    with building('the model'):
+        plan = record_plan(bare, predict)
+    if quantization is None:
+        return float_report(bare, plan)
+    report = quantize_model(bare, quantization, plan)
+    model.to(next(model.parameters()).device)
+    return report
+
+
+def read_quantization(cfg: Config) -> Quantization | None:
+    """The validated `quantization` dict of a config; None if it has none.
+
+    Raises:
+        UserError: a value in it is wrong, or the config has a name that looks like it or like load_from: nothing reads
+            that, and the training would be another one.
+    """
+    for setting in ('quantization', 'load_from'):
+        for name in difflib.get_close_matches(setting, set(cfg) - {setting}, n=1, cutoff=0.85):
+            raise UserError(f"{name} is not a setting; did you mean '{setting}'? (else rename it)")
+    return Quantization.from_dict(cfg.quantization) if 'quantization' in cfg else None
+
+
+def drop_pretrained(cfg: Any) -> None:
+    """Remove `init_cfg=dict(type='Pretrained', ...)` and mmseg's `pretrained=...` from a model config, at any depth."""
+    if isinstance(cfg, dict):
+        if isinstance(cfg.get('pretrained'), str):
+            cfg['pretrained'] = None
+        init = cfg.get('init_cfg')
+        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+            cfg['init_cfg'] = None
+        for value in cfg.values():
+            drop_pretrained(value)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            drop_pretrained(value)

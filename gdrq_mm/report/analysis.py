@@ -1,0 +1,254 @@
+"""What gdrq_mm/report/ found: the table, the JSON and the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+VERSION = 1
+"""Version of the JSON's layout."""
+BINS = 121
+"""Of a histogram: at 4 bits a level of the weights is a spike of its own."""
+
+EMPTY = 0.5
+"""Height of a bin without values on a logarithmic axis."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What quantization does to one tensor."""
+
+    bits: int
+    sqnr: float
+    """Signal-to-quantization-noise ratio sum(x^2) / sum((x - Q(x))^2) in dB; inf if Q changes nothing."""
+    clip_ratio: float
+    """Share of the values outside the range of the codes."""
+    quantized_loss: float
+    """The paper's Eq. 3 with p = 1."""
+    distance_to_uniform: float
+    """Kolmogorov-Smirnov distance of |x| / max|x| to the uniform distribution."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of the model that is quantized alone. Every quantizer is in one part, so its effect counts once."""
+
+    name: str
+    kind: str
+    """'layer': its weight, and its input if no other layer reads it; 'shared input'; 'output': of a module."""
+    readers: tuple[str, ...]
+    """The layers whose input it is; of an output the module that makes it."""
+    weight: Damage | None
+    input: Damage | None
+    """Of the values that the quantized model computes."""
+    metric: float | None = None
+    """With only this part quantized, or with only this part float, as Metric.reference says."""
+    cost: float | None = None
+    """How much worse the metric is with this part quantized; see Metric.cost."""
+
+    @property
+    def sqnr(self) -> float:
+        """The worse ratio of weight and input, in dB; inf if no test picture reached the part."""
+        return min((damage.sqnr for damage in (self.weight, self.input) if damage is not None), default=math.inf)
+
+    @property
+    def bits(self) -> str:
+        """Such as 'W4A4'; one letter where the part has one of the two."""
+        sides = (('W', self.weight), ('A', self.input))
+        return ''.join(f'{letter}{damage.bits}' for letter, damage in sides if damage is not None)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The metric that tells what a part costs; the higher the better."""
+
+    key: str
+    """Its name in the evaluator's answer."""
+    title: str
+    factor: float
+    """What its values were multiplied by, 100 for a percentage."""
+    reference: str
+    """'float': a part costs what the float model loses when only this part is quantized; 'quantized': what the
+    quantized model gains when only this part is float."""
+    unquantized: float
+    """With everything float, but the weights of the checkpoint."""
+    quantized: float
+    """With everything quantized: what tools/test.py finds."""
+
+    def cost(self, value: float) -> float:
+        """What a part costs with which the metric is `value`, and not that of the reference."""
+        return self.unquantized - value if self.reference == 'float' else value - self.quantized
+
+    @property
+    def meaning(self) -> str:
+        """What the cost is, for people."""
+        if self.reference == 'float':
+            return f'{self.title} that the float model loses with only this quantized'
+        return f'{self.title} that the quantized model gains with only this float'
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The whole result."""
+
+    rows: list[Row]
+    metric: Metric | None
+    pictures: int
+    """Test pictures that were used."""
+    available: int
+    """Test pictures that the config has."""
+
+    def summary(self) -> str:
+        """What stands above the table and the picture."""
+        data = f'{self.pictures} of {self.available} test pictures'
+        if self.metric is None:
+            return f'Inputs of {data}, no metric.'
+        m, total = self.metric, sum(row.cost or 0 for row in self.rows)
+        drop = m.unquantized - m.quantized
+        return (
+            f'{m.title} on {data}: {m.unquantized:.2f} float, {m.quantized:.2f} quantized, drop {drop:.2f}.\n'
+            f'Cost: {m.meaning}; the sum is {total:.2f}.'
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a layer, each array (N,)."""
+
+    name: str
+    now: np.ndarray
+    quantized: np.ndarray
+    """Dequantized: what the layer computes with."""
+    ends: np.ndarray
+    """Lower and upper end of the range of each group."""
+    start: np.ndarray | None
+    """Those of the checkpoint that training started from."""
+
+
+def worst_first(rows: Sequence[Row]) -> list[Row]:
+    """By cost; where it is equal, or not known, by SQNR."""
+    return sorted(rows, key=lambda row: (-(row.cost or 0), row.sqnr))
+
+
+def analysis_table(analysis: Analysis) -> Table:
+    """The table; W is the weight, A the input, or the output."""
+    title = analysis.metric.title if analysis.metric else ''
+    table = Table(title=analysis.summary(), title_justify='left', title_style='', box=None, pad_edge=False)
+    table.add_column('layer', min_width=max((len(row.name) for row in analysis.rows), default=0))
+    pairs = [f'{name} {side}' for name in ('SQNR', 'clip %', 'loss', 'uniform') for side in 'WA']
+    for name in (*(['cost', title] if title else []), 'bits', *pairs):
+        table.add_column(name, justify='left' if name == 'bits' else 'right')
+    table.add_column('note', overflow='fold')
+    for row in analysis.rows:
+        values = [f'{row.cost:.2f}', f'{row.metric:.2f}'] if title else []
+        sides = zip(_cells(row.weight), _cells(row.input))
+        note = f'read by {", ".join(row.readers)}' if row.kind == 'shared input' else ''
+        table.add_row(row.name, *values, row.bits, *(cell for pair in sides for cell in pair), note)
+    return table
+
+
+def _cells(damage: Damage | None) -> list[str]:
+    if damage is None:
+        return [''] * 4
+    shares = f'{damage.clip_ratio:.2%}'.rstrip('%'), f'{damage.quantized_loss:.3f}', f'{damage.distance_to_uniform:.2f}'
+    return [f'{damage.sqnr:.1f}', *shares]
+
+
+def analysis_dict(analysis: Analysis, **about: Any) -> dict[str, Any]:
+    """For JSON, `about` first; what is not a finite number is None."""
+    return _finite(dict(analysis_version=VERSION, **about, **dataclasses.asdict(analysis)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cost_picture(analysis: Analysis) -> bytes:
+    """A PNG: a bar for the cost of each part, beside it SQNR of weight and input."""
+    rows, metric = analysis.rows, analysis.metric
+    figure = Figure(figsize=(12 if metric else 8, 1.3 + 0.22 * len(rows)), dpi=110, layout='constrained')
+    figure.suptitle(analysis.summary(), fontsize=9)
+    *left, right = figure.subplots(1, 2 if metric else 1, sharey=True, squeeze=False)[0]
+    places = np.arange(len(rows))
+    for axis in left:
+        costs = [row.cost or 0.0 for row in rows]
+        bars = axis.barh(places, costs, color=['tab:red' if cost > 0 else 'tab:gray' for cost in costs])
+        axis.bar_label(bars, [f'{cost:.2f}' for cost in costs], padding=3, fontsize=7)
+        axis.axvline(0, color='black', linewidth=0.8)
+        axis.set_xlabel(f'cost in {metric.title if metric else ""}')
+        axis.margins(x=0.12)
+    for label, marker, color in (('weight', 'o', 'tab:blue'), ('input', 's', 'tab:orange')):
+        found = [row.weight if label == 'weight' else row.input for row in rows]
+        ratios = [each.sqnr if each and math.isfinite(each.sqnr) else math.nan for each in found]
+        right.plot(ratios, places, marker, color=color, markersize=5, label=label)
+    right.set_xlabel('SQNR in dB')
+    right.legend(fontsize=8, loc='lower right')
+    right.grid(axis='both', linewidth=0.4)
+    first = (left or [right])[0]
+    first.set_yticks(places, [f'{row.name}  {row.bits}' for row in rows], fontsize=8)
+    first.set_ylim(len(rows) - 0.4, -0.6)
+    return _png(figure)
+
+
+def weight_sheet(layers: Sequence[Weights], rows: Mapping[str, Row], columns: int = 4) -> bytes:
+    """A PNG with a panel for the weights of each layer.
+
+    Args:
+        layers: in the order of the panels, at least one.
+        rows: name of a layer -> its row.
+    """
+    lines = math.ceil(len(layers) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.1 * lines + 0.5), dpi=100, layout='constrained')
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for layer, axis in zip(layers, axes):
+        _draw_weights(axis, layer)
+        damage = rows[layer.name].weight
+        assert damage is not None
+        axis.set_title(f'{layer.name[-44:]}  W{damage.bits}', fontsize=8, pad=3)
+        told = f'SQNR {damage.sqnr:.1f} dB, clipped {damage.clip_ratio:.1%}, loss {damage.quantized_loss:.3f}'
+        axis.set_xlabel(told, fontsize=7, labelpad=2)
+    for axis in axes[len(layers) :]:
+        axis.remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside upper center', ncols=4, fontsize=9)
+    return _png(figure)
+
+
+def _draw_weights(axis: Any, layer: Weights) -> None:
+    """Histograms over the same bins, on a logarithmic axis."""
+    shown = [values for values in (layer.start, layer.now, layer.quantized) if values is not None]
+    top = max(float(np.abs(values).max()) for values in shown) or 1.0
+    bins = np.linspace(-top, top, BINS + 1)
+
+    def draw(values: np.ndarray, **style: Any) -> None:
+        counts = np.histogram(values, bins)[0]
+        axis.stairs(np.maximum(counts, EMPTY), bins, baseline=EMPTY, **style)
+
+    draw(layer.now, fill=True, color='tab:blue', alpha=0.5, label='weights')
+    draw(layer.quantized, color='tab:red', linewidth=0.8, label='dequantized')
+    if layer.start is not None:
+        draw(layer.start, color='black', linewidth=0.6, label='start of training')
+    axis.set_yscale('log')
+    low, high = EMPTY, axis.get_ylim()[1]
+    axis.vlines(layer.ends, low, high, colors='tab:green', linestyles='--', linewidth=0.7, label='ends of the range')
+    axis.set_ylim(low, high)
+    axis.tick_params(labelsize=6, length=2, pad=1)
+    axis.minorticks_off()
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png')
+    return buffer.getvalue()

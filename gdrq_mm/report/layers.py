@@ -1,0 +1,110 @@
+"""The table of layers: bits, groups, range, or why a layer stayed float; and the totals."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import torch.nn as nn
+from rich.console import Console
+from rich.table import Table
+
+from ..core.config import FLOAT_BITS
+from ..core.convert import Report
+from ..core.modules import quant_layers
+from ..core.pyramid import InputQuant
+from ..core.quantizers import learned_parameters
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes of a model, without auxiliary heads, which are not deployed."""
+
+    parameters: int
+    quantized: int
+    """Parameters stored with few bits."""
+    float_bytes: int
+    """All parameters and BN statistics as float32."""
+    bytes: int
+    """Quantized weights at their bits, a float32 step per group, the rest as float32."""
+    bit_operations: int
+    """MACs x weight bits x input bits of all layers, for one image; 32 bits for float."""
+
+
+def totals(model: nn.Module, report: Report) -> Totals:
+    """Compute the totals of a model."""
+    learned, deployed = learned_parameters(model), report.plan.deployed
+    layers = quant_layers(model)
+    parameters = sum(p.numel() for n, p in model.named_parameters() if n not in learned and deployed(n))
+    statistics = sum(
+        b.numel()
+        for module, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and deployed(module)
+        for name, b in m.named_buffers(recurse=False)
+        if name != 'num_batches_tracked'
+    )
+    quantized, saved = 0, 0.0
+    counted = set()  # two layers may share a Parameter
+    for place, layer in layers.items():
+        if deployed(place) and layer.bits[0] != FLOAT_BITS and id(layer.weight) not in counted:
+            counted.add(id(layer.weight))
+            quantized += layer.weight.numel()
+            saved += layer.weight.numel() * (FLOAT_BYTES - layer.bits[0] / 8)
+            saved -= layer.weight_quant.groups * FLOAT_BYTES
+    float_bytes = (parameters + statistics) * FLOAT_BYTES
+    operations = 0
+    for row in report.layers:
+        weight, activation = layers[row.name].bits if row.name in layers else (FLOAT_BITS, FLOAT_BITS)
+        operations += row.macs * weight * activation
+    return Totals(parameters, quantized, float_bytes, int(float_bytes - saved), operations)
+
+
+def layer_table(model: nn.Module, report: Report) -> str:
+    """The table as text."""
+    table = Table(box=None, pad_edge=False)
+    for column in ('layer', 'kind', 'weights', 'W', 'groups', 'A', 'range', 'note'):
+        table.add_column(column, justify='right' if column in ('weights', 'W', 'groups', 'A') else 'left')
+    layers = quant_layers(model)
+    for row in report.layers:
+        layer = layers.get(row.name)
+        if layer is None:
+            table.add_row(row.name, row.kind, f'{row.weights:,}', '32', '', '32', '', row.note)
+            continue
+        weight, activation = layer.bits
+        note = row.note
+        quantizers = [q for q in (layer.weight_quant, layer.input_quant) if q is not None]
+        if any(q.bits_in_use == FLOAT_BITS for q in quantizers):
+            note = ', '.join(filter(None, [note, 'float: not reached by calibration']))
+        groups = str(layer.weight_quant.groups) if weight != FLOAT_BITS else ''
+        table.add_row(
+            row.name,
+            row.kind,
+            f'{row.weights:,}',
+            str(weight),
+            groups,
+            str(activation),
+            _range(layer.input_quant),
+            note,
+        )
+    modules = dict(model.named_modules())
+    for row in report.outputs:
+        quant = getattr(modules.get(row.name), 'output_quant', None)
+        bits = str(quant.bits_in_use) if quant is not None else str(FLOAT_BITS)
+        table.add_row(row.name, row.before, '', '', '', bits, _range(quant), row.note)
+    console = Console(file=io.StringIO(), width=240)
+    console.print(table)
+    text = '\n'.join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    total = totals(model, report)
+    return (
+        f'{text}\n{total.quantized:,} of {total.parameters:,} parameters quantized; '
+        f'{total.float_bytes / 1e6:.2f} MB float, {total.bytes / 1e6:.2f} MB quantized '
+        f'(1/{total.float_bytes / max(total.bytes, 1):.1f}); {total.bit_operations / 1e9:.2f} G bit operations an image'
+    )
+
+
+def _range(quantizer: InputQuant | None) -> str:
+    if quantizer is None or quantizer.bits_in_use == FLOAT_BITS:
+        return ''
+    return quantizer.kind if quantizer.calibrated else 'undecided'

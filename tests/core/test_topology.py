@@ -1,0 +1,319 @@
+"""gdrq_mm/core/topology.py: what feeds what in small hand-written models."""
+
+import pytest
+import torch
+import torch.nn as nn
+from mmcv.cnn.bricks import build_activation_layer
+from torch.utils.checkpoint import checkpoint
+
+from gdrq_mm.core.topology import record
+from tests.helpers import Block, Function, conv
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def plan_of(model, shape=(1, 4, 8, 8)):
+    x = torch.randn(shape)
+    return record(model, lambda: model(x))
+
+
+def net(*blocks):
+    return nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(inplace=True), *blocks)
+
+
+# ---- calls and inputs -----------------------------------------------------------------------------------------------
+
+
+def test_calls_are_counted_in_the_order_of_the_first_call():
+    model = Function(lambda m, x: m.first(m.second(m.first(x))), second=conv(), first=conv(), never=conv())
+    assert plan_of(model).calls == {'': 1, 'first': 2, 'second': 1}
+
+
+def test_a_shared_module_goes_by_its_first_name():
+    shared = conv()
+    model = Function(lambda m, x: m.b(m.a(x)), a=shared, b=shared)
+    assert plan_of(model).calls == {'': 1, 'a': 2}
+
+
+def test_readers_of_one_tensor_have_the_same_input():
+    model = Function(lambda m, x: m.a(x) + m.b(x) + m.c(x * 2), a=conv(), b=conv(), c=conv())
+    inputs = plan_of(model).inputs
+    assert inputs['a'] == inputs['b'] != inputs['c']
+
+
+def test_the_input_of_a_module_is_that_of_its_first_call():
+    model = Function(lambda m, x: m.b(x) + m.a(m.a(x)), a=conv(), b=conv())
+    inputs = plan_of(model).inputs
+    assert inputs['a'] == inputs['b']
+
+
+def test_an_in_place_change_makes_another_tensor():
+    def forward(model, x):
+        x = model.stem(x)
+        a = model.a(x)
+        return a + model.b(model.relu(x))
+
+    model = Function(forward, stem=conv(), a=conv(), relu=nn.ReLU(inplace=True), b=conv())
+    inputs = plan_of(model).inputs
+    assert inputs['a'] != inputs['b'] and inputs['a'] == inputs['relu']
+
+
+@pytest.mark.parametrize('layer', [conv(), nn.Linear(8, 8), nn.BatchNorm2d(4)], ids=lambda m: type(m).__name__)
+def test_a_layer_called_by_keyword_is_recorded(layer):
+    plan = plan_of(Function(lambda m, x: m.layer(input=x), layer=layer))
+    assert plan.calls['layer'] == 1 and 'layer' in plan.inputs
+
+
+# ---- batch normalization --------------------------------------------------------------------------------------------
+
+
+def test_each_convolution_is_paired_with_its_batch_normalization():
+    norms = plan_of(net(Block(), Block(downsample=True))).norms
+    assert norms == {
+        '0': '1',
+        '3.conv1': '3.bn1',
+        '3.conv2': '3.bn2',
+        '4.conv1': '4.bn1',
+        '4.conv2': '4.bn2',
+        '4.downsample.0': '4.downsample.1',
+    }
+
+
+def test_a_convolution_whose_output_is_changed_before_has_no_batch_normalization():
+    model = Function(lambda m, x: m.bn(m.conv(x) * 2), conv=conv(), bn=nn.BatchNorm2d(4))
+    assert plan_of(model).norms == {}
+
+
+def test_a_convolution_in_a_container_is_paired():
+    model = Function(lambda m, x: m.bn(m.part(x)), part=nn.Sequential(conv(), conv()), bn=nn.BatchNorm2d(4))
+    assert plan_of(model).norms == {'part.1': 'bn'}
+
+
+def test_only_convolutions_are_paired():
+    model = Function(lambda m, x: m.conv(m.bn(m.relu(x))), relu=nn.ReLU(), bn=nn.BatchNorm2d(4), conv=conv())
+    assert plan_of(model).norms == {}
+
+
+# ---- additions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_adds_its_last_batch_normalization_and_its_input():
+    additions = plan_of(net(Block(), Block())).additions
+    assert [a.module for a in additions] == ['3', '4']
+    assert additions[0].operands == (('3.bn2',), ('2',))
+    assert additions[1].operands == (('4.bn2',), ('3.relu', '3'))
+
+
+def test_a_downsample_shortcut_is_an_operand():
+    (addition,) = plan_of(net(Block(downsample=True))).additions
+    assert addition.operands == (('3.bn2',), ('3.downsample.1', '3.downsample'))
+
+
+def test_an_operand_made_by_a_function_has_no_module():
+    model = Function(lambda m, x: m.a(x) + nn.functional.relu(m.b(x)), a=conv(), b=conv())
+    (addition,) = plan_of(model).additions
+    assert addition.operands == (('a',), ())
+
+
+ADDITIONS = {
+    'a + b': lambda a, b: a + b,
+    'a.add(b)': lambda a, b: a.add(b),
+    'a.add_(b)': lambda a, b: a.add_(b),
+    'a.add(other=b)': lambda a, b: a.add(other=b),
+    'torch.add(a, b)': lambda a, b: torch.add(a, b),
+    'torch.add(a, other=b)': lambda a, b: torch.add(a, other=b),
+    'torch.add(input=a, other=b)': lambda a, b: torch.add(input=a, other=b),
+}
+
+
+@pytest.mark.parametrize('spelling', ADDITIONS)
+def test_an_addition_is_recorded_however_it_is_written(spelling):
+    model = Function(lambda m, x: ADDITIONS[spelling](m.a(x), m.b(x)), a=conv(), b=conv())
+    assert [a.operands for a in plan_of(model).additions] == [(('a',), ('b',))]
+
+
+def test_an_in_place_addition_is_recorded():
+    def forward(model, x):
+        out = model.a(x)
+        out += model.b(x)
+        return out
+
+    (addition,) = plan_of(Function(forward, a=conv(), b=conv())).additions
+    assert addition.operands == (('a',), ('b',))
+
+
+@pytest.mark.parametrize('other', [2.0, torch.ones(4, 1, 1)], ids=['number', 'bias'])
+def test_adding_a_constant_is_no_addition_of_two_activations(other):
+    assert plan_of(Function(lambda m, x: m.a(x) + other, a=conv())).additions == []
+
+
+# ---- activation functions --------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    'nn.SiLU': nn.SiLU(),
+    'nn.SiLU in place': nn.SiLU(inplace=True),
+    'mmcv Swish': build_activation_layer(dict(type='Swish')),
+    'nn.LeakyReLU': nn.LeakyReLU(0.1),
+    'nn.LeakyReLU in place': nn.LeakyReLU(0.1, inplace=True),
+    'nn.Hardswish': nn.Hardswish(),
+    'nn.GELU': nn.GELU(),
+    'nn.Mish': nn.Mish(),
+    'nn.PReLU': nn.PReLU(),
+    'F.silu': nn.functional.silu,
+    'x * torch.sigmoid(x)': lambda x: x * torch.sigmoid(x),
+    'x.tanh()': lambda x: x.tanh(),
+    'x.sigmoid_()': lambda x: x.sigmoid_(),
+}
+
+
+@pytest.mark.parametrize('spelling', ACTIVATIONS)
+def test_what_an_activation_function_reads_is_recorded_however_it_is_written(spelling):
+    function = ACTIVATIONS[spelling]
+    children = dict(act=function) if isinstance(function, nn.Module) else {}
+    model = Function(lambda m, x: function(m.bn(m.a(x))), a=conv(), bn=nn.BatchNorm2d(4), **children)
+    activated = plan_of(model).activated
+    assert activated == ['bn']
+
+
+@pytest.mark.parametrize(
+    'function',
+    [torch.relu, nn.ReLU(inplace=True), nn.MaxPool2d(2), lambda x: x * 2],
+    ids=['torch.relu', 'nn.ReLU', 'nn.MaxPool2d', 'x * 2'],
+)
+def test_other_functions_are_no_activation_functions(function):
+    assert plan_of(Function(lambda m, x: function(m.a(x)), a=conv())).activated == []
+
+
+def test_a_result_behind_relu_is_not_that_of_the_convolution():
+    assert plan_of(Function(lambda m, x: torch.sigmoid(torch.relu(m.a(x))), a=conv())).activated == []
+
+
+def test_a_result_that_two_functions_read_is_one_and_not_all_results_need_be_read():
+    def forward(m, x):
+        y = m.a(x)
+        return torch.sigmoid(y) * torch.tanh(y) + torch.sigmoid(m.b(m.b(x)))
+
+    assert plan_of(Function(forward, a=conv(), b=conv())).activated == ['a']
+
+
+# ---- multiply-accumulates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'layer, shape, macs',
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), (1, 3, 10, 6), 10 * 6 * 8 * 3 * 9),
+        (nn.Conv2d(3, 8, 3, stride=2, padding=1), (2, 3, 10, 6), 5 * 3 * 8 * 3 * 9),
+        (nn.Conv2d(8, 12, (3, 1), groups=4), (1, 8, 10, 6), 8 * 6 * 12 * 2 * 3),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), (3, 8, 5, 5), 25 * 8 * 9),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2), (1, 4, 5, 3), 5 * 3 * 4 * 6 * 4),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 3), 5 * 3 * 4 * 3 * 9),
+        (nn.Linear(7, 5), (1, 7), 35),
+        (nn.Linear(7, 5), (4, 7), 35),
+        (nn.Linear(7, 5), (2, 9, 7), 9 * 35),
+    ],
+    ids=str,
+)
+def test_macs_of_one_image_equal_the_hand_count(layer, shape, macs):
+    model = nn.Sequential(layer)
+    assert plan_of(model, shape).macs == {'0': macs}
+
+
+def test_macs_of_a_module_that_is_called_twice_add_up():
+    model = Function(lambda m, x: m.a(m.a(x)), a=conv())
+    assert plan_of(model).macs == {'a': 2 * 64 * 4 * 4 * 9}
+
+
+def test_macs_of_an_image_count_all_its_crops():
+    # as the box head of a detector, or window attention: one image, eight crops
+    model = Function(lambda m, x: m.fc(m.stem(x).view(8, 32)), stem=conv(), fc=nn.Linear(32, 5))
+    assert plan_of(model).macs == {'stem': 64 * 4 * 4 * 9, 'fc': 8 * 32 * 5}
+
+
+@pytest.mark.parametrize('layer', [conv(), nn.ConvTranspose2d(4, 4, 2)], ids=lambda m: type(m).__name__)
+def test_an_empty_batch_is_recorded(layer):
+    plan = plan_of(nn.Sequential(layer), (0, 4, 8, 8))  # a mask head without a detection
+    assert plan.calls['0'] == 1 and plan.macs == {'0': 0}
+
+
+def test_a_linear_layer_without_rows_is_recorded():
+    assert plan_of(nn.Sequential(nn.Linear(4, 2)), (0, 4)).macs == {'0': 0}
+
+
+# ---- the model is left as it was ------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Draws random numbers, normalizes, and fails on demand."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(), nn.BatchNorm2d(4)
+        self.fail = False
+        self.modes = []
+
+    def forward(self, x):
+        self.modes.append((self.training, self.bn.training, torch.is_grad_enabled()))
+        if self.fail:
+            raise RuntimeError('on demand')
+        return self.bn(self.conv(x + torch.rand_like(x)))
+
+
+@pytest.fixture
+def noisy():
+    model = Noisy().train()
+    model.bn.eval()
+    return model
+
+
+@pytest.fixture(params=[False, True], ids=['returns', 'raises'])
+def recorded(request, noisy):
+    """The model after a prediction that returned or raised, with its state before."""
+    noisy.fail = request.param
+    x = torch.randn(1, 4, 8, 8)
+    before = {k: v.clone() for k, v in noisy.state_dict().items()}, torch.get_rng_state()
+    if noisy.fail:
+        with pytest.raises(RuntimeError, match='on demand'):
+            record(noisy, lambda: noisy(x))
+    else:
+        record(noisy, lambda: noisy(x))
+    return noisy, before
+
+
+def test_the_prediction_is_in_evaluation_mode_without_gradients(noisy):
+    record(noisy, lambda: noisy(torch.randn(1, 4, 8, 8)))
+    assert noisy.modes == [(False, False, False)]
+
+
+def test_training_flags_are_left(recorded):
+    model, _ = recorded
+    assert (model.training, model.conv.training, model.bn.training) == (True, True, False)
+
+
+def test_hooks_are_removed(recorded):
+    model, _ = recorded
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_random_state_weights_and_statistics_are_left(recorded):
+    model, (state, random_state) = recorded
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_hooks_of_the_model_stay():
+    model, calls = net(Block()), []
+    model[3].conv1.register_forward_hook(lambda *args: calls.append(1))
+    plan_of(model)
+    model(torch.randn(1, 4, 8, 8))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_a_checkpointed_segment_is_recorded(use_reentrant):
+    model = Function(lambda m, x: checkpoint(m.block, x, use_reentrant=use_reentrant), block=Block())
+    plan = plan_of(model)
+    assert len(plan.additions) == 1 and plan.norms == {'block.conv1': 'block.bn1', 'block.conv2': 'block.bn2'}

@@ -1,0 +1,280 @@
+"""Reading checkpoints that are damaged, hostile or of another model; writing files whole or not at all."""
+
+import http.server
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from mmengine.logging import HistoryBuffer
+
+from gdrq_mm.core.config import Quantization
+from gdrq_mm.core.convert import quantize_model
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import write_whole
+from gdrq_mm.openmmlab.checkpoints import check_fits, other_quantization, read_checkpoint, without_quantizers
+from tests.helpers import same
+
+
+class Payload:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """Creates the folder `executed`."""
+    return Payload(os.system, f'mkdir {tmp_path / "executed"}')
+
+
+def refusal(path):
+    """The message with which a file is refused: one line that names the file."""
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(str(path))
+    message = str(caught.value)
+    assert str(path) in message and '\n' not in message
+    return message
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_checkpoint_of_mmengine_is_read_whole(float_checkpoint):
+    allowed = set(torch.serialization.get_safe_globals())
+    found = read_checkpoint(float_checkpoint)
+    expected = torch.load(float_checkpoint, weights_only=False)
+    for part in ('state_dict', 'optimizer', 'param_schedulers', 'meta'):
+        assert same(found[part], expected[part])
+    losses = found['message_hub']['log_scalars']['train/loss']
+    assert isinstance(losses, HistoryBuffer) and losses.mean() > 0
+    assert losses.current() == expected['message_hub']['log_scalars']['train/loss'].current()
+    assert set(torch.serialization.get_safe_globals()) == allowed, 'others are not affected'
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    for number in range(7):
+        (tmp_path / f'epoch_{number}.pth').touch()
+    message = refusal(tmp_path / 'epoch_9.pth')
+    assert 'does not exist' in message and 'epoch_0.pth, ' in message and 'epoch_4.pth' in message
+    assert 'epoch_5.pth' not in message, 'five are enough'
+    assert refusal(tmp_path / 'nowhere' / 'epoch_9.pth').endswith('does not exist')
+
+
+def test_a_file_that_is_cut_is_refused(tmp_path, float_checkpoint):
+    path = tmp_path / 'cut.pth'
+    with open(float_checkpoint, 'rb') as file:
+        whole = file.read()
+    for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        assert ('is truncated or damaged' if share else 'is empty') in refusal(path)
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path):
+    """A file with one wrong bit is refused, or the bit is in the padding and what is read is right."""
+    path = tmp_path / 'flipped.pth'
+    state = dict(state_dict={'weight': torch.randn(40, 10), 'bias': torch.randn(40)}, meta=dict(epoch=3))
+    torch.save(state, path)
+    whole = path.read_bytes()
+    refused = 0
+    positions = np.random.default_rng(0).integers(0, len(whole), 200)
+    for position in (*positions, whole.index(state['state_dict']['weight'].numpy().tobytes()) + 5):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        try:
+            assert same(read_checkpoint(str(path)), state)
+        except UserError:
+            refused += 1
+    assert refused > 60
+
+
+@pytest.mark.parametrize(
+    ('write', 'reason'),
+    [
+        (lambda path: path.write_text('epoch: 3\nloss: 0.1\n'), 'is truncated or damaged'),
+        (lambda path: path.write_text('# A text'), 'damaged: it cannot be read as tensors and plain data'),
+        (lambda path: path.write_bytes(bytes(1000)), 'is truncated or damaged'),
+        (lambda path: path.write_bytes(pickle.dumps({'weight': 1})[:-3]), 'is truncated or damaged'),
+        (lambda path: torch.save([torch.zeros(2)], path), 'holds a list, not a dict'),
+        (lambda path: torch.save(torch.zeros(2), path), 'holds a Tensor, not a dict'),
+        (lambda path: torch.save(dict(state_dict=None), path), 'holds a NoneType, not a dict'),
+        (lambda path: torch.save({0: torch.zeros(2)}, path), 'the name 0'),
+    ],
+)
+def test_what_is_not_a_checkpoint_is_refused(tmp_path, write, reason):
+    path = tmp_path / 'other.pth'
+    write(path)
+    assert reason in refusal(path)
+
+
+def test_code_in_a_checkpoint_does_not_run_unless_the_user_says_so(tmp_path, float_checkpoint, payload):
+    """Alone, in a training checkpoint with all that such a file may hold, and in the format before torch 1.6."""
+    path = tmp_path / 'code.pth'
+    training = read_checkpoint(float_checkpoint)
+    hidden = HistoryBuffer([0.5], [1])
+    hidden.note = payload
+    for value in (
+        payload,
+        dict(state_dict={**training['state_dict'], 'more': payload}),
+        {**training, 'message_hub': {**training['message_hub'], 'resumed_keys': payload}},
+        {**training, 'message_hub': dict(log_scalars={'train/loss': hidden})},
+    ):
+        for new_format in (True, False):
+            torch.save(value, path, _use_new_zipfile_serialization=new_format)
+            message = refusal(path)
+            assert 'more than tensors' in message and 'system' in message and '--unsafe-load' in message
+            path.write_bytes(pickle.dumps(value))
+            refusal(path)
+    torch.save(np.array([payload], dtype=object), path)
+    refusal(path)
+    assert not (tmp_path / 'executed').exists()
+    torch.save({**training, 'more': payload}, path)
+    assert same(read_checkpoint(str(path), unsafe=True)['state_dict'], training['state_dict'])
+    assert (tmp_path / 'executed').exists()
+
+
+def test_an_array_of_objects_is_refused_and_an_empty_one_is_data(tmp_path):
+    """`meta['dataset_meta']` of a checkpoint may hold arrays."""
+    torch.save(dict(state_dict={}, meta=dict(names=np.array(['cat', 'dog'], dtype=object))), tmp_path / 'objects.pth')
+    assert 'more than tensors' in refusal(tmp_path / 'objects.pth')
+    torch.save(dict(state_dict={}, meta=dict(palette=np.zeros((0, 3)))), tmp_path / 'empty.pth')
+    assert read_checkpoint(str(tmp_path / 'empty.pth'))['meta']['palette'].shape == (0, 3)
+
+
+@pytest.mark.parametrize('args', [(HistoryBuffer, '__init__'), (HistoryBuffer, 'data'), (dict, 'pop'), (os, 'system')])
+def test_getattr_reaches_the_statistics_of_a_history_only(tmp_path, args):
+    """A genuine checkpoint needs `getattr(HistoryBuffer, 'mean')`; any other use of it is refused."""
+    torch.save(dict(state_dict={}, more=Payload(getattr, HistoryBuffer, 'mean')), tmp_path / 'good.pth')
+    assert read_checkpoint(str(tmp_path / 'good.pth'))['more'] is HistoryBuffer.mean
+    if args[0] is os:
+        args = (Payload(__import__, 'os'), 'system')
+    torch.save(dict(state_dict={}, more=Payload(getattr, *args)), tmp_path / 'bad.pth')
+    assert 'more than tensors' in refusal(tmp_path / 'bad.pth')
+
+
+def test_an_address_is_read_as_a_file_is(tmp_path, float_checkpoint, payload):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    torch.save(payload, tmp_path / 'code.pth')
+    torch.save(read_checkpoint(float_checkpoint)['state_dict'], tmp_path / 'good.pth')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f'http://127.0.0.1:{server.server_port}'
+        assert same(read_checkpoint(f'{address}/good.pth'), read_checkpoint(float_checkpoint)['state_dict'])
+        assert 'more than tensors' in refusal(f'{address}/code.pth')
+        assert not (tmp_path / 'executed').exists()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize('address', ['http://127.0.0.1:9/x.pth', 'torchvision://resnet18', 'nonsense://x.pth'])
+def test_an_address_without_a_checkpoint_is_refused(address):
+    refusal(address)
+
+
+# ---- does it fit the model ------------------------------------------------------------------------------------------
+
+
+def network(**quantization):
+    """conv, norm, conv; quantized if options are given."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1, bias=False))
+    if quantization:
+        quantize_model(model, Quantization.from_dict(quantization))
+    return model
+
+
+LEARNED = dict(weight=dict(bits=3, gdrq=dict(threshold='learned')))
+
+
+def test_a_checkpoint_fits_by_name_and_shape():
+    """Five parameters: 0.weight, 0.bias, 1.weight, 1.bias, 2.weight."""
+    state = network().state_dict()
+    for found in (state, dict(state_dict=state), dict(state_dict={f'module.{k}': v for k, v in state.items()})):
+        check_fits(network(), found, 'x.pth', share=1.0)
+    check_fits(network(**LEARNED), state, 'x.pth', share=1.0)  # a float checkpoint has no learned steps
+    del state['1.bias']
+    state['2.weight'] = torch.zeros(4, 8, 3, 3)
+    check_fits(network(), state, 'x.pth', share=0.6)
+    with pytest.raises(UserError, match=r'x\.pth is of another model: 3 of 5 parameters .*first .* is 1\.bias$'):
+        check_fits(network(), state, 'x.pth', share=0.61)
+    with pytest.raises(UserError, match=r'0 of 5 parameters .* is 0\.weight$'):
+        check_fits(network(), dict.fromkeys(state, 1), 'x.pth', share=0.5)
+
+
+FOUR = dict(weight=dict(bits=4, groups=2), activation=dict(bits=4), first_last_bits=4)
+
+
+@pytest.mark.parametrize(
+    ('theirs', 'ours', 'reason'),
+    [
+        ({}, FOUR, ''),
+        (FOUR, FOUR, ''),
+        (FOUR, {**FOUR, 'first_last_bits': 3}, '0.weight_quant has 4 bits in the checkpoint and 3 in the config'),
+        (
+            FOUR,
+            {**FOUR, 'weight': dict(bits=4, groups=4)},
+            '0.weight_quant.threshold has shape (2,) in the checkpoint, (4,) in the config',
+        ),
+        (FOUR, {**FOUR, 'skip': ['2']}, '2.own_input_quant.k is in the checkpoint only'),
+        ({**FOUR, 'skip': ['0']}, FOUR, '0.own_input_quant.k is in the config only'),
+        (FOUR, {}, 'this config quantizes nothing'),
+    ],
+)
+def test_thresholds_of_another_quantization_are_recognized(theirs, ours, reason):
+    state = network(**theirs).state_dict()
+    for found in (state, dict(state_dict={f'module.{name}': value for name, value in state.items()})):
+        assert other_quantization(network(**ours), found) == reason
+
+
+def test_a_checkpoint_without_its_quantizers_is_that_of_the_float_model():
+    quantized = network(**LEARNED)
+    for found in (quantized.state_dict(), dict(state_dict=quantized.state_dict(), meta=dict(epoch=3))):
+        bare = without_quantizers(found)
+        assert bare.get('meta') == found.get('meta')
+        model = network()
+        model.load_state_dict(bare['state_dict'], strict=True)
+        assert torch.equal(model[0].weight, quantized[0].weight)
+        assert other_quantization(model, bare) == ''
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_write_whole_replaces(tmp_path):
+    write_whole(tmp_path / 'file', b'one')
+    write_whole(tmp_path / 'file', b'two')
+    assert (tmp_path / 'file').read_bytes() == b'two' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    path = tmp_path / 'file'
+    path.write_bytes(b'old')
+    code = (
+        'import resource, signal, sys; from gdrq_mm.openmmlab.checkpoints import write_whole\n'
+        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n'
+        'write_whole(sys.argv[1], bytes(5000))'
+    )
+    done = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and 'File too large' in done.stderr
+    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_way_stays(tmp_path):
+    (tmp_path / 'file').mkdir()
+    with pytest.raises(OSError, match='file'):
+        write_whole(tmp_path / 'file', b'new')
+    assert list(tmp_path.iterdir()) == [tmp_path / 'file'] and (tmp_path / 'file').is_dir()

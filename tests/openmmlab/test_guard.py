@@ -1,0 +1,103 @@
+"""NaN and infinity stop training with one message that says where they came from; checkpoints stay good."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.structures import InstanceData
+
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab.hooks.guard import _tensors
+from tests.helpers import At, checkpoint_of, same, train
+from tests.rank_hooks import Spoil, spoilt
+
+LAYER = r'backbone\.layer2\.0\.conv1'
+LOSS = 'loss=(nan|inf) at iteration 6: '
+AFTER = 'has values that are not finite after iteration 6'
+BATCH = r'the input batch has values that are not finite \(\S+\.png, \S+\.png, \S+\.png\)'
+CLIPPED = {'optim_wrapper.clip_grad': dict(max_norm=1.0)}
+CASES = {
+    'input': (rf'the input of backbone.conv1.own_input_quant {AFTER}: {BATCH}', {}),
+    'number': (f'{LOSS}{BATCH}', {}),
+    'weight': (f'{LOSS}{LAYER}.weight has values that are not finite', {}),
+    'output': (rf'{LOSS}the output of {LAYER} \(QuantConv2d\) is the first that is not finite', {}),
+    'gradient': (f'the gradient of {LAYER}.weight is not finite at iteration 6', {}),
+    'gradient, clipped': ('the gradient of each parameter is not finite at iteration 6', CLIPPED),
+    'gradient, accumulated': (
+        f'the gradient of {LAYER}.weight is not finite at iteration 7',
+        {'optim_wrapper.accumulative_counts': 2},
+    ),
+    'number, accumulated': (f'{LOSS}{BATCH}', {'optim_wrapper.accumulative_counts': 2}),
+    'rate': (f'{LAYER}.weight {AFTER}', {}),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_message_says_where_it_began(make, case):
+    """Where the loss or the gradient is to blame, no step is taken with it."""
+    what, (message, changes) = case.split(',')[0], CASES[case]
+    states = []
+    runner = make(**changes)
+    runner.register_hook(
+        At(lambda r: states.append(copy.deepcopy(dict(r.model.named_parameters()))), 'before_train_iter')
+    )
+    runner.register_hook(Spoil(what))
+    first = checkpoint_of(runner)
+    with pytest.raises(UserError, match=f'^{message}; training stops, the last good checkpoint is {first}$'):
+        train(runner)
+    assert [path.name for path in Path(runner.work_dir).glob('*.pth')] == ['epoch_1.pth']
+    if what in ('number', 'gradient', 'output'):
+        assert same(states[-1], dict(runner.model.named_parameters()))
+
+
+def test_it_goes_on_from_the_last_checkpoint(make):
+    runner = make()
+    runner.register_hook(Spoil('weight', at=0))
+    with pytest.raises(UserError, match=r'training stops, no checkpoint had been written yet$'):
+        train(runner)
+    runner = make()
+    runner.register_hook(Spoil('gradient'))
+    with pytest.raises(UserError):
+        train(runner)
+    resumed = make(resume=True)
+    train(resumed)
+    assert resumed.iter == 12
+
+
+@OPTIM_WRAPPERS.register_module()
+class Scaled(OptimWrapper):
+    """Scales the loss as mmengine's AmpOptimWrapper does, which needs a GPU; here on a CPU."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.scaler = torch.amp.GradScaler('cpu')
+
+    def backward(self, loss, **kwargs):
+        self.scaler.scale(loss).backward(**kwargs)
+        self._inner_count += 1
+
+    def step(self, **kwargs):
+        self.scaler.step(self.optimizer, **kwargs)
+        self.scaler.update()
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_steps_that_gradscaler_leaves_out_are_normal(make, fused):
+    optimizer = dict(type='SGD', lr=0.01, fused=fused, weight_decay=0.0, momentum=0.0, nesterov=False)
+    runner = make(epochs=1, **{'optim_wrapper.type': 'Scaled', 'optim_wrapper.optimizer': optimizer})
+    runner.register_hook(Spoil('gradient', at=1))
+    states = []
+    end = train(runner, lambda r: states.append(copy.deepcopy(dict(r.model.named_parameters()))))
+    assert runner.optim_wrapper.scaler.get_scale() == 2.0**16 / 2**3
+    assert same(states[0], {name: end[name] for name in states[0]})
+
+
+def test_tensors_are_found_wherever_a_batch_has_them():
+    boxes = InstanceData(bboxes=spoilt(torch.zeros(2, 4)), labels=torch.tensor([1, 2]))
+    batch = dict(
+        inputs=[torch.zeros(3, dtype=torch.uint8), torch.zeros(3)], data_samples=[boxes], name='x', size=(2, 3)
+    )
+    assert [tuple(tensor.shape) for tensor in _tensors(batch)] == [(3,), (2, 4)]

@@ -1,0 +1,454 @@
+"""Stock configs of the three libraries with the quantization base config: quantized, trained, saved, loaded, used.
+
+Only the size of a model is changed, by its own keys; the images are tiny noise.
+"""
+
+import copy
+import itertools
+import re
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from mmdet.models import SSDHead
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.structures import InstanceData, PixelData
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset
+
+from gdrq_mm.core.layers import QUANTIZED
+from gdrq_mm.core.modules import quant_layers
+from gdrq_mm.core.quantizers import Quantizer, Stage
+from gdrq_mm.openmmlab.cli import mend_bases
+from gdrq_mm.openmmlab.models import drop_pretrained
+from gdrq_mm.openmmlab.runner import QuantRunner
+from gdrq_mm.report.layers import layer_table
+from tests.helpers import At, same
+
+SAMPLES = dict(mmpretrain='DataSample', mmdet='DetDataSample', mmseg='SegDataSample')
+BOXES = torch.tensor([[4.0, 4, 40, 36], [20, 10, 60, 62], [8, 30, 30, 60]])
+
+
+def case(name, stock, first, last, floats='$^', missed='$^', **options):
+    """A row of the table.
+
+    Args:
+        name: of the test.
+        stock: the library's config.
+        first: the layers that read the image, see `expand`.
+        last: the last layers, see `expand`.
+        floats: pattern of the layers that stay float because of their class.
+        missed: pattern of the layers whose `forward` is never called.
+        options: of `build`.
+    """
+    expected = dict(first=expand(first), last=expand(last), floats=floats, missed=missed)
+    return pytest.param(dict(stock=stock, **options), expected, id=name)
+
+
+def expand(text):
+    """The names in a text, with braces as in a shell: 'a.{b,c} d' is a.b, a.c and d."""
+    words = [[part.split(',') for part in re.split('[{}]', word)] for word in text.split()]
+    return {''.join(parts) for word in words for parts in itertools.product(*word)}
+
+
+ATTENTION = r'\.attn(\.out_proj)?$'
+"""torch's attention multiplies by the weights of its projections itself."""
+LOOKED_UP = r'(query_embedding|(level|pos)_embed|cls_emb|(cls|dist)_token|relative_position_bias_table)(\.weight)?$'
+"""Parameters of two and more dimensions that no layer multiplies by."""
+FEW_REGIONS = {
+    'train_cfg.rpn_proposal.max_per_img': 16,
+    'train_cfg.rpn.sampler.num': 16,
+    'test_cfg.rpn.max_per_img': 16,
+    'test_cfg.rcnn.max_per_img': 8,
+}
+SMALL_DETR = {'encoder.num_layers': 1, 'decoder.num_layers': 2, 'num_queries': 20, 'test_cfg.max_per_img': 20}
+MASK_RCNN = dict(
+    stock='mmdet::mask_rcnn/mask-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py',
+    model={**FEW_REGIONS, 'train_cfg.rcnn.sampler.num': 16, 'roi_head.bbox_head.fc_out_channels': 64},
+    masks=True,
+)
+YOLOX = dict(stock='mmdet::yolox/yolox_nano_8xb8-300e_coco.py', size=128)
+CASES = [
+    # ---- classification
+    case(
+        'depthwise-and-SE',
+        'mmpretrain::mobilenet_v3/mobilenet-v3-small-050_8xb128_in1k.py',
+        first='backbone.layer0.conv',
+        last='head.layers.1.fc',
+    ),
+    case(
+        'channel-shuffle',
+        'mmpretrain::shufflenet_v2/shufflenet-v2-1x_16xb64_in1k.py',
+        first='backbone.conv1.conv',
+        last='head.fc',
+    ),
+    case(
+        'grouped',
+        'mmpretrain::resnext/resnext50-32x4d_8xb32_in1k.py',
+        first='backbone.conv1',
+        last='head.fc',
+    ),
+    case(
+        'padding-of-its-own',
+        'mmpretrain::efficientnet/efficientnet-b0_8xb32_in1k.py',
+        first='backbone.layers.0.conv',
+        last='head.fc',
+    ),
+    case(
+        'parallel-branches',
+        'mmpretrain::repvgg/repvgg-A0_8xb32_in1k.py',
+        first='backbone.stem.branch_{1x1,3x3}.conv',
+        last='head.fc',
+    ),
+    case(
+        'Swin',
+        'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
+        first='backbone.patch_embed.projection',
+        last='head.fc',
+        model={'backbone.pad_small_map': True},
+    ),
+    case(
+        'DeiT-two-heads',
+        'mmpretrain::deit/deit-tiny-distilled_4xb256_in1k.py',
+        first='backbone.patch_embed.projection',
+        last='head.layers.{head,head_dist}',
+        model={'backbone.img_size': 64},
+    ),
+    case(
+        'BEiT-weights-read-directly',
+        'mmpretrain::beit/benchmarks/beit-base-p16_8xb128-coslr-100e_in1k.py',
+        first='backbone.patch_embed.projection',
+        last='head.fc',
+        missed=r'attn\.qkv$',
+        model={
+            'backbone.arch': dict(_delete_=True, embed_dims=96, num_layers=2, num_heads=4, feedforward_channels=192),
+            'backbone.img_size': 64,
+            'head.in_channels': 96,
+        },
+    ),
+    # ---- detection
+    case(
+        'RetinaNet',
+        'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
+        first='backbone.conv1',
+        last='bbox_head.retina_{cls,reg}',
+    ),
+    case(
+        'SSDLite',
+        'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py',
+        first='backbone.conv1.conv',
+        last='bbox_head.{cls,reg}_convs.{0,1,2,3,4,5}.1',
+    ),
+    case(
+        'FCOS',
+        'mmdet::fcos/fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco.py',
+        first='backbone.conv1',
+        last='bbox_head.conv_{cls,reg,centerness}',
+    ),
+    case(
+        'RTMDet-shared-convolutions-dynamic-kernels',
+        'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py',
+        first='backbone.stem.0.conv',
+        last='bbox_head.rtm_{cls,reg,kernel}.{0,1,2} bbox_head.mask_head.projection',
+        masks=True,
+    ),
+    case(
+        'YOLOX',
+        **YOLOX,
+        first='backbone.stem.conv.conv',
+        last='bbox_head.multi_level_conv_{cls,reg,obj}.{0,1,2}',
+    ),
+    case(
+        'CenterNet-deformable-and-transposed',
+        'mmdet::centernet/centernet_r18-dcnv2_8xb16-crop512-140e_coco.py',
+        first='backbone.conv1',
+        last='bbox_head.{heatmap,wh,offset}_head.2',
+        floats=r'neck\.deconv_layers\.[024]\.conv$',
+    ),
+    case(
+        'Cascade-R-CNN',
+        'mmdet::cascade_rcnn/cascade-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py',
+        first='backbone.conv1',
+        last='rpn_head.rpn_{cls,reg} roi_head.bbox_head.{0,1,2}.fc_{cls,reg}',
+        model={**FEW_REGIONS, **{f'roi_head.bbox_head.{i}.fc_out_channels': 64 for i in range(3)}},
+    ),
+    case(
+        'Mask-R-CNN',
+        **MASK_RCNN,
+        first='backbone.conv1',
+        last='rpn_head.rpn_{cls,reg} roi_head.bbox_head.fc_{cls,reg} roi_head.mask_head.conv_logits',
+    ),
+    case(
+        'DETR-uncalled-projections',
+        'mmdet::detr/detr_r18_8xb2-500e_coco.py',
+        first='backbone.conv1',
+        last='bbox_head.fc_{cls,reg}',
+        floats=ATTENTION,
+        model=SMALL_DETR,
+    ),
+    case(
+        'Deformable-DETR',
+        'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+        first='backbone.conv1',
+        last='bbox_head.cls_branches.0 bbox_head.reg_branches.0.4',  # the decoder layers share them
+        floats=ATTENTION,
+        model=SMALL_DETR,
+    ),
+    # ---- segmentation
+    case(
+        'SegFormer',
+        'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+        first='backbone.layers.0.0.projection',
+        last='decode_head.conv_seg',
+        floats=ATTENTION,
+    ),
+    case(
+        'DeepLabV3Plus-dilated',
+        'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+        first='backbone.stem.0',
+        last='{decode,auxiliary}_head.conv_seg',
+    ),
+    case(
+        'UNet',
+        'mmseg::unet/unet-s5-d16_fcn_4xb4-40k_drive-64x64.py',
+        first='backbone.encoder.0.0.convs.0.conv',
+        last='{decode,auxiliary}_head.conv_seg',
+        model={'backbone.base_channels': 8, 'decode_head.in_channels': 8, 'auxiliary_head.in_channels': 16},
+    ),
+    case(
+        'BiSeNetV2-two-readers-of-the-image',
+        'mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
+        first='backbone.detail.detail_branch.0.0.conv backbone.semantic.stage1.conv_first.conv',
+        last='decode_head.conv_seg auxiliary_head.{0,1,2,3}.conv_seg',
+    ),
+    case(
+        'Segmenter-mask-as-a-product',
+        'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py',
+        first='backbone.patch_embed.projection',
+        last='decode_head.{patch,classes}_proj',
+        floats=ATTENTION,
+        model={'backbone.num_layers': 3},
+    ),
+    case(
+        'PIDNet-three-heads',
+        'mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py',
+        first='backbone.stem.0.conv',
+        last='decode_head.{conv,p_cls,d_cls}_seg',
+    ),
+]
+
+
+class Images(Dataset):
+    """Two images of noise with what a library's losses ask for."""
+
+    def __init__(self, scope, size, masks=False, boxes=3):
+        self.scope, self.size, self.masks, self.boxes = scope, size, masks, boxes
+        self.metainfo = {}
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        rng, shape = np.random.default_rng(index), (self.size, self.size)
+        meta = dict(img_id=index, img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0), border=(0, *shape, 0))
+        sample = getattr(import_module(f'{self.scope}.structures'), SAMPLES[self.scope])(metainfo=meta)
+        if self.scope == 'mmpretrain':
+            sample.set_gt_label(index)
+        elif self.scope == 'mmseg':
+            sample.gt_sem_seg = PixelData(data=torch.from_numpy(rng.integers(0, 2, (1, *shape))))
+            sample.gt_edge_map = PixelData(data=torch.from_numpy(rng.integers(0, 2, (1, *shape))))
+        else:
+            sample.gt_instances, sample.ignored_instances = self.instances(self.boxes), self.instances(0)
+        return dict(inputs=torch.from_numpy(rng.integers(0, 256, (3, *shape), np.uint8)), data_samples=sample)
+
+    def instances(self, number):
+        found = InstanceData(bboxes=BOXES[:number].clone(), labels=torch.arange(number))
+        if self.masks:
+            masks = np.zeros((number, self.size, self.size), np.uint8)
+            for mask, (left, top, right, bottom) in zip(masks, BOXES.int().tolist()):
+                mask[top:bottom, left:right] = 1
+            found.masks = BitmapMasks(masks, self.size, self.size)
+        return found
+
+
+def set_all(cfg, key, value):
+    """Set a key wherever a config has it."""
+    for name, item in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
+        if name == key:
+            cfg[name] = value
+        elif isinstance(item, (dict, list)):
+            set_all(item, key, value)
+
+
+def build(folder, stock, size=64, masks=False, model=None, seed=0):
+    """A runner for a stock config with the quantization base and images in memory."""
+    mend_bases()
+    scope = stock.split('::')[0]
+    path = folder / 'model.py'
+    path.write_text(f"_base_ = ['{stock}', 'gdrq_mm::_base_/quantization/gdrq_w4a4.py']\n")
+    cfg = Config.fromfile(path)
+    drop_pretrained(cfg.model)
+    set_all(cfg.model, 'score_thr', 0.0)  # an untrained detector is sure of nothing
+    set_all(cfg.model, 'batch_augments', None)  # they pad or resize to the full size
+    cfg.merge_from_dict({f'model.{key}': copy.deepcopy(value) for key, value in (model or {}).items()})
+    if scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (size, size)
+    loader = dict(
+        batch_size=2,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(type='tests.openmmlab.test_models.Images', scope=scope, size=size, masks=masks),
+        collate_fn=dict(type='default_collate' if scope == 'mmpretrain' else 'pseudo_collate'),
+    )
+    cfg.train_dataloader, cfg.train_cfg = loader, dict(type='IterBasedTrainLoop', max_iters=1)
+    cfg.val_dataloader, cfg.val_cfg = loader, dict()
+    cfg.val_evaluator = dict(type='DumpResults', out_file_path=str(folder / 'predictions.pkl'))
+    cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = cfg.param_scheduler = cfg.auto_scale_lr = None
+    cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-4))
+    cfg.default_hooks, cfg.custom_hooks = dict(checkpoint=None, logger=None), []
+    cfg.quantization.calibration_batches = 1
+    cfg.merge_from_dict(dict(work_dir=str(folder), experiment_name=f'{folder.name}_{seed}', log_level='ERROR'))
+    cfg.randomness = dict(seed=seed)
+    return QuantRunner.from_cfg(cfg)
+
+
+def batch_of(runner):
+    return next(iter(runner.val_dataloader))
+
+
+@torch.no_grad()
+def settle(runner):
+    """Give BN the statistics of the images, as a float checkpoint has them."""
+    model = runner.model.train()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.set_state(stage=Stage.FLOAT)
+    for norm in norms:
+        norm.train().momentum = None
+    model(**model.data_preprocessor(batch_of(runner), training=True), mode='loss')
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+
+
+def watch_gradients(model):
+    """Name -> gradient of each layer's weight, filled by the next backward pass."""
+    gradients = {}
+    for name, layer in quant_layers(model).items():
+        if layer.weight.requires_grad:
+            layer.weight.register_hook(lambda gradient, name=name: gradients.update({name: gradient.clone()}))
+    return gradients
+
+
+def check_gradients(model, gradients):
+    """Each trainable weight of a quantized layer has a finite gradient."""
+    trainable = {name for name, layer in quant_layers(model).items() if layer.weight.requires_grad}
+    assert trainable - not_reached(model) - set(gradients) == set()
+    assert [name for name, gradient in gradients.items() if not gradient.isfinite().all()] == []
+
+
+def not_reached(model):
+    """Layers that calibration did not reach."""
+    return {name for name, layer in quant_layers(model).items() if layer.bits == (32, 32)}
+
+
+def plain(value):
+    """What was predicted, as nested dicts and lists of tensors."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if not hasattr(value, 'items'):
+        return value
+    return {key: plain(each) for key, each in value.items() if not key.startswith(('gt_', 'ignored_'))}
+
+
+@torch.no_grad()
+def predict(runner):
+    runner.model.eval()
+    return runner.model.test_step(batch_of(runner))
+
+
+@pytest.fixture(autouse=True)
+def mended_ssd(monkeypatch):
+    """mmdet 3.5.1 reads an attribute that its SSD head does not have: without this it cannot predict, float or not."""
+    monkeypatch.setattr(SSDHead, 'loss_cls', None, raising=False)
+
+
+@pytest.mark.parametrize(('options', 'expected'), CASES)
+def test_any_model(options, expected, tmp_path):
+    runner = build(tmp_path, **options)
+    gradients = watch_gradients(runner.model)
+    runner.register_hook(At(settle, 'before_train', 'HIGHEST'))
+    runner.train()
+    check_gradients(runner.model, gradients)
+    assert any(gradients[name].any() for name in expected['last'])
+    stages = {module.stage for module in runner.model.modules() if isinstance(module, Quantizer)}
+    assert stages - {Stage.FLOAT} == {Stage.QUANTIZE}
+    check_layers(runner, **expected)
+    result = predict(runner)
+    check_result(result, **options)
+    second = build(tmp_path, **options, seed=1)
+    second.model.load_state_dict(runner.model.state_dict(), strict=True)
+    assert same(plain(predict(second)), plain(result))
+
+
+def check_layers(runner, first, last, floats, missed):
+    """Each layer is quantized, or the table says why not; the first and the last ones have 8 bits."""
+    model, layers = runner.model, quant_layers(runner.model)
+    modules, rows = dict(model.named_modules()), {row.name: row for row in runner.report.layers}
+    by_note = {note: {name for name in rows if rows[name].note.split(', ')[0] == note} for note in ('first', 'last')}
+    assert by_note == dict(first=first, last=last)
+    table = {line.split()[0]: line for line in layer_table(model, runner.report).splitlines() if line}
+    assert set(rows) - set(layers) == {name for name in rows if re.search(floats, name)}
+    assert all(re.match('float: .* has a forward of its own', rows[name].note) for name in set(rows) - set(layers))
+    assert not_reached(model) == {name for name in layers if re.search(missed, name)}
+    assert all('not reached by calibration' in table[name] for name in not_reached(model))
+    for name in set(layers) - not_reached(model):
+        assert (name, layers[name].bits) == (name, (8, 8) if name in first | last else (4, 4))
+    # Shared modules have several names; no name still leads to a float layer.
+    assert [name for name, m in model.named_modules(remove_duplicate=False) if type(m) in QUANTIZED] == []
+    # The table leaves out no weight.
+    listed = {id(parameter) for name in rows for parameter in modules[name].parameters(recurse=False)}
+    matrices = {name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in listed}
+    assert {name for name in matrices if not re.search(LOOKED_UP, name)} == set()
+
+
+def check_result(result, stock, size=64, masks=False, model=None):
+    """Two samples of the library's own kind, with finite values."""
+    scope = stock.split('::')[0]
+    assert [type(sample).__name__ for sample in result] == [SAMPLES[scope]] * 2
+    if scope == 'mmpretrain':
+        assert all(sample.pred_score.isfinite().all() and len(sample.pred_score) == 1000 for sample in result)
+    elif scope == 'mmseg':
+        assert all(sample.seg_logits.data.isfinite().all() for sample in result)
+        assert {sample.pred_sem_seg.data.shape for sample in result} == {(1, size, size)}
+    else:
+        found = InstanceData.cat([sample.pred_instances for sample in result])
+        assert len(found) > 0 and found.bboxes.isfinite().all() and found.scores.isfinite().all()
+        assert not masks or found.masks.shape == (len(found), size, size)
+
+
+def test_images_without_boxes_and_without_proposals(tmp_path):
+    runner = build(tmp_path, **MASK_RCNN)
+    runner.register_hook(At(settle, 'before_train', 'HIGHEST'))
+    runner.train()
+    empty = Images('mmdet', 64, masks=True, boxes=0)
+    gradients = watch_gradients(runner.model)
+    runner.model.train()
+    losses = runner.model.train_step(runner.val_dataloader.collate_fn([empty[0], empty[1]]), runner.optim_wrapper)
+    assert all(value.isfinite().all() for value in losses.values())
+    check_gradients(runner.model, gradients)
+    assert not gradients['roi_head.mask_head.conv_logits'].any()  # it saw no region
+    assert [key for key, value in runner.model.state_dict().items() if not value.isfinite().all()] == []
+    assert all(len(sample.pred_instances) for sample in predict(runner))
+    runner.model.rpn_head.test_cfg.min_bbox_size = 1000
+    assert not any(len(sample.pred_instances) for sample in predict(runner))
+
+
+def test_a_model_without_a_checkpoint_starts_with_finite_gradients(tmp_path):
+    runner = build(tmp_path, **YOLOX)
+    gradients = watch_gradients(runner.model)
+    runner.train()
+    check_gradients(runner.model, gradients)

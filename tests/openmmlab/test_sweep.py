@@ -1,0 +1,247 @@
+"""gdrq_mm/openmmlab/sweep.py, tools/sweep.py, tools/calibrate.py: a grid of real runs, its errors, its slurm jobs."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab.sweep import read_sweep, run_cell
+from gdrq_mm.report.compare import comparison_rows
+from gdrq_mm.report.record import find_records
+from tests.helpers import ROOT, tiny_config
+
+TOOL = ROOT / 'tools/sweep.py'
+
+
+@pytest.fixture(scope='session')
+def configs(tmp_path_factory, digits_root, float_checkpoint):
+    """A folder with a float and a quantized config of the tiny model, and a sweep of them: a float model, LSQ, PTQ."""
+    folder = tmp_path_factory.mktemp('configs')
+    changes = {'log_level': 'INFO', 'load_from': float_checkpoint}
+    tiny_config(digits_root, folder / 'run', epochs=1, **changes).dump(folder / 'quantized.py')
+    tiny_config(digits_root, folder / 'run', quantization=None, **changes).dump(folder / 'float.py')
+    write_sweep(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def finished(configs, tmp_path_factory, run_in):
+    """A copy of it where the sweep has run; the processes of pytest share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'finished'
+    with open(f'{folder}.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            made = shutil.copytree(configs, tmp_path_factory.mktemp('sweep'), dirs_exist_ok=True)
+            (done,) = run_in(made, [{}], TOOL, 'sweep.py', '--jobs', 2, '--cores', 2)
+            assert done.returncode == 0, done.stderr
+            made.rename(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(configs, tmp_path, monkeypatch):
+    """A folder with configs and a sweep, the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(configs, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def sweep(run_all):
+    """Runs the tool in the working directory."""
+    return lambda *arguments: run_all([{'COLUMNS': '200'}], TOOL, 'sweep.py', *arguments)[0]
+
+
+@pytest.fixture
+def swept(finished, tmp_path, monkeypatch):
+    """A folder where the sweep has run, the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+
+
+def write_sweep(folder, **changes):
+    run = dict(
+        name='tiny',
+        config='quantized.py',
+        float_config='float.py',
+        methods=['lsq', 'ptq'],
+        bits=['w4a4'],
+        seeds=[1],
+    )
+    run.update(changes)
+    content = f"work_dir = 'work'\nrecords = 'records'\nruns = [{run!r}]\n"
+    (folder / 'sweep.py').write_text(content)
+
+
+def test_a_sweep_leaves_a_record_of_each_cell(swept):
+    names = ['tiny-float', 'tiny-lsq-w4a4-seed1', 'tiny-ptq-w4a4-seed1']
+    records = {path.stem: json.loads(path.read_text()) for path in (swept / 'records').iterdir()}
+    assert sorted(records) == names
+    assert [records[name]['training']['seed'] for name in names[1:]] == [1, 1]
+    rows = comparison_rows(find_records([swept / 'records']))
+    methods = {(row['method'], row['bits'], row['seeds']) for row in rows}
+    assert methods == {(f'{m} (groups=4)', 'W4A4', '1') for m in ('LSQ', 'PTQ')}
+    assert all(re.fullmatch(r'\d+\.\d\d', row['float']) for row in rows)
+
+
+def test_finished_cells_are_skipped(swept, sweep):
+    before = {path.name: path.stat().st_mtime_ns for path in (swept / 'records').iterdir()}
+    (swept / 'records/tiny-float.json').unlink()
+    out = sweep().stdout
+    assert '3 cells, 2 finished, 1 to run' in out and 'tiny-float: done' in out
+    after = {path.name: path.stat().st_mtime_ns for path in (swept / 'records').iterdir()}
+    assert [name for name in before if before[name] != after[name]] == ['tiny-float.json']
+    assert sweep('--list', '--only', 'ptq').stdout.split() == ['tiny-ptq-w4a4-seed1:', 'finished']
+
+
+def test_a_cell_that_fails_leaves_the_others(swept, sweep):
+    write_sweep(swept, methods=['lsq'], seeds=[1, 2], variants={'broken': {'optim_wrapper.optimizer.lr': 1e30}})
+    error = sweep('--only', 'seed2').stderr
+    assert error.startswith('error: 1 of 1 cells failed') and 'tiny-lsq-broken-w4a4-seed2: error: ' in error
+    assert len(find_records(['records'])) == 3
+
+
+def test_a_cell_whose_folder_cannot_be_written_leaves_the_others(swept, sweep):
+    before = {path.name: path.read_bytes() for path in (swept / 'records').iterdir()}
+    shutil.rmtree(swept / 'work/tiny-float')
+    (swept / 'work/tiny-float').touch()
+    (swept / 'records/tiny-float.json').unlink()
+    error = sweep('--only', 'tiny').stderr
+    assert error.startswith('error: 1 of 1 cells failed') and 'tiny-float: [Errno ' in error
+    assert {path.name: path.read_bytes() for path in (swept / 'records').iterdir()} == {
+        name: content for name, content in before.items() if name != 'tiny-float.json'
+    }
+
+
+def test_an_interrupted_cell_goes_on_from_its_checkpoint(swept):
+    write_sweep(swept, methods=['lsq'], options={'train_cfg.max_epochs': 2})
+    (cell,) = [cell for cell in read_sweep('sweep.py') if 'lsq' in cell.name]
+    cell.record.unlink()  # one epoch was trained by the sweep before
+    assert run_cell(cell, 1) == (True, 'tiny-lsq-w4a4-seed1: done')
+    log = cell.log.read_text()
+    assert 'Epoch(train) [2]' in log and 'Epoch(train) [1]' not in log
+    assert json.loads(cell.record.read_text())['training']['epoch'] == 2
+
+
+def test_a_cell_that_another_sweep_runs_is_left_to_it(folder, sweep):
+    log = folder / 'work/tiny-ptq-w4a4-seed1/log.txt'
+    log.parent.mkdir(parents=True)
+    with open(log, 'w') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write('what it has printed')
+        other.flush()
+        assert 'tiny-ptq-w4a4-seed1: left to another sweep that runs it' in sweep('--only', 'ptq').stdout
+    assert log.read_text() == 'what it has printed' and not (folder / 'records/tiny-ptq-w4a4-seed1.json').exists()
+
+
+def test_a_cell_that_another_sweep_has_run_since_is_skipped(swept):
+    for cell in read_sweep('sweep.py'):
+        before = cell.record.stat().st_mtime_ns
+        assert run_cell(cell, 1) == (True, f'{cell.name}: done by another sweep')
+        assert cell.record.stat().st_mtime_ns == before
+
+
+def test_cells_become_slurm_jobs(swept, sweep):
+    write_sweep(swept, seeds=[0, 1])
+    sweep('--slurm', 'jobs.sh', '--slurm-args', '-p gpu --gres=gpu:1')
+    script = (swept / 'jobs.sh').read_text()
+    assert subprocess.run(['bash', '-n', 'jobs.sh'], cwd=swept).returncode == 0
+    jobs = [line for line in script.splitlines() if line.startswith('sbatch ')]
+    assert len(jobs) == 2 and all('-p gpu --gres=gpu:1 --job-name tiny-' in job for job in jobs)
+    # A sbatch that runs its job at once shows that the quoting survives.
+    (swept / 'bin').mkdir()
+    (swept / 'bin/sbatch').write_text('#!/bin/bash\nexec bash -n -c "${@: -1}"\n')
+    (swept / 'bin/sbatch').chmod(0o755)
+    env = {**os.environ, 'PATH': f'{swept / "bin"}:{os.environ["PATH"]}'}
+    assert subprocess.run(['bash', 'jobs.sh'], cwd=swept, env=env).returncode == 0
+
+
+def test_all_errors_are_named_at_once_before_anything_runs(folder, sweep):
+    write_sweep(folder, methods=['lsqq', 'xnor'], bits=['w4a4', '4'], seeds=['one'], verions={})
+    with pytest.raises(UserError) as error:
+        read_sweep('sweep.py')
+    assert "runs[0] has no key 'verions'; did you mean 'variants'?" in str(error.value)
+    write_sweep(folder, methods=['lsqq', 'xnor'], bits=['w4a4', '4'], seeds=[0, True])
+    done = sweep()
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and not (folder / 'records').exists()
+    for message in (
+        'errors in sweep.py',
+        "tiny-lsqq-w4a4-seed0: quantization.method='lsqq' is unknown; did you mean 'lsq'?",
+        'tiny-xnor-w4a4-seed0: quantization.weight.bits=4 is not 1',
+        "bits '4' are not written like w4a4",
+        'the seed is not an integer',
+    ):
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(config='none.py'), 'config none.py does not exist'),
+        (dict(float_config='none.py'), 'config none.py does not exist'),
+        (dict(config='float.py', options={'load_from': 'none.pth'}), 'none.pth of float.py does not exist'),
+        (dict(methods=[]), 'methods is empty'),
+        (dict(seeds=3), 'seeds=3 is not a list'),
+        (dict(seeds=[0, 0]), 'two cells are called tiny-lsq-w4a4-seed0'),
+    ],
+)
+def test_an_error_is_named_with_its_place(folder, changes, message):
+    write_sweep(folder, **changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_sweep('sweep.py')
+
+
+def test_errors_of_every_run_are_named(folder):
+    run = dict(name='a', config='none.py', methods=['lsq'], bits=['w4a4'], seeds=[0])
+    content = f"work_dir = 'work'\nrecords = 'records'\nruns = [{run!r}, {dict(run, config='nil.py')!r}]\n"
+    (folder / 'sweep.py').write_text(content)
+    with pytest.raises(UserError, match=r'2 errors(.|\n)*runs\[0\]: config none.py(.|\n)*runs\[1\]: config nil.py'):
+        read_sweep('sweep.py')
+
+
+@pytest.mark.parametrize('content, message', [('runs = [', 'cannot be read'), ('runs = []', 'has no work_dir')])
+def test_a_damaged_sweep_file_is_refused(folder, content, message):
+    (folder / 'sweep.py').write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_sweep('sweep.py')
+
+
+def test_a_record_of_other_settings_is_not_taken_for_the_cell(swept, sweep):
+    write_sweep(swept, options={'quantization.weight.groups': 1})
+    assert 'is of other settings; remove it to run the cell again' in sweep().stderr
+    (swept / 'records/tiny-ptq-w4a4-seed1.json').write_text('{')
+    assert 'tiny-ptq-w4a4-seed1.json cannot be read' in sweep('--only', 'ptq').stderr
+
+
+# ---- tools/calibrate.py ---------------------------------------------------------------------------------------------
+
+
+def test_calibration_writes_a_checkpoint_that_evaluates(folder, float_checkpoint, run):
+    done = run(ROOT / 'tools/calibrate.py', 'quantized.py', float_checkpoint, '--out', 'new/ptq.pth', '--work-dir', 'w')
+    assert done.returncode == 0, done.stderr
+    assert 'python tools/test.py quantized.py new/ptq.pth' in done.stdout + done.stderr
+    done = run(ROOT / 'tools/test.py', 'quantized.py', 'new/ptq.pth', '--work-dir', 'w')
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / 'w/record.json').read_text())
+    assert record['model']['stage'] == 'quantize' and record['training']['iter'] == 0
+    assert record['training']['start']['file'] == 'epoch_1.pth'
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['quantized.py', 'none.pth'], 'checkpoint none.pth does not exist'),
+        (['float.py', 'FLOAT'], 'the config has no quantization: there is nothing to calibrate'),
+        (['quantized.py', 'FLOAT', '--out', '.'], '--out . is a folder'),
+    ],
+)
+def test_what_cannot_be_calibrated_ends_in_one_line(folder, float_checkpoint, run, arguments, message):
+    arguments = [float_checkpoint if argument == 'FLOAT' else argument for argument in arguments]
+    done = run(ROOT / 'tools/calibrate.py', *arguments, '--work-dir', 'w')
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]
+    assert not list((folder / 'w').rglob('*.pth'))
