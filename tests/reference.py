@@ -1,4 +1,4 @@
-"""The formulas of METHOD written once more in NumPy, float64, independent of the package."""
+"""The formulas of docs/method.md written once more in NumPy, float64, independent of the package."""
 
 import numpy as np
 

@@ -81,7 +81,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages as fractions of the training length (METHOD: section 5)."""
+    """Stages as fractions of the training length (docs/method.md, section 5)."""
 
     reshape: float = 0.0
     """Until here: Scale-Clip in float, no rounding. 0 leaves the stage out."""
@@ -96,7 +96,7 @@ class Quantization:
     weight: Weight = Weight()
     activation: Activation = Activation()
     first_last_bits: int = 8
-    """Bits of weights and inputs of the first and last layers (METHOD: section 5); a float side stays float."""
+    """Bits of weights and inputs of the first and last layers (docs/method.md, section 5); a float side stays float."""
     deployable: bool = True
     """Simulate what the integer graph needs: one quantizer for all readers of a tensor, 8-bit operands of additions,
     8-bit outputs of convolutions in front of an activation function other than ReLU, and in evaluation biases that are

@@ -38,7 +38,7 @@ def code_range(bits: int, signed: bool, narrow_range: bool = True, zero_point: i
 
 
 def step_size(threshold: Tensor, lo: int, hi: int) -> Tensor:
-    """Step d = T / max(-lo, hi): the code farthest from zero stands for the threshold (METHOD: section 1).
+    """Step d = T / max(-lo, hi): the code farthest from zero stands for the threshold (docs/method.md, section 1).
 
     That is T / (2^(n-1) - 1) for signed codes, T / 2^(n-1) for the full signed range, T / (2^n - 1) for unsigned.
     """
@@ -133,7 +133,7 @@ def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | N
 
 
 def fake_quantize(x: Tensor, step: Tensor, lo: int, hi: int, gradient: str = 'masked') -> Tensor:
-    """Uniform quantization Q(x) = d * clip(round(x / d), lo, hi), round half to even (METHOD: section 1).
+    """Uniform quantization Q(x) = d * clip(round(x / d), lo, hi), round half to even (docs/method.md, section 1).
 
     Args:
         x: any shape and memory layout; half precision is computed in float32 and returned in its own type.

@@ -1,4 +1,4 @@
-"""Merge quantized layers with the batch normalization behind them (METHOD: section 4).
+"""Merge quantized layers with the batch normalization behind them (docs/method.md, section 4).
 
 With integer weights W_int (step d_g of the channel's group) and integer inputs A_int (step s), and acc_c their sum:
 

@@ -20,7 +20,7 @@ from ..errors import UserError
 
 
 class Stage(IntEnum):
-    """What a quantizer does (METHOD: section 5). The stage hook moves all quantizers of a model together."""
+    """What a quantizer does (docs/method.md, section 5). The stage hook moves all quantizers of a model together."""
 
     OBSERVE = 0
     """Calibration: pass values through unchanged, collect statistics."""

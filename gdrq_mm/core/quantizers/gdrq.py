@@ -35,7 +35,7 @@ SEARCH_INTERVAL = 100
 
 
 class GDRQWeight(WeightQuantizer):
-    """Weights by Scale-Clip in groups (METHOD: sections 2 and 3).
+    """Weights by Scale-Clip in groups (docs/method.md, sections 2 and 3).
 
     Args:
         k: T_g = k * mean(|w|) of the group. None: WEIGHT_K.
@@ -124,7 +124,7 @@ class GDRQWeight(WeightQuantizer):
 
 
 class GDRQActivation(FollowingQuantizer):
-    """Activations by Scale-Clip with a running threshold, T <- T + m * (k * mean(|x|) - T) (METHOD: section 2).
+    """Activations by Scale-Clip with a running threshold, T <- T + m * (k * mean(|x|) - T) (docs/method.md, section 2).
 
     Args:
         k: None: ACTIVATION_K of the range and bits, but at most max|x| / mean(|x|) of the calibration (ours).

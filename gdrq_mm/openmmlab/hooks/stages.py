@@ -15,7 +15,7 @@ from ..models import bare_model
 
 @HOOKS.register_module()
 class StageHook(Hook):
-    """Set the stage of all quantizers from the progress of training (METHOD: section 5).
+    """Set the stage of all quantizers from the progress of training (docs/method.md, section 5).
 
     Args:
         reshape: fraction of the training length until which nothing is rounded; 0 leaves the stage out.

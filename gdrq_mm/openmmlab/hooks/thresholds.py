@@ -12,7 +12,7 @@ from ..models import bare_model
 
 @HOOKS.register_module()
 class ThresholdHook(Hook):
-    """After each optimizer step: project weights, then move the thresholds of activations (METHOD: section 2).
+    """After each optimizer step: project weights, then move the thresholds of activations (docs/method.md, section 2).
 
     Statistics of all inner forwards of gradient accumulation and of all ranks are added up, in one collective. The
     priority puts it before EMA (mmengine's EMAHook is NORMAL).
