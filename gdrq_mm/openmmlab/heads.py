@@ -53,7 +53,7 @@ LAST_LAYERS: dict[str, tuple[str, ...]] = {
     'PIDHead': ('p_cls_seg', 'd_cls_seg'),
     'SegmenterMaskTransformerHead': ('patch_proj', 'classes_proj'),
 }
-"""Head class -> patterns of its last layers, relative to the head; a subclass inherits them (docs/method.md, section 5)."""
+"""Head class -> patterns of its last layers, relative to the head; a subclass inherits them."""
 
 
 TRAINING_ONLY = ('auxiliary_head',)

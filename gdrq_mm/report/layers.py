@@ -89,10 +89,10 @@ def layer_table(model: nn.Module, report: Report) -> str:
             note,
         )
     modules = dict(model.named_modules())
-    for row in report.outputs:
-        quant = getattr(modules.get(row.name), 'output_quant', None)
+    for output in report.outputs:
+        quant = getattr(modules.get(output.name), 'output_quant', None)
         bits = str(quant.bits_in_use) if quant is not None else str(FLOAT_BITS)
-        table.add_row(row.name, row.before, '', '', '', bits, _range(quant), row.note)
+        table.add_row(output.name, output.before, '', '', '', bits, _range(quant), output.note)
     console = Console(file=io.StringIO(), width=240)
     console.print(table)
     text = '\n'.join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]

@@ -1,0 +1,243 @@
+"""The door for plain torch: a training loop calls these functions, and OpenMMLab's hooks call what they call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .core.calibrate import calibrate as _calibrate
+from .core.config import Quantization
+from .core.convert import Report, quantize_model
+from .core.errors import UserError
+from .core.modules import quant_layers
+from .core.quantizers import Stage, learned_parameters
+from .core.step import after_step, set_stage
+from .core.topology import Plan, record
+
+if TYPE_CHECKING:
+    from .deploy.export import ExportReport
+
+__all__ = ['after_step', 'calibrate', 'checkpoint', 'export', 'freeze', 'load', 'parameter_groups', 'quantize']
+
+
+def quantize(
+    model: nn.Module,
+    config: str | Mapping[str, Any],
+    example: Any,
+    last: Iterable[str] = (),
+    show: bool = True,
+) -> Report:
+    """Replace the layers of a float model by quantized ones, in place.
+
+    Call it before the optimizer is made and before the model is wrapped (DistributedDataParallel, torch.compile).
+    Parameters stay the same objects, and names in the state dict stay the same.
+
+    Args:
+        model: any module with convolutions or linear layers.
+        config: bits such as 'w4a4', a method with bits such as 'lsq_w2a4', or the `quantization` dict of a config
+            (gdrq_mm/core/config.py explains each key).
+        example: an input of the model for one prediction, from which is learned what feeds what: a tensor, a tuple of
+            arguments, or a dict of keyword arguments.
+        last: names of the layers that make the outputs; they get `first_last_bits`. By default the layer called last.
+        show: print the table of layers: what was quantized and what not, and why.
+
+    Returns:
+        What became of each layer, and the plan of the model.
+
+    Raises:
+        UserError: the config is wrong, or the model has nothing to quantize or is quantized already.
+    """
+    if quant_layers(model):
+        raise UserError('the model is quantized already')
+    settings = _settings(config)
+    report = quantize_model(
+        model, Quantization.from_dict(settings), record(model, lambda: _run(model, example), last=last)
+    )
+    model.to(next(model.parameters()).device)  # quantizers are made on the CPU
+    _remember(model, settings, report.plan)
+    if show:
+        from .report.layers import layer_table
+
+        print(layer_table(model, report))
+    return report
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any], Any] | None = None) -> None:
+    """Start the thresholds from the first batches; then every quantizer rounds.
+
+    Modes are set and restored; BN statistics stay. With several processes every one of them calls it, and all find the
+    same thresholds.
+
+    Args:
+        batches: such as a data loader; the first `calibration_batches` of them are used (8 by default).
+        predict: runs one batch. By default the model gets the batch, or its first entry if it is a tuple or a list, as
+            loaders give (images, labels).
+
+    Raises:
+        UserError: the model is not quantized.
+    """
+    settings, _ = _remembered(model)
+    device = next(model.parameters()).device
+
+    def run(batch: Any) -> None:
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        _run(model, x.to(device) if isinstance(x, Tensor) else x)
+
+    count = Quantization.from_dict(settings).calibration_batches
+    _calibrate(model, islice(batches, count), predict or run)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 0.0, lr: float | None = None) -> list[dict[str, Any]]:
+    """Groups for an optimizer: what quantizers learn has the learning rate and weight decay that its method asks for.
+
+    Args:
+        weight_decay: that of the other parameters.
+        lr: that of the other parameters; only needed if a method's option `lr_mult` is not 1.
+
+    Raises:
+        UserError: `lr` is needed and missing.
+    """
+    learned = learned_parameters(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): []}
+    for name, parameter in model.named_parameters():
+        quantizer = learned.get(name)
+        multiples = (quantizer.lr_mult, quantizer.decay_mult) if quantizer is not None else (1.0, 1.0)
+        groups.setdefault(multiples, []).append(parameter)
+    found = []
+    for (lr_mult, decay_mult), parameters in groups.items():
+        group: dict[str, Any] = dict(params=parameters, weight_decay=weight_decay * decay_mult)
+        if lr is not None:
+            group['lr'] = lr * lr_mult
+        elif lr_mult != 1:
+            raise UserError(f'parameter_groups: a quantizer has lr_mult={lr_mult:g}; give lr as well')
+        found.append(group)
+    return found
+
+
+def freeze(model: nn.Module) -> None:
+    """Let thresholds stand still from now on, as at the end of a training. `model.eval()` does so for BN statistics.
+
+    Raises:
+        UserError: the model is not quantized.
+    """
+    if set_stage(model, Stage.FREEZE) is None:
+        raise UserError('the model is not quantized')
+
+
+def checkpoint(model: nn.Module) -> dict[str, Any]:
+    """What :func:`load` needs to build this model again: weights, thresholds, settings and plan, as plain data.
+
+    Save it with torch.save.
+
+    Raises:
+        UserError: the model is not quantized.
+    """
+    settings, plan = _remembered(model)
+    state = {name.removeprefix('module.'): value for name, value in model.state_dict().items()}
+    return dict(state_dict=state, meta=dict(quantization=settings, plan=plan.to_dict()))
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """A trained quantized model from a file.
+
+    Args:
+        model: the float model, as its class builds it. It is changed; use what is returned.
+        path: what torch.save wrote of :func:`checkpoint`: the model can be trained on. Or the packed file that
+            :func:`export` wrote: its layers compute with integers, in torch, and it can only predict.
+
+    Raises:
+        UserError: the file is missing, damaged, or that of another model.
+    """
+    if quant_layers(model):
+        raise UserError('load takes the float model, this one is quantized')
+    from .deploy.packed import is_packed, load_packed
+
+    if is_packed(path):
+        return load_packed(model, path)[0]
+    content = _read(path)
+    try:
+        settings, plan = content['meta']['quantization'], Plan.from_dict(content['meta']['plan'])
+        state = content['state_dict']
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{path} is no checkpoint of gdrq_mm.checkpoint: {error}') from None
+    quantize_model(model, Quantization.from_dict(settings), plan)
+    _remember(model, settings, plan)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f'checkpoint {path} does not fit the model: {reason}') from None
+    return model
+
+
+def export(model: nn.Module, example: Tensor, out: str | Path) -> ExportReport:
+    """Write the trained model as integers: ONNX and a packed file, compared with the model layer by layer.
+
+    Args:
+        model: trained or calibrated; its forward takes one tensor.
+        example: a batch to trace and to compare with; the graph takes any number of such inputs.
+        out: folder to write; it must not exist.
+
+    Returns:
+        What was written and how it compares in each installed runtime.
+
+    Raises:
+        UserError: a layer cannot be merged or exported, or a runtime disagrees; nothing is written then.
+    """
+    from .deploy.export import export as write
+
+    _, plan = _remembered(model)
+    return write(_bare(model), plan, example, Path(out))
+
+
+def _settings(config: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The `quantization` dict; a name such as 'lsq_w2a4' is that of a base config."""
+    if not isinstance(config, str):
+        return dict(config)
+    match = re.fullmatch(r'(?:(\w+)_)?w(\d+)a(\d+)', config)
+    if match is None:
+        raise UserError(f"quantize: config={config!r} is not of the form 'w4a4' or 'lsq_w2a4', nor a dict")
+    method, weight, activation = match[1] or 'gdrq', int(match[2]), int(match[3])
+    return dict(method=method, weight=dict(bits=weight), activation=dict(bits=activation))
+
+
+def _run(model: nn.Module, example: Any) -> Any:
+    if isinstance(example, tuple):
+        return model(*example)
+    return model(**example) if isinstance(example, Mapping) else model(example)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of torch."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrappers) or hasattr(model, '_orig_mod'):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def _remember(model: nn.Module, settings: dict[str, Any], plan: Plan) -> None:
+    model.quantization = settings, plan  # type: ignore[assignment]
+
+
+def _remembered(model: nn.Module) -> tuple[dict[str, Any], Plan]:
+    found: Any = getattr(_bare(model), 'quantization', None)
+    if found is None:
+        raise UserError('the model is not quantized: call gdrq_mm.quantize first')
+    return found
+
+
+def _read(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise UserError(f'checkpoint {path} does not exist')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # a damaged file can raise anything in the unpickler
+        reason = f'{type(error).__name__} {error}'.splitlines()[0]
+        raise UserError(f'checkpoint {path} cannot be read as tensors and plain data: {reason}') from None

@@ -1,0 +1,214 @@
+"""gdrq_mm.plain: the functions for a plain torch loop."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+
+import gdrq_mm as gq
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.modules import activation_quantizers, quant_layers
+from gdrq_mm.core.quantizers import Stage
+from tests.helpers import Block, conv, same
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def network():
+    return nn.Sequential(
+        conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), Block(), Block(True), nn.Flatten(), nn.Linear(256, 5)
+    )
+
+
+def images(count=4):
+    return torch.randn(count, 3, 8, 8)
+
+
+def quantized(config='w4a4', **kwargs):
+    model = network()
+    gq.quantize(model, config, example=images(), show=False, **kwargs)
+    gq.calibrate(model, [(images(), torch.zeros(4)) for _ in range(2)])
+    return model
+
+
+def train(model, steps, optimizer=None):
+    optimizer = optimizer or torch.optim.SGD(gq.parameter_groups(model, weight_decay=1e-4), lr=0.05)
+    model.train()
+    losses = []
+    torch.manual_seed(1)
+    x = images(20)
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(x), torch.arange(20) % 5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gq.after_step(model)
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize('config', ['w4a4', 'w2a4', 'lsq_w4a4', 'lsq_plus_w3a3', dict(method='pact', deployable=False)])
+def test_a_plain_loop_learns(config):
+    model = quantized(config)
+    losses = train(model, 40)
+    assert losses[-1] < 0.5 * losses[0]
+    gq.freeze(model)
+    assert {q.stage for q in activation_quantizers(model).values()} == {Stage.FREEZE}
+
+
+@pytest.mark.parametrize('config, bits', [('w4a4', (4, 4)), ('gdrq_w2a3', (2, 3)), ('lsq_w8a8', (8, 8))])
+def test_bits_are_named_as_the_base_configs_are(config, bits):
+    model = network()
+    gq.quantize(model, config, example=images(), show=False)
+    assert quant_layers(model)['3.conv1'].bits == bits
+    assert quant_layers(model)['0'].bits == quant_layers(model)['6'].bits == (8, 8)
+
+
+@pytest.mark.parametrize('config', ['4bit', 'w4', 'nothing_w4a4', dict(weigth=dict(bits=4)), 'w1a4'])
+def test_a_wrong_config_is_one_message_and_changes_nothing(config):
+    model = network()
+    with pytest.raises(UserError, match=r'config|quantization'):
+        gq.quantize(model, config, example=images())
+    assert not quant_layers(model)
+
+
+def test_the_table_says_what_was_quantized_and_what_not(capsys):
+    model = network()
+    model.append(nn.Conv1d(1, 1, 1))
+    model[6] = nn.Sequential(nn.Linear(256, 5), nn.Unflatten(1, (1, 5)))
+    gq.quantize(model, dict(weight=dict(bits=4), skip=['4.downsample.*']), example=images())
+    text = capsys.readouterr().out
+    assert 'float: skipped by config' in text and 'Conv1d has a forward of its own' in text and 'first' in text
+
+
+def test_example_may_be_several_arguments_or_keywords():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(3, 4), conv(4, 4)
+
+        def forward(self, x, scale):
+            return self.b(self.a(x) * scale)
+
+    for example in ((images(), 2.0), dict(x=images(), scale=2.0)):
+        assert gq.quantize(Two(), 'w4a4', example=example, show=False).plan.calls == {'': 1, 'a': 1, 'b': 1}
+
+
+def test_calibrate_restores_modes_and_statistics():
+    model = network()
+    gq.quantize(model, 'w4a4', example=images(), show=False)
+    model.train()
+    model[3].eval()
+    train_first = [module.training for module in model.modules()]
+    before = {k: v.clone() for k, v in model.state_dict().items() if 'running' in k or 'tracked' in k}
+    gq.calibrate(model, iter(images() for _ in range(100)))
+    assert train_first == [module.training for module in model.modules()]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    assert all(q.calibrated for q in activation_quantizers(model).values())
+
+
+def test_calibrate_uses_as_many_batches_as_the_config_says():
+    model = network()
+    gq.quantize(model, dict(calibration_batches=3), example=images(), show=False)
+    batches = iter([images() for _ in range(5)])
+    gq.calibrate(model, batches)
+    assert len(list(batches)) <= 2
+
+
+def test_learned_steps_have_their_own_decay_and_rate():
+    model = quantized(dict(method='pact', activation=dict(pact=dict(lr_mult=0.1))))
+    with pytest.raises(UserError, match=r'lr_mult=0\.1'):
+        gq.parameter_groups(model, weight_decay=1e-4)
+    groups = gq.parameter_groups(model, weight_decay=1e-4, lr=0.5)
+    found = {id(p): (group['lr'], group['weight_decay']) for group in groups for p in group['params']}
+    names = {name: found[id(p)] for name, p in model.named_parameters()}
+    assert len(found) == len(list(model.parameters()))
+    for name, values in names.items():
+        assert values == ((0.05, 1e-4) if name.endswith('alpha') else (0.5, 1e-4)), name
+    lsq = quantized('lsq_w4a4')
+    (weights, steps) = gq.parameter_groups(lsq, weight_decay=1e-4)
+    assert steps['weight_decay'] == 0 and len(steps['params']) == sum('step' in n for n, _ in lsq.named_parameters())
+    assert weights['weight_decay'] == 1e-4
+
+
+def test_a_checkpoint_goes_on_exactly(tmp_path):
+    model = quantized('lsq_w4a4')
+    train(model, 3)
+    torch.save(gq.checkpoint(model), tmp_path / 'model.pth')
+    again = gq.load(network(), tmp_path / 'model.pth')
+    assert same(dict(model.state_dict()), dict(again.state_dict()))
+    x = images()
+    assert torch.equal(model.eval()(x), again.eval()(x))
+    assert train(model, 3) == train(again, 3)
+
+
+def test_load_says_what_is_wrong(tmp_path):
+    path = tmp_path / 'model.pth'
+    with pytest.raises(UserError, match='does not exist'):
+        gq.load(network(), path)
+    path.write_bytes(b'nonsense')
+    with pytest.raises(UserError, match='cannot be read'):
+        gq.load(network(), path)
+    torch.save(network().state_dict(), path)
+    with pytest.raises(UserError, match='no checkpoint of gdrq_mm'):
+        gq.load(network(), path)
+    torch.save(gq.checkpoint(quantized()), path)
+    with pytest.raises(UserError, match='another model'):
+        gq.load(nn.Sequential(conv(3, 4), conv(4, 4)), path)
+    other = network()
+    other[0] = conv(3, 4, stride=2)
+    other[6] = nn.Linear(64, 5)
+    with pytest.raises(UserError, match='does not fit'):
+        gq.load(other, path)
+    with pytest.raises(UserError, match='takes the float model'):
+        gq.load(quantized(), path)
+
+
+@pytest.mark.parametrize(
+    'function', [gq.freeze, gq.checkpoint, lambda m: gq.calibrate(m, []), lambda m: gq.export(m, images(), 'x')]
+)
+def test_a_float_model_is_refused(function):
+    with pytest.raises(UserError, match='not quantized'):
+        function(network())
+
+
+def test_quantizing_twice_is_refused():
+    with pytest.raises(UserError, match='quantized already'):
+        gq.quantize(quantized(), 'w4a4', example=images())
+
+
+def test_a_wrapped_model_is_trained_and_saved_by_its_own_names():
+    model = quantized()
+    wrapped = nn.DataParallel(copy.deepcopy(model))
+    assert train(model, 3) == train(wrapped, 3)
+    assert same(dict(gq.checkpoint(model)['state_dict']), dict(gq.checkpoint(wrapped)['state_dict']))
+
+
+STRANGERS = {
+    'resnet18': lambda: torchvision.models.resnet18(num_classes=10),
+    'mobilenet_v3_small': lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
+}
+
+
+@pytest.mark.parametrize('name', STRANGERS)
+def test_a_model_that_has_never_been_near_openmmlab(name, tmp_path):
+    model, x = STRANGERS[name](), torch.randn(8, 3, 64, 64)
+    gq.quantize(model, 'w4a4', example=x[:2], show=False)
+    gq.calibrate(model, x.split(4))
+    optimizer = torch.optim.SGD(gq.parameter_groups(model, weight_decay=1e-4), lr=0.01)
+    for _ in range(2):
+        loss = nn.functional.cross_entropy(model.train()(x), torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gq.after_step(model)
+    gq.freeze(model)
+    report = gq.export(model.eval(), x[:4], tmp_path / 'exported')
+    assert report.wrong == 0
+    integers = gq.load(STRANGERS[name](), tmp_path / 'exported/model.safetensors')
+    torch.testing.assert_close(integers(x), model(x), atol=0.05 * float(model(x).detach().abs().max()), rtol=0)
