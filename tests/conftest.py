@@ -14,7 +14,8 @@ from yapf.yapflib import yapf_api
 from gdrq_mm.data import digits
 from gdrq_mm.openmmlab import cli
 from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.helpers import COUNTS, ENV, SCENES, checkpoint_of, tiny_config
+from tests.helpers import ENV
+from tests.runs import COUNTS, SCENES, checkpoint_of, tiny_config
 
 # mmengine formats the config for every checkpoint; here each text is formatted once.
 _format = yapf_api.FormatCode

@@ -41,7 +41,8 @@ from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import find_records
 from tests.campaigns.report import FIGURES, report
 from tests.deploy.test_deploy import prepared
-from tests.helpers import COUNTS, ROOT, Block
+from tests.helpers import ROOT, Block
+from tests.runs import COUNTS
 
 MEMORY = 1 << 30
 ODD = (

@@ -24,7 +24,8 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.data import digits
 from gdrq_mm.openmmlab.checkpoints import POINTER, find_resumable, read_checkpoint
 from tests.campaigns.report import FIGURES, report
-from tests.helpers import COUNTS, ENV, QUANTIZATION, ROOT, same, tiny_config
+from tests.helpers import ENV, ROOT, same
+from tests.runs import COUNTS, QUANTIZATION, tiny_config
 
 EPOCHS = 8
 KINDS = ('running', 'writing', 'starting')

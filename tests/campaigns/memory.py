@@ -25,7 +25,7 @@ from gdrq_mm.core.quantizers import Quantizer
 from gdrq_mm.data import digits
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.campaigns.report import FIGURES, report
-from tests.helpers import COUNTS, QUANTIZATION, At, tiny_config
+from tests.runs import COUNTS, QUANTIZATION, At, tiny_config
 
 
 @MODELS.register_module()

@@ -7,7 +7,8 @@ import torch
 
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
-from tests.helpers import ROOT, train
+from tests.helpers import ROOT
+from tests.runs import train
 
 GUIDE = (ROOT / 'docs/methods.md').read_text()
 COMBINATIONS, METHOD = re.findall(r'```python\n(.*?)```', GUIDE, re.DOTALL)

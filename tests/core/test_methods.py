@@ -36,9 +36,10 @@ from gdrq_mm.core.topology import record
 from gdrq_mm.openmmlab.hooks import CalibrationHook
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests import reference_methods as papers
-from tests.helpers import TEST_ONLY, Block, checkpoint_of, same, tiny_config, train
+from tests.helpers import Block, same
 from tests.openmmlab.test_models import YOLOX, batch_of, build, check_result, predict, settle
 from tests.openmmlab.test_runner import contents, scores_of
+from tests.runs import TEST_ONLY, checkpoint_of, tiny_config, train
 
 LAW = settings(deadline=None, max_examples=40)
 VALUES = st.floats(-10, 10, width=32, allow_subnormal=False)

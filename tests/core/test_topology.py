@@ -1,12 +1,14 @@
 """gdrq_mm/core/topology.py: what feeds what in small hand-written models."""
 
+import json
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
-from mmcv.cnn.bricks import build_activation_layer
 from torch.utils.checkpoint import checkpoint
 
-from gdrq_mm.core.topology import record
+from gdrq_mm.core.topology import Plan, record
 from tests.helpers import Block, Function, conv
 
 
@@ -155,7 +157,6 @@ def test_adding_a_constant_is_no_addition_of_two_activations(other):
 ACTIVATIONS = {
     'nn.SiLU': nn.SiLU(),
     'nn.SiLU in place': nn.SiLU(inplace=True),
-    'mmcv Swish': build_activation_layer(dict(type='Swish')),
     'nn.LeakyReLU': nn.LeakyReLU(0.1),
     'nn.LeakyReLU in place': nn.LeakyReLU(0.1, inplace=True),
     'nn.Hardswish': nn.Hardswish(),
@@ -317,3 +318,95 @@ def test_a_checkpointed_segment_is_recorded(use_reentrant):
     model = Function(lambda m, x: checkpoint(m.block, x, use_reentrant=use_reentrant), block=Block())
     plan = plan_of(model)
     assert len(plan.additions) == 1 and plan.norms == {'block.conv1': 'block.bn1', 'block.conv2': 'block.bn2'}
+
+
+# ---- the plan depends on the model alone ----------------------------------------------------------------------------
+
+
+class Windows(nn.Module):
+    """Runs its parts on each window of a picture, as sliding inference does; `scale` reads and adds outside of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.SiLU(), Block()), Levels()
+
+    def forward(self, x):
+        return torch.cat([self.head(self.backbone(window)) for window in x.split(8, -1)], -1)
+
+
+class Levels(nn.Module):
+    """One convolution for three pyramid levels."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.bn = conv(), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return sum(self.bn(self.shared(scale * x)) for scale in (1, 2, 3))
+
+
+def plan_for(model, width):
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 8, width)
+    return record(model, lambda: model(x), whole=False)
+
+
+def test_neither_windows_nor_the_size_of_the_picture_change_the_plan():
+    model = Windows()
+    one, many = plan_for(model, 8), plan_for(model, 40)
+    assert one == many
+    assert one.calls['backbone.0'] == 1 and one.calls['head.shared'] == 3
+    assert one.norms == {'backbone.0': 'backbone.1', 'backbone.3.conv1': 'backbone.3.bn1'} | {
+        'backbone.3.conv2': 'backbone.3.bn2',
+        'head.shared': 'head.bn',
+    }
+    assert one.activated == ['backbone.1'] and len(one.additions) == 3
+    assert many.macs['backbone.0'] == 5 * one.macs['backbone.0'], 'the operations of a picture are those of all windows'
+
+
+def test_a_forward_that_is_called_as_a_whole_counts_all_calls():
+    assert plan_of(Windows(), (1, 4, 8, 40)).calls['backbone.0'] == 5
+
+
+def test_recording_keeps_no_tensor_alive():
+    model, alive = nn.Sequential(*(conv() for _ in range(30))), []
+    outputs = []
+    for layer in model:
+        layer.register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
+        layer.register_forward_hook(lambda *args: alive.append(sum(each() is not None for each in outputs)))
+    plan_of(model)
+    assert len(alive) == 30 and max(alive) <= 3
+
+
+def test_a_plan_survives_as_plain_data():
+    plan = plan_for(Windows(), 8)
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan and again.macs == plan.macs and again.to_dict() == plan.to_dict()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(calls={'a': '1'}),
+        dict(inputs={'a': True}),
+        dict(norms={'a': 1}),
+        dict(norms=['a']),
+        dict(last='abc'),
+        dict(activated=[1]),
+        dict(training_only=None),
+        dict(additions=[{'module': 'a'}]),
+        dict(additions=[{'module': 'a', 'operands': [['b']]}]),
+        dict(additions=[{'module': 1, 'operands': [[], []]}]),
+        dict(additions=1),
+        dict(more=1),
+    ],
+)
+def test_what_is_no_plan_is_refused(change):
+    with pytest.raises(ValueError, match='plan'):
+        Plan.from_dict({**plan_for(Windows(), 8).to_dict(), **change})
+
+
+def test_names_with_a_prefix_in_common_are_told_apart():
+    plan = Plan(training_only=['auxiliary_head'])
+    assert plan.deployed('auxiliary_head2.conv') and plan.deployed('backbone')
+    assert not plan.deployed('auxiliary_head') and not plan.deployed('auxiliary_head.conv')

@@ -33,7 +33,8 @@ from gdrq_mm.report.analysis import (
 )
 from gdrq_mm.report.damage import Meter
 from gdrq_mm.report.parts import choose, only, parts_of
-from tests.helpers import QUANTIZATION, ROOT, TEST_ONLY, checkpoint_of, same, task_config, tiny_config
+from tests.helpers import ROOT, same
+from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, task_config, tiny_config
 
 FORKED = ('backbone.layer2.0.conv1', 'backbone.layer2.0.downsample.0')
 """Two layers that read one tensor."""

@@ -14,7 +14,8 @@ from gdrq_mm.data import digits
 from gdrq_mm.openmmlab.apis import draw, infer, init_model
 from gdrq_mm.openmmlab.cli import read_config
 from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.helpers import FEW_SCENES, ROOT, TASK_CONFIGS, TEST_ONLY, task_config
+from tests.helpers import ROOT
+from tests.runs import FEW_SCENES, TASK_CONFIGS, TEST_ONLY, task_config
 
 
 @pytest.fixture(scope='module', params=TASK_CONFIGS)

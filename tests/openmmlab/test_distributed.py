@@ -16,7 +16,8 @@ import torch
 
 from gdrq_mm.core.errors import Stopped, UserError
 from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.helpers import ENV, ROOT, TEST_ONLY, At, same
+from tests.helpers import ENV, ROOT, same
+from tests.runs import TEST_ONLY, At
 
 TRAIN = ROOT / 'tools/train.py'
 W4A4 = dict(

@@ -11,8 +11,9 @@ import torch
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.openmmlab.models import drop_pretrained
 from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.helpers import ROOT, At
+from tests.helpers import ROOT
 from tests.openmmlab.test_configs import FULL_SCALE, bits_in_name, load, name
+from tests.runs import At
 
 COCO = ROOT.parent / 'shared/data/coco_mini'
 VOC_CLASSES = ('dog', 'car', 'person')

@@ -10,7 +10,8 @@ from gdrq_mm.core.quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, Stage
 from gdrq_mm.openmmlab.amp import use_amp
 from gdrq_mm.openmmlab.apis import init_model
 from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.helpers import ENV, ROOT, TASK_CONFIGS, TEST_ONLY, checkpoint_of, same, task_config, train
+from tests.helpers import ENV, ROOT, same
+from tests.runs import TASK_CONFIGS, TEST_ONLY, checkpoint_of, task_config, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 

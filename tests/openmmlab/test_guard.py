@@ -11,8 +11,9 @@ from mmengine.structures import InstanceData
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.hooks.guard import _tensors
-from tests.helpers import At, checkpoint_of, same, train
+from tests.helpers import same
 from tests.rank_hooks import Spoil, spoilt
+from tests.runs import At, checkpoint_of, train
 
 LAYER = r'backbone\.layer2\.0\.conv1'
 LOSS = 'loss=(nan|inf) at iteration 6: '

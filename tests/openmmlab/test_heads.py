@@ -1,4 +1,4 @@
-"""gdrq_mm/openmmlab/heads.py: last layers by the class of their head."""
+"""gdrq_mm/openmmlab/{heads,models}.py: last layers by head class, wrappers, layers that stay float."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ import torch.nn as nn
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.modules import quant_layers
-from gdrq_mm.openmmlab.models import record_plan
-from tests.helpers import Function, conv
+from gdrq_mm.openmmlab.models import bare_model, record_plan
+from tests.helpers import Block, Function, conv
 
 W2A3 = dict(weight=dict(bits=2), activation=dict(bits=3), first_last_bits=8)
 
@@ -53,3 +53,23 @@ def test_a_head_as_the_whole_model_has_its_last_layer():
     model = ClsHead()
     quantize(model)
     assert bits(model)['fc'] == (8, 8) and notes(quantize(ClsHead()))['fc'] == 'last'
+
+
+def test_a_deformable_convolution_stays_float_with_a_reason():
+    ops = pytest.importorskip('mmcv.ops')
+    layer = ops.DeformConv2d(4, 4, 3, padding=1)
+
+    def forward(model, x):
+        x = model.stem(x)
+        return model.last(model.deform(x, model.offset(x)))
+
+    model = Function(forward, stem=conv(), offset=conv(4, 18), deform=layer, last=conv())
+    report = quantize(model)
+    assert model.deform is layer and bits(model)['offset'] == (2, 3)
+    assert 'DeformConv2d' in notes(report).get('deform', 'is not in the report')
+
+
+def test_a_wrapper_is_taken_off():
+    model = Block()
+    assert bare_model(model) is model
+    assert bare_model(nn.parallel.DataParallel(model)) is model

@@ -25,7 +25,8 @@ from gdrq_mm.openmmlab.cli import mend_bases
 from gdrq_mm.openmmlab.models import drop_pretrained
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.report.layers import layer_table
-from tests.helpers import At, same
+from tests.helpers import same
+from tests.runs import At
 
 SAMPLES = dict(mmpretrain='DataSample', mmdet='DetDataSample', mmseg='SegDataSample')
 BOXES = torch.tensor([[4.0, 4, 40, 36], [20, 10, 60, 62], [8, 30, 30, 60]])

@@ -10,7 +10,8 @@ import torch
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import find_resumable, read_checkpoint
 from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.helpers import ROOT, At, checkpoint_of, same, tiny_config, train
+from tests.helpers import ROOT, same
+from tests.runs import At, checkpoint_of, tiny_config, train
 
 TRAIN = ROOT / 'tools/train.py'
 

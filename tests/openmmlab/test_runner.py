@@ -21,7 +21,8 @@ from gdrq_mm.core.quantizers import gdrq as gdrq_module
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.report.layers import layer_table
 from tests import reference
-from tests.helpers import QUANTIZATION, TEST_ONLY, At, checkpoint_of, same, train
+from tests.helpers import same
+from tests.runs import QUANTIZATION, TEST_ONLY, At, checkpoint_of, train
 
 STAGES = dict(reshape=0.3, freeze=0.6)
 """Of 16 iterations 5 reshape, 5 quantize, 6 freeze; the three checkpoints before the last have one stage each."""

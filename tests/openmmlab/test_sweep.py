@@ -13,7 +13,8 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.sweep import read_sweep, run_cell
 from gdrq_mm.report.compare import comparison_rows
 from gdrq_mm.report.record import find_records
-from tests.helpers import ROOT, tiny_config
+from tests.helpers import ROOT
+from tests.runs import tiny_config
 
 TOOL = ROOT / 'tools/sweep.py'
 

@@ -20,7 +20,8 @@ from gdrq_mm.report.html import PICTURES, WIDTH, html_report, picture, pictures,
 from gdrq_mm.report.html_plots import POINTS, sparkline, thin
 from gdrq_mm.report.record import find_records, write_record
 from gdrq_mm.report.train_log import QUANTITIES, read_log
-from tests.helpers import ROOT, TEST_ONLY, checkpoint_of, tiny_config
+from tests.helpers import ROOT
+from tests.runs import TEST_ONLY, checkpoint_of, tiny_config
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -18,7 +18,8 @@ from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.describe import make_record, model_name
 from gdrq_mm.report.compare import comparison_markdown, comparison_rows, comparison_table
 from gdrq_mm.report.record import read_record, write_record
-from tests.helpers import QUANTIZATION, ROOT, TEST_ONLY, checkpoint_of, train
+from tests.helpers import ROOT
+from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, train
 
 MODEL = dict(
     methods=['gdrq', 'gdrq'],
