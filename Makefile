@@ -1,19 +1,24 @@
 # make quickstart   set up .venv if needed, then train, quantize and compare on the embedded data
-# make test         set up .venv if needed, then lint and run the tests
+# make check        set up .venv if needed, then test the arithmetic alone: core and deploy, without OpenMMLab
+# make test         set up .venv if needed, then lint and run all tests; the log ends with the slowest
 # make test-slurm   train, preempt and test a detector on a slurm that is started for it (packages slurm-wlm and munge)
 # make lint         ruff and mypy
 # make campaigns    kill training at random moments, feed crafted input, watch memory: a quarter of an hour
 # make benchmark    train and test the small-scale grid (hours; goes on where it stopped), write the tables anew
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-slurm lint setup benchmark campaigns
+.PHONY: quickstart check test test-slurm lint setup benchmark campaigns
 quickstart: .venv/.ready
 	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: about 15 minutes on 2 cores."
 	@$(PY) tools/quickstart.py
 
+check: .venv/.ready
+	@echo "Testing the arithmetic, quantizers, layers and integers: under a minute on 2 cores."
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/core tests/deploy
+
 test: lint
-	@echo "Running the tests: 10 to 13 minutes on 2 cores."
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+	@echo "Running the tests: 10 to 12 minutes on 2 cores."
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal --durations=25
 
 test-slurm: .venv/.ready
 	@echo "Running jobs on a slurm of two nodes on this machine: up to 10 minutes on 2 cores."
