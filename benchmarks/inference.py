@@ -37,11 +37,12 @@ from rich.table import Table
 from shared import peak_of_process, write_figure
 
 from gdrq_mm.core.calibrate import calibrate
+from gdrq_mm.deploy.export import properties
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.onnx_export import export_onnx
-from gdrq_mm.deploy.runtime import RUNTIMES, integer_layers, open_runtime
+from gdrq_mm.deploy.runtime import RUNTIMES, open_runtime
 from gdrq_mm.openmmlab.apis import infer, init_model
-from gdrq_mm.openmmlab.bundle import example_inputs, export_graphs, properties
+from gdrq_mm.openmmlab.bundle import example_inputs, export_graphs
 from gdrq_mm.openmmlab.cli import check_writable, main, read_config
 from gdrq_mm.openmmlab.parts import parts_of
 from gdrq_mm.openmmlab.tasks import task_of
@@ -98,16 +99,16 @@ def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any
     for name in settings:
         quantized = quant_model(title, SETTINGS[name])
         predict = functools.partial(infer, quantized, noise(title))
-        graphs = export_graphs(quantized, merge_model(quantized, quantized.plan), predict, lambda *_: None)
-        for part_name, graph in graphs.items():
-            (folder / f'{name}.{part_name}.onnx').write_bytes(graph.SerializeToString())
-        counts = [integer_layers(graph) for graph in graphs.values()]
-        kernels[name] = (sum(fused for fused, _ in counts), sum(whole for _, whole in counts))
+        report = export_graphs(quantized, merge_model(quantized, quantized.plan), predict, lambda _: None)
+        for part in report.parts:
+            (folder / f'{name}.{part.name}.onnx').write_bytes(part.graph.SerializeToString())
+        kernels[name] = report.layers
+    properties_of = {part.name: properties(part.graph) for part in report.parts}
     model = float_model(title)
     parts = parts_of(model, task_of(model.cfg))
     inputs = example_inputs(model, parts, lambda: infer(model, noise(title)))
     for part in parts:
-        x, about = inputs[part.name], properties(graphs[part.name])
+        x, about = inputs[part.name], properties_of[part.name]
         with torch.no_grad():
             outputs = part.module(x)
         merged = fuse_conv_bn(copy.deepcopy(part.module))  # ONNX Runtime does not do it with what torch exports

@@ -12,12 +12,13 @@ from rich.table import Table
 
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.deploy.export import ExportedPart, ExportReport, properties
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.packed import is_packed, write_packed
-from gdrq_mm.deploy.runtime import RUNTIMES, float_layers, installed_backends, integer_layers
-from gdrq_mm.deploy.verify import compare, too_many
+from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends
+from gdrq_mm.deploy.verify import compare, first_difference
 from gdrq_mm.openmmlab.apis import infer, init_model
-from gdrq_mm.openmmlab.bundle import export_graphs, properties, write_bundle
+from gdrq_mm.openmmlab.bundle import export_graphs, write_bundle
 from gdrq_mm.openmmlab.cli import ConfigOptions, check_data, check_writable, main
 
 CONSOLE = Console()
@@ -67,22 +68,22 @@ def show(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> None:
     CONSOLE.print(table)
 
 
-def show_pieces(part: str, found: dict[str, list[Any]]) -> None:
+def show_part(part: ExportedPart) -> None:
     """How many codes each runtime makes otherwise than the trained model, and how far the furthest value is off."""
     rows = []
-    for pieces in zip(*found.values(), strict=True):
+    for pieces in zip(*part.pieces.values(), strict=True):
         off = [f'{p.differing}' + (f', {p.wrong} wrong' if p.wrong else '') for p in pieces]
         rows.append((pieces[0].name, pieces[0].values, *off, f'{max(p.largest for p in pieces):.4f}'))
-    show(f'\n{part}: codes that differ from the trained model', ['quantizer', 'codes', *found, 'furthest'], rows)
-    for name, pieces in found.items():
-        ends = [p for p in pieces if p.step]
-        differing, codes = sum(p.differing for p in ends), sum(p.values for p in ends)
+    columns = ['quantizer', 'codes', *part.pieces, 'furthest']
+    show(f'\n{part.name}: codes that differ from the trained model', columns, rows)
+    report = ExportReport([part])
+    for backend, differing in report.differing.items():
         ties = 'by the rounding of ties and of biases'
-        CONSOLE.print(f'{name}: {differing} of {codes} codes differ, {ties}', soft_wrap=True)
+        CONSOLE.print(f'{backend}: {differing} of {report.codes} codes differ, {ties}', soft_wrap=True)
 
 
 def export_packed(model: Any, merged: Any, image: Any, out: Path) -> None:
-    """Compare the merged model with the trained one and write model.gdrq."""
+    """Compare the merged model with the trained one and write model.safetensors."""
     results = compare(model, merged, model.plan, lambda m: infer(m, image))
     columns = ['layer', 'outputs', 'wrong sums', 'difference', 'codes', 'ties', 'wrong']
     cells = [
@@ -90,38 +91,33 @@ def export_packed(model: Any, merged: Any, image: Any, out: Path) -> None:
         for r in results
     ]
     show('', columns, [(r.name, *cell) for r, cell in zip(results, cells)])
-    wrong = next((r.name for r in results if r.accumulator_errors or r.wrong or r.largest > 1e-4), None)
-    if wrong is not None:
-        raise UserError(f'the merged model differs from the trained one, first in layer {wrong}; nothing was written')
-    ties, codes = sum(r.ties for r in results), sum(r.codes for r in results)
-    if too_many(ties, codes):
-        raise UserError(f'{ties} of {codes} codes differ, more than rounding ties explain; nothing was written')
+    difference = first_difference(results)
+    if difference:
+        raise UserError(f'{difference}; nothing was written')
     check_writable(out)
-    path = out / 'model.gdrq'
+    path = out / 'model.safetensors'
     write_packed(merged, path, model.cfg.pretty_text, model.dataset_meta)
     CONSOLE.print(f'{path}: {path.stat().st_size / 1e6:.2f} MB, {len(results)} layers as integers', soft_wrap=True)
 
 
 def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str) -> None:
     """Export, verify and write the graphs."""
-    graphs = export_graphs(model, merged, lambda: infer(model, image), show_pieces)
+    report = export_graphs(model, merged, lambda: infer(model, image), show_part)
     installed = installed_backends()
     for name in RUNTIMES:
         if name not in installed:
             CONSOLE.print(f"{name} is not installed and was not compared: uv pip install 'gdrq-mm[deploy]'")
-    counted = 'onnxruntime' in installed
-    counts = {name: (*integer_layers(graph), float_layers(graph)) for name, graph in graphs.items() if counted}
-    write_bundle(out, model, checkpoint, graphs)
-    for name in graphs:
-        path = out / f'{name}.onnx'
-        text = f'{path}: {path.stat().st_size / 1e6:.2f} MB, for inputs of {sizes_of(graphs[name])}'
-        if name in counts:
-            fused, whole, others = counts[name]
+    write_bundle(out, model, checkpoint, report)
+    for part in report.parts:
+        path = out / f'{part.name}.onnx'
+        text = f'{path}: {path.stat().st_size / 1e6:.2f} MB, for inputs of {sizes_of(part.graph)}'
+        one = ExportReport([part])
+        fused, whole = one.layers
+        if whole:
             text += f'; ONNX Runtime runs {fused} of {whole} layers as integer kernels'
-            if others:
-                text += (
-                    f', the others in float, most of them because their output is not quantized: {", ".join(others)}'
-                )
+        if one.float_layers:
+            others = ', '.join(one.float_layers)
+            text += f', the others in float, most of them because their output is not quantized: {others}'
         CONSOLE.print(text, soft_wrap=True)
 
 

@@ -1,10 +1,15 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import UserError
 
 
 def file_digest(path: str | Path) -> str | None:
@@ -27,3 +32,21 @@ def write_whole(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name `out` at the end; if something fails before, nothing is left.
+
+    Raises:
+        UserError: the folder exists or cannot be written.
+    """
+    unfinished = out.with_name(f'.{out.name}.{os.getpid()}')
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f'{out} cannot be written: {error.strerror}') from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -61,13 +61,17 @@ def split_pyramid(model: nn.Module, layers: Mapping[str, Any], plan: Plan) -> No
         around = next((each for each in above if plan.calls.get(each) == 1), None)
         if around is None:
             raise UserError(f'activation.per_level: no module around layer {name} is called once a prediction')
-        head = modules[around]
         layer.split_pyramid(calls)
-        if not hasattr(head, 'pyramid_layers'):
-            head.pyramid_layers = ()
-            head.register_forward_pre_hook(start_pyramid)
-            head.register_forward_hook(_check_pyramid)
-        head.pyramid_layers += ((name, layer),)  # type: ignore[operator]
+        count_levels(modules[around], name, layer)
+
+
+def count_levels(head: Any, name: str, layer: nn.Module) -> None:
+    """Let a head start the count of a layer's calls anew with each forward, and check it at the end."""
+    if not hasattr(head, 'pyramid_layers'):
+        head.pyramid_layers = ()
+        head.register_forward_pre_hook(start_pyramid)
+        head.register_forward_hook(_check_pyramid)
+    head.pyramid_layers += ((name, layer),)
 
 
 def move_pyramid(model: nn.Module, replaced: Mapping[Any, Any]) -> None:

@@ -11,6 +11,7 @@ from zero, c = round(x / s) in [lo, hi]; with a zero point z the unsigned code o
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.deployable import folded_norms
+from ..core.deployable import folded_norms, quantize_output
 from ..core.errors import UserError
+from ..core.functional import fake_quantize
 from ..core.integer_bias import LARGEST_BIAS, integer_bias, multiplier_and_bias, spread
-from ..core.layers import QuantLayer
+from ..core.layers import QUANTIZED, QuantLayer
 from ..core.modules import quant_layers, replace_modules
 from ..core.pyramid import PyramidQuantizers, move_pyramid, quantizers_of
 from ..core.quantizers import ActivationQuantizer, Stage
@@ -31,8 +33,16 @@ from ..core.topology import Plan
 class IntegerLayer(nn.Module):
     """A quantized layer and its batch normalization as integers: what an integer runtime computes, in plain torch.
 
-    Sums are exact: codes are multiplied and added in float64, which holds integers up to 2^53. They are those of int32
-    as well: a layer is refused whose largest possible sum, weights spread over int8, does not fit beside the bias.
+    Sums are exact: codes are multiplied and added in float64, which holds integers up to 2^53.
+
+    Args:
+        layer: float or quantized; it gives stride, padding and the like, its tensors are not kept.
+        codes: of the weight, int8, in the shape of the weight.
+        step: of the input, a scalar.
+        multiplier, bias: M and B, (C_out,).
+        lo, hi: smallest and largest code of the input.
+        weight_bits, input_bits: of the codes.
+        spread: by what an integer graph multiplies the codes of the weight, see gdrq_mm/core/integer_bias.py.
     """
 
     codes: Tensor
@@ -40,30 +50,28 @@ class IntegerLayer(nn.Module):
     multiplier: Tensor
     bias: Tensor
 
-    def __init__(self, layer: Any, quant: ActivationQuantizer | None, norm: _BatchNorm | None, name: str) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        codes: Tensor,
+        step: Tensor,
+        multiplier: Tensor,
+        bias: Tensor,
+        lo: int,
+        hi: int,
+        weight_bits: int,
+        input_bits: int,
+        spread: int,
+    ) -> None:
         super().__init__()
-        _check(layer, quant, norm, name)
-        assert quant is not None
-        self.lo, self.hi, self.weight_bits, self.input_bits = quant.lo, quant.hi, layer.weight_quant.bits, quant.bits
-        self.spread = spread(layer.weight_quant)
-        with torch.no_grad():
-            _, multiplier, bias = multiplier_and_bias(layer, norm, quant)
-            if layer.deployable:
-                bias = integer_bias(multiplier, bias, layer.weight_quant)
-            codes = layer.weight_quant.codes(layer.filters())
-            largest = int(codes.double().abs().flatten(1).sum(1).amax()) * self.spread * max(-self.lo, self.hi)
-            if largest > 2**31 - 1 - LARGEST_BIAS:
-                raise UserError(f'layer {name} cannot be merged: its sums, up to {largest:,}, may not fit into 32 bits')
-            self.register_buffer('codes', layer.set_filters(codes))
-            self.register_buffer('step', quant.step().detach().float())
-            self.register_buffer('multiplier', multiplier.float())
-            self.register_buffer('bias', bias.float())
-        # The layer without its tensors: it knows stride, padding and the like.
-        bare = copy.copy(layer)
-        bare._parameters, bare._buffers, bare._modules, bare._shared, bare._norm = {}, {}, {}, (), ()
-        self.__dict__['bare'] = bare  # not a child: it has no state
+        self.lo, self.hi, self.weight_bits, self.input_bits, self.spread = lo, hi, weight_bits, input_bits, spread
+        for name, value in dict(codes=codes, step=step, multiplier=multiplier, bias=bias).items():
+            self.register_buffer(name, value)
+        self.__dict__['bare'] = _bare(layer)  # not a child: it has no state
 
     bare: Any
+    """The layer without its tensors."""
     norm: str | None = None
     """Name of the batch normalization that was folded into it."""
 
@@ -90,20 +98,45 @@ class IntegerLayer(nn.Module):
 class IntegerPyramid(nn.Module):
     """A layer with thresholds for pyramid levels: an IntegerLayer for each level, which share the weight's codes."""
 
-    def __init__(self, layer: Any, norm: _BatchNorm | None, name: str) -> None:
+    def __init__(self, levels: Sequence[IntegerLayer]) -> None:
         super().__init__()
-        self.pyramid_level, self.pyramid_levels = 0, layer.pyramid_levels
-        for level, quant in enumerate(quantizers_of(layer.input_quant)):
-            merged = IntegerLayer(layer, quant, norm, f'{name}.{level}')
-            if level:
-                merged.codes = self.get_submodule('0').codes  # type: ignore[assignment]
-            self.add_module(str(level), merged)
+        self.pyramid_level, self.pyramid_levels = 0, len(levels)
+        for number, level in enumerate(levels):
+            level.codes = levels[0].codes
+            self.add_module(str(number), level)
 
     def forward(self, x: Tensor) -> Tensor:
         """The input of a level to its output; gdrq_mm/core/pyramid.py starts the count anew and checks it."""
         merged = self._modules[str(min(self.pyramid_level, self.pyramid_levels - 1))]
         self.pyramid_level += 1
         return merged(x)  # type: ignore[misc]
+
+
+class OutputQuantizer(nn.Module):
+    """The quantizer of a module's output: fake quantization with a fixed step, a scalar."""
+
+    step: Tensor
+
+    def __init__(self, step: Tensor, lo: int, hi: int) -> None:
+        super().__init__()
+        self.lo, self.hi = lo, hi
+        self.register_buffer('step', step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same shape."""
+        return fake_quantize(x, self.step, self.lo, self.hi)
+
+
+class Absent(nn.Module):
+    """In the place of a module that is not deployed: an auxiliary head, or a layer that the plan's prediction missed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises UserError."""
+        raise UserError(f'{self.name} is not in the deployed model: it did not run when the model was recorded')
 
 
 def shared_codes(merged: nn.Module) -> dict[str, str]:
@@ -126,25 +159,66 @@ def merge_model(model: nn.Module, plan: Plan) -> nn.Module:
     """
     merged = copy.deepcopy(model).eval()
     modules = dict(merged.named_modules())
-    layers = quant_layers(merged)
     norms = folded_norms(merged, plan)
     replaced: dict[nn.Module, nn.Module] = {}
-    for name, layer in layers.items():
+    for name, layer in quant_layers(merged).items():
         if plan.calls.get(name):
-            norm: Any = modules[norms[name]] if name in norms else None
-            if isinstance(layer.input_quant, PyramidQuantizers):
-                replaced[layer] = IntegerPyramid(layer, norm, name)
-            else:
-                replaced[layer] = IntegerLayer(layer, layer.input_quant, norm, name)
-            for part in replaced[layer].modules():
-                if isinstance(part, IntegerLayer):
-                    part.norm = norms.get(name)
+            replaced[layer] = _merged(layer, norms.get(name), modules, name)
     replaced.update({modules[name]: nn.Identity() for name in norms.values()})
-    replaced.update({modules[name]: nn.Identity() for name in plan.training_only if name in modules})
+    replaced.update({modules[name]: Absent(name) for name in plan.training_only if name in modules})
     for old, new in replaced.items():
-        _move_hooks(old, new)
+        move_output(old, new)
     replace_modules(merged, replaced)
     move_pyramid(merged, replaced)
+    for name, module in merged.named_modules():
+        if isinstance(module._modules.get('output_quant'), ActivationQuantizer):
+            _fix_output(module, name)
+    return merged
+
+
+def _merged(layer: Any, norm: str | None, modules: dict[str, Any], name: str) -> IntegerLayer | IntegerPyramid:
+    if not isinstance(layer.input_quant, PyramidQuantizers):
+        return _integer_layer(layer, layer.input_quant, norm, modules, name)
+    return IntegerPyramid(
+        [
+            _integer_layer(layer, quant, norm, modules, f'{name}.{level}')
+            for level, quant in enumerate(quantizers_of(layer.input_quant))
+        ]
+    )
+
+
+@torch.no_grad()
+def _integer_layer(
+    layer: Any, quant: ActivationQuantizer | None, norm: str | None, modules: dict[str, Any], name: str
+) -> IntegerLayer:
+    """A trained layer as integers.
+
+    Its sums are refused if the largest possible one, weights spread over int8, does not fit into int32 beside the bias.
+    """
+    batch_norm: _BatchNorm | None = None if norm is None else modules[norm]
+    _check(layer, quant, batch_norm, name)
+    assert quant is not None
+    weight = layer.weight_quant
+    _, multiplier, bias = multiplier_and_bias(layer, batch_norm, quant)
+    if layer.deployable:
+        bias = integer_bias(multiplier, bias, weight)
+    codes = weight.codes(layer.filters())
+    largest = int(codes.double().abs().flatten(1).sum(1).amax()) * spread(weight) * max(-quant.lo, quant.hi)
+    if largest > 2**31 - 1 - LARGEST_BIAS:
+        raise UserError(f'layer {name} cannot be merged: its sums, up to {largest:,}, may not fit into 32 bits')
+    merged = IntegerLayer(
+        layer,
+        codes=layer.set_filters(codes),
+        step=quant.step().detach().float(),
+        multiplier=multiplier.float(),
+        bias=bias.float(),
+        lo=quant.lo,
+        hi=quant.hi,
+        weight_bits=weight.bits,
+        input_bits=quant.bits,
+        spread=spread(weight),
+    )
+    merged.norm = norm
     return merged
 
 
@@ -162,8 +236,31 @@ def _check(layer: QuantLayer, activation: ActivationQuantizer | None, norm: _Bat
         raise UserError(f'layer {name} cannot be merged: its batch normalization keeps no statistics')
 
 
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """What is attached to the output of a module, such as its quantizer."""
+def _fix_output(module: nn.Module, name: str) -> None:
+    """Fix the quantizer of an output; one that calibration did not reach passes its values and is taken away."""
+    quant: Any = module.output_quant
+    if quant.uneven:
+        raise UserError(f'the output of {name} cannot be merged: {quant.uneven}')
+    if quant.stage == Stage.FLOAT:
+        del module.output_quant
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is quantize_output:
+                del module._forward_hooks[key]
+    else:
+        module.output_quant = OutputQuantizer(quant.step().detach().float(), quant.lo, quant.hi)
+
+
+def _bare(layer: nn.Module) -> Any:
+    """A layer of the quantized class without tensors, quantizers and hooks: it knows stride, padding and the like."""
+    kind: Any = type(layer) if isinstance(layer, QuantLayer) else QUANTIZED[type(layer)]
+    bare = kind.__new__(kind)
+    bare.__dict__.update(layer.__dict__)
+    bare._parameters, bare._buffers, bare._modules, bare._shared, bare._norm = {}, {}, {}, (), ()
+    return bare
+
+
+def move_output(old: nn.Module, new: nn.Module) -> None:
+    """Attach what is attached to the output of a module to another one: hooks, and the quantizer."""
     new._forward_hooks.update(old._forward_hooks)
     if 'output_quant' in old._modules:
         new.add_module('output_quant', old._modules['output_quant'])

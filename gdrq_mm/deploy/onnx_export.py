@@ -24,9 +24,11 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.integer_bias import LARGEST_BIAS
-from ..core.quantizers import ActivationQuantizer, Stage
-from .merge import IntegerLayer, shared_codes
-from .onnx_graph import finish_graph
+from ..core.modules import replace_modules
+from .flat import Flat
+from .merge import IntegerLayer, OutputQuantizer, move_output, shared_codes
+from .names import codes_of
+from .onnx_graph import finish
 
 OPSET = 21
 """The first with 4-bit initializers in QuantizeLinear and DequantizeLinear."""
@@ -36,7 +38,7 @@ def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: 
     """Trace a module with merged layers into a checked ONNX model with a dynamic batch.
 
     Args:
-        module: takes a tensor, returns a tensor or a flat tuple of tensors; it is not changed.
+        module: a model, or a part of one as a Flat; it is not changed.
         x: an example; its first dimension is the batch, of at least 2.
         outputs: names of the outputs.
         any_size: leave height and width of x, (N, C, H, W), open too. A module that computes something from its
@@ -45,7 +47,7 @@ def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: 
     Raises:
         UserError: a layer has no form in standard integers; names it.
     """
-    twin = _twin(module)
+    twin = _twin(module if isinstance(module, Flat) else Flat(module))
     open_axes = dict.fromkeys((0, 2, 3) if any_size else (0,), torch.export.Dim.DYNAMIC)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -61,8 +63,10 @@ def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: 
             verbose=False,
         )
     assert program is not None
-    model: onnx.ModelProto = program.model_proto
-    finish_graph(model.graph, shared_codes(twin))
+    layers = {name: layer for name, layer in twin.model.named_modules() if isinstance(layer, OnnxLayer)}
+    factors = {codes_of(name): layer.factor for name, layer in layers.items() if layer.in_4_bits}
+    shared = {codes_of(name): codes_of(first) for name, first in shared_codes(twin.model).items()}
+    model = finish(program.model, factors, shared)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -112,7 +116,9 @@ class OnnxLayer(nn.Module):
         super().__init__()
         self.quantize = QuantizeDequantize(layer.step, layer.lo, layer.hi)
         self.bare = (layer.bare,)  # a tuple, so that it is no child
-        codes, scale, bias = _spread(layer, name)
+        codes, self.factor, scale, bias = _spread(layer, name)
+        few = codes // self.factor
+        self.in_4_bits = layer.weight_bits <= 4 and few.numel() > 0 and -8 <= int(few.min()) <= int(few.max()) <= 7
         self.register_buffer('codes', codes)
         self.register_buffer('scale', scale.float())
         self.register_buffer('zeros', torch.zeros(len(scale), dtype=torch.int8))
@@ -147,12 +153,12 @@ def _operator(name: str, inputs: Any, dtype: torch.dtype, like: Tensor, attribut
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
 
 
-def _spread(layer: IntegerLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of the weight spread over int8, scale of each channel, bias, the latter two as float64."""
+def _spread(layer: IntegerLayer, name: str) -> tuple[Tensor, int, Tensor, Tensor]:
+    """Codes of the weight spread over int8, by which factor, scale of each channel, bias, the last two as float64."""
     step = layer.step.double() if layer.step > 0 else torch.ones((), dtype=torch.float64)
     scale = layer.multiplier.double() / step
     if isinstance(layer.bare, nn.ConvTranspose2d):
-        return layer.codes, scale, layer.bias.double()
+        return layer.codes, 1, scale, layer.bias.double()
     shape = [-1] + [1] * (layer.codes.dim() - 1)
     codes = layer.codes.to(torch.int32) * torch.where(scale < 0, -1, 1).view(shape)
     factor = layer.spread
@@ -168,26 +174,19 @@ def _spread(layer: IntegerLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
     idle = small | (scale == 0)
     codes = torch.where(idle.view(shape), 0, codes)
     scale = torch.where(idle, bias.abs().clamp(min=1e-30) / (2**20 * step), scale)
-    return codes.to(torch.int8), scale, bias
+    return codes.to(torch.int8), factor, scale, bias
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: Flat) -> Flat:
     """A copy in evaluation mode whose merged layers and quantizers are in the form of the export."""
     twin = copy.deepcopy(module).eval()
-    names = {m: n for n, m in twin.named_modules()}
-    new: dict[nn.Module, nn.Module] = {}
-    for old, name in names.items():
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, old in twin.model.named_modules():
         if isinstance(old, IntegerLayer):
-            new[old] = OnnxLayer(old, name)
-        elif isinstance(old, ActivationQuantizer):
-            float_ = old.stage == Stage.FLOAT  # calibration did not reach it
-            new[old] = nn.Identity() if float_ else QuantizeDequantize(old.step(), old.lo, old.hi)
-    for parent in list(twin.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child in new:
-                parent._modules[child_name] = new[child]
-    for old, layer in new.items():
-        layer._forward_hooks.update(old._forward_hooks)
-        if 'output_quant' in old._modules:
-            layer.add_module('output_quant', old._modules['output_quant'])  # the new one: the loop has been there
+            replaced[old] = OnnxLayer(old, name)
+        elif isinstance(old, OutputQuantizer):
+            replaced[old] = QuantizeDequantize(old.step, old.lo, old.hi)
+    replace_modules(twin, replaced)  # in the old layers too, whose output quantizers move
+    for old, new in replaced.items():
+        move_output(old, new)
     return twin

@@ -1,204 +1,191 @@
-"""What is done to an ONNX graph after tracing: each tensor quantized once, before pooling, and weights in 4 bits."""
+"""What is done to a traced graph: each tensor quantized once, before pooling, and weights in 4 bits.
+
+The rest is done by the passes of onnx_ir. Nodes get the names of their modules first, see names.py.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx import helper
+from onnx_ir.passes import common
+
+from .names import Site, quantizer_of, weight_node
 
 PASSES = ('MaxPool', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose')
 """Operators that only pick or move values: rounding before them and after them is the same."""
 
 
-def finish_graph(graph: Any, shared: Mapping[str, str] | None = None) -> None:
-    """Change a traced graph in place. `shared`: name of an initializer -> one to read instead if both are equal."""
-    _share(graph, shared or {})
-    _merge_equal(graph)
-    _quantize_before_pooling(graph)
-    _clip_codes(graph)
-    _pack_weights(graph)
-    read = {name for node in graph.node for name in node.input}
-    for tensor in [t for t in graph.initializer if t.name not in read]:
-        graph.initializer.remove(tensor)
-    del graph.value_info[:]  # runtimes infer types and shapes
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField('metadata_props')  # stack traces of the export: half a megabyte for a ResNet-18
+def finish(model: ir.Model, factors: Mapping[str, int], shared: Mapping[str, str]) -> onnx.ModelProto:
+    """Change a traced model in place and serialize it.
+
+    Args:
+        model: what torch.onnx.export made.
+        factors: codes of a weight that are stored in 4 bits -> what they have been multiplied by.
+        shared: codes -> others to read instead if both are equal.
+    """
+    _name_nodes(model.graph, factors)
+    for name, other in shared.items():
+        _share(model.graph.initializers, name, other)
+    common.DeduplicateInitializersPass(size_limit=1)(model)  # scale, zero point and bounds of quantizers
+    common.CommonSubexpressionEliminationPass()(model)  # readers of one tensor with one quantizer
+    for step in (_quantize_before_pooling, _clip_codes):
+        step(model.graph)
+    for name, factor in factors.items():
+        if name in model.graph.initializers:
+            _store_in_4_bits(model.graph, name, factor)
+    common.RemoveUnusedNodesPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)  # stack traces of the export: half a megabyte for a ResNet-18
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # runtimes infer types and shapes
+    return proto
 
 
-def initializers(graph: Any) -> dict[str, np.ndarray]:
-    """Name -> value of each initializer."""
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-
-
-def readers(graph: Any) -> dict[str, list[Any]]:
-    """Name of a value -> the nodes that read it."""
-    found: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            found.setdefault(name, []).append(node)
-    return found
-
-
-def makers(graph: Any) -> dict[str, Any]:
-    """Name of a value -> the node that makes it."""
-    return {name: node for node in graph.node for name in node.output}
-
-
-def quantizations(graph: Any) -> Iterator[tuple[Any, Any, Any]]:
+def quantizations(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, ir.Node]]:
     """QuantizeLinear, the node that ends with its codes, and DequantizeLinear of each quantized tensor, in order.
 
     The node that ends with the codes is QuantizeLinear itself or a Clip. Pooling may stand behind it.
     """
-    reading = readers(graph)
-    for node in graph.node:
+    for node in list(graph):
         if node.op_type == 'QuantizeLinear':
-            last, after = node, reading[node.output[0]][0]
+            last, after = node, _reader(node)
             if after.op_type == 'Clip':
-                last, after = after, reading[after.output[0]][0]
+                last, after = after, _reader(after)
             while after.op_type in PASSES:
-                after = reading[after.output[0]][0]
+                after = _reader(after)
             yield node, last, after
 
 
-def _share(graph: Any, shared: Mapping[str, str]) -> None:
-    values = initializers(graph)
-    equal = {name: other for name, other in shared.items() if {name, other} <= values.keys()}
-    equal = {name: other for name, other in equal.items() if np.array_equal(values[name], values[other])}
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = equal.get(name, name)
-    for tensor in [t for t in graph.initializer if t.name in equal]:
-        graph.initializer.remove(tensor)
+def _reader(node: ir.Node) -> ir.Node:
+    """One of those that read a node's output."""
+    return node.outputs[0].consumers()[0]
 
 
-def _merge_equal(graph: Any) -> None:
-    """Readers of one tensor with one quantizer: keep the first of nodes that compute the same."""
-    renamed: dict[str, str] = {}
-    seen: dict[Any, str] = {}
-    values = {t.name: (t.data_type, tuple(t.dims), numpy_helper.to_array(t).tobytes()) for t in graph.initializer}
-    for node in list(graph.node):
-        for i, name in enumerate(node.input):
-            node.input[i] = renamed.get(name, name)
-        if node.op_type in ('QuantizeLinear', 'Clip', 'DequantizeLinear') and len(node.output) == 1:
-            key = (node.op_type, *(values.get(name, name) if i else name for i, name in enumerate(node.input)))
-            if key in seen:
-                renamed[node.output[0]] = seen[key]
-                graph.node.remove(node)
-            seen.setdefault(key, node.output[0])
-    for output in graph.output:
-        if output.name in renamed:  # an output keeps its name
-            graph.node.append(helper.make_node('Identity', [renamed[output.name]], [output.name]))
+def _name_nodes(graph: ir.Graph, weights: Any) -> None:
+    calls: Counter[str] = Counter()
+    for node in graph:
+        if node.op_type == 'QuantizeLinear':
+            quantizer = quantizer_of(_name(node.inputs[1]))
+            node.name = str(Site(quantizer, calls[quantizer]))
+            calls[quantizer] += 1
+        elif node.op_type == 'DequantizeLinear' and node.inputs[0] in graph.initializers.values():
+            node.name = weight_node(_name(node.inputs[0]))
 
 
-def _quantize_before_pooling(graph: Any) -> None:
+def _name(value: ir.Value | None) -> str:
+    assert value is not None and value.name is not None
+    return value.name
+
+
+def _array(value: ir.Value | None) -> np.ndarray:
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _share(initializers: Any, name: str, other: str) -> None:
+    if {name, other} <= initializers.keys():
+        one, another = initializers[name], initializers[other]
+        if np.array_equal(_array(one), _array(another)):
+            one.replace_all_uses_with(another)
+            del initializers[name]
+
+
+def _quantize_before_pooling(graph: ir.Graph) -> None:
     """Where a tensor is quantized once, right behind max pooling, quantize it in front, where a convolution ends."""
-    moved = True
-    while moved:
-        moved = False
-        making, reading = makers(graph), readers(graph)
-        outputs = {output.name for output in graph.output}
-        for quantize, last, _ in quantizations(graph):
-            pool = making.get(quantize.input[0])
-            if pool is None or pool.op_type not in PASSES or len(reading[pool.output[0]]) > 1:
-                continue
-            if pool.output[0] in outputs or len(pool.output) > 1 or pool.input[0] not in making:
-                continue
-            source, codes = pool.input[0], last.output[0]
-            quantize.input[0] = source
-            pool.input[0] = codes
-            for node in reading[codes]:
-                node.input[0] = pool.output[0]
-            graph.node.remove(pool)
-            nodes = list(graph.node)
-            nodes.insert(nodes.index(last) + 1, pool)
-            del graph.node[:]
-            graph.node.extend(nodes)
-            moved = True
-            break
+    for quantize, last, _ in quantizations(graph):
+        while (pool := _only_maker(quantize)) is not None and pool.op_type in PASSES:
+            source = pool.inputs[0]
+            if source is None or source.producer() is None:
+                break  # an input of the graph
+            quantize.replace_input_with(0, source)
+            last.outputs[0].replace_all_uses_with(pool.outputs[0])
+            pool.replace_input_with(0, last.outputs[0])
+            graph.remove(pool)
+            graph.insert_after(last, pool)
 
 
-def _clip_codes(graph: Any) -> None:
+def _only_maker(quantize: ir.Node) -> ir.Node | None:
+    """The node that makes what is quantized, if nothing else reads that."""
+    value = quantize.inputs[0]
+    assert value is not None
+    maker = value.producer()
+    alone = len(value.uses()) == 1 and not value.is_graph_output()
+    return maker if maker is not None and alone and len(maker.outputs) == 1 else None
+
+
+def _clip_codes(graph: ir.Graph) -> None:
     """Where ReLU6 stands in front of a quantizer, clip the codes instead: rounding keeps the order, so it is the same.
 
     A convolution in front of a float Clip is no integer kernel.
     """
-    making, reading, values = makers(graph), readers(graph), initializers(graph)
-    kept = {output.name for output in graph.output}
-    for quantize, last, _ in list(quantizations(graph)):
-        clip = making.get(quantize.input[0])
-        if clip is None or clip.op_type != 'Clip' or len(reading[clip.output[0]]) > 1 or clip.output[0] in kept:
+    for quantize, last, _ in quantizations(graph):
+        clip = _only_maker(quantize)
+        if clip is None or clip.op_type != 'Clip':
             continue
-        bounds = [_constant(name, making) for name in clip.input[1:]]
+        bounds = [_constant(value) for value in clip.inputs[1:]]
         if len(bounds) < 2 or any(bound is None for bound in bounds):
             continue
-        scale, zero_point = values[quantize.input[1]], values[quantize.input[2]]
-        codes = [np.clip(np.round(bound / scale) + zero_point, 0, 255) for bound in bounds]
+        scale, zero_point = (_array(value) for value in quantize.inputs[1:])
+        low, high = (np.clip(np.round(bound / scale) + zero_point, 0, 255) for bound in bounds)
+        codes = quantize.outputs[0]
         if last is not quantize:
-            codes = [np.maximum(codes[0], values[last.input[1]]), np.minimum(codes[1], values[last.input[2]])]
-            graph.node.remove(last)
-        name = last.output[0]
-        unclipped, ends = f'{name}.unclipped', [f'{name}.low', f'{name}.high']
-        for code, end in zip(codes, ends):
-            graph.initializer.append(numpy_helper.from_array(np.array(code, np.uint8), end))
-        place = list(graph.node).index(quantize)
-        quantize.input[0], quantize.output[0] = clip.input[0], unclipped
-        graph.node.insert(place + 1, helper.make_node('Clip', [unclipped, *ends], [name]))
-    _remove_unread(graph)
-
-
-def _constant(name: str, making: dict[str, Any]) -> np.ndarray | None:
-    """The value of a Constant behind casts to the type of what is clipped."""
-    node = making.get(name)
-    while node is not None and node.op_type in ('Cast', 'CastLike'):
-        node = making.get(node.input[0])
-    if node is None or node.op_type != 'Constant':
-        return None
-    value = helper.get_attribute_value(node.attribute[0])
-    return numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.array(value, np.float32)
-
-
-def _remove_unread(graph: Any) -> None:
-    kept = {output.name for output in graph.output}
-    for node in reversed(list(graph.node)):
-        if not kept.intersection(node.output):
-            graph.node.remove(node)
-        else:
-            kept.update(node.input)
-
-
-def _pack_weights(graph: Any) -> None:
-    """Store the codes of a weight that are a multiple of a few levels as INT4: Cast, Mul by the factor, Cast."""
-    for tensor in [t for t in graph.initializer if t.data_type == TensorProto.INT8 and len(t.dims) > 1]:
-        spread = numpy_helper.to_array(tensor).astype(np.int32)
-        factor = int(np.gcd.reduce(np.abs(spread), axis=None)) or 1
-        codes = spread // factor
-        if codes.size == 0 or codes.min() < -8 or codes.max() > 7:
-            continue
-        name = tensor.name
-        packed = helper.make_tensor(f'{name}.int4', TensorProto.INT4, tensor.dims, codes.ravel())
-        if packed.int32_data:  # as bytes, two codes each
-            raw = _nibbles(codes)
-            packed.ClearField('int32_data')
-            packed.raw_data = raw
-        times = numpy_helper.from_array(np.array(factor, np.int32), f'{name}.factor')
-        graph.initializer.remove(tensor)
-        graph.initializer.extend([packed, times])
-        steps = [
-            helper.make_node('Cast', [packed.name], [f'{name}.int32'], to=TensorProto.INT32),
-            helper.make_node('Mul', [f'{name}.int32', times.name], [f'{name}.times'], name=f'{name}.mul'),
-            helper.make_node('Cast', [f'{name}.times'], [name], to=TensorProto.INT8),
+            low, high = np.maximum(low, _array(last.inputs[1])), np.minimum(high, _array(last.inputs[2]))
+            codes = last.outputs[0]
+        ends = [
+            _initializer(graph, f'{codes.name}.{k}', np.array(v, np.uint8))
+            for k, v in zip(('low', 'high'), (low, high))
         ]
-        for place, node in enumerate(steps):
-            graph.node.insert(place, node)
+        if last is quantize:
+            last = ir.node('Clip', [quantize.outputs[0], *ends])
+            graph.insert_after(quantize, last)
+            codes.replace_all_uses_with(last.outputs[0])
+            last.replace_input_with(0, codes)
+        else:
+            for place, end in enumerate(ends, 1):
+                last.replace_input_with(place, end)
+        quantize.replace_input_with(0, clip.inputs[0])
 
 
-def _nibbles(codes: np.ndarray) -> bytes:
-    flat = (codes.ravel() & 15).astype(np.uint8)
-    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
-    return (flat[::2] | flat[1::2] << 4).tobytes()
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    """The value of a Constant behind casts to the type of what is clipped."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in ('Cast', 'CastLike'):
+        value = node.inputs[0]
+    found = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if found is None else found.numpy()
+
+
+def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def _store_in_4_bits(graph: ir.Graph, name: str, factor: int) -> None:
+    """Replace spread codes by INT4, Cast to INT32, Mul by the factor, Cast to INT8."""
+    spread = graph.initializers[name]
+    codes = _initializer(graph, f'{name}.int4', (_array(spread) // factor).astype(ir.DataType.INT4.numpy()))
+    times = _initializer(graph, f'{name}.factor', np.array(factor, np.int32))
+    wide = ir.node('Cast', [codes], dict(to=ir.DataType.INT32))
+    product = ir.node('Mul', [wide.outputs[0], times])
+    narrow = ir.node('Cast', [product.outputs[0]], dict(to=ir.DataType.INT8))
+    graph.insert_before(graph[0], [wide, product, narrow])
+    spread.replace_all_uses_with(narrow.outputs[0])
+    del graph.initializers[name]
+
+
+# ---- parts of a finished graph --------------------------------------------------------------------------------------
+
+
+def makers(graph: Any) -> dict[str, Any]:
+    """Name of a value -> the node of an onnx.GraphProto that makes it."""
+    return {name: node for node in graph.node for name in node.output}
 
 
 def cut(model: onnx.ModelProto, inputs: dict[str, Any], outputs: dict[str, Any]) -> onnx.ModelProto:

@@ -1,155 +1,355 @@
-"""A packed checkpoint: weights at their real bits, one file, safe to load.
+"""A packed file: a merged model with weights at their real bits, as safetensors.
 
-Layout: 8 bytes magic, 4 bytes version, 8 bytes length of the header (little endian), the header as JSON, the payload,
-and the SHA-256 of everything before it. The header lists the tensors with type, shape and place in the payload. Codes
-of n bits are stored as unsigned numbers, code - lowest code, one after the other, the lowest bit first.
+Tensors have the names of the merged model's state dict. The codes of a weight, n bits each, are one U8 tensor: unsigned
+numbers (code - lowest) / stride, one after the other, the lowest bit first. `__metadata__` holds
+
+    gdrq      version of this layout
+    sha256    of the file with this sum as zeros
+    config    text of the config, to be read, never to be run
+    meta      what the model knows of its data set, as JSON
+    layers    what the merged layers are beside their tensors, as JSON, see :class:`PackedLayer`
+    outputs   module -> [lo, hi] of the quantizer of its output, as JSON
+    absent    modules that are not deployed, as JSON
+
+The float model of the config and this file make the merged model; nothing is quantized or calibrated for it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
-import struct
-from collections import Counter
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+import torch.nn as nn
+from safetensors import SafetensorError
 from torch import Tensor
 
+from ..core.config import Quantization
+from ..core.deployable import quantize_output
 from ..core.errors import UserError
 from ..core.files import write_whole
-from ..core.layers import QuantLayer
-from ..core.quantizers import ActivationQuantizer, Quantizer, Stage
-from ..core.topology import Plan
-from .merge import IntegerLayer, merge_model, shared_codes
+from ..core.layers import QUANTIZED, QuantLayer
+from ..core.modules import replace_modules
+from ..core.pyramid import count_levels
+from .merge import Absent, IntegerLayer, IntegerPyramid, OutputQuantizer, move_output
 
-MAGIC, VERSION = b'GDRQPACK', 1
-_TYPES = {'float32': np.float32, 'int64': np.int64, 'int32': np.int32, 'bool': np.bool_}
+VERSION = '1'
+_SUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+"""As safetensors writes it into the header; in any other text of the header quotes are escaped."""
 
 
-def write_packed(
-    model: torch.nn.Module, path: str | Path, config: str = '', meta: Mapping[str, Any] | None = None
-) -> None:
+@dataclass(frozen=True)
+class PackedLayer:
+    """A merged layer beside its tensors."""
+
+    shape: list[int]
+    """Of the weight."""
+    weight_bits: int
+    spread: int
+    lowest: int
+    """Smallest code of the weight."""
+    stride: int
+    """Distance of two codes: 2 where all are odd (DoReFa), else they would not fit their bits."""
+    inputs: list[list[int]]
+    """[lo, hi, bits] of the input's codes; with several pyramid levels for each of them."""
+    norm: str | None
+    """The batch normalization that is folded into it."""
+    head: str | None
+    """With several pyramid levels: the module that calls the layer once for each."""
+
+    @staticmethod
+    def from_dict(content: Any) -> PackedLayer:
+        """Plain data, checked.
+
+        Raises:
+            ValueError, TypeError: it is not of this form.
+        """
+        layer = PackedLayer(**content)
+        if not _integers(layer.shape) or any(size < 0 for size in layer.shape):
+            raise ValueError(f'shape {layer.shape!r}')
+        for key, low, high in (('weight_bits', 1, 8), ('spread', 1, 127), ('lowest', -128, 127), ('stride', 1, 127)):
+            value = getattr(layer, key)
+            if not _integers([value]) or not low <= value <= high:
+                raise ValueError(f'{key} {value!r}')
+        if not isinstance(layer.inputs, list) or not layer.inputs:
+            raise ValueError(f'inputs {layer.inputs!r}')
+        for each in layer.inputs:
+            if (
+                not _integers(each)
+                or len(each) != 3
+                or not (-128 <= each[0] <= 0 <= each[1] <= 255 and each[2] in range(9))
+            ):
+                raise ValueError(f'inputs {each!r}')
+        if not all(isinstance(name, str | None) for name in (layer.norm, layer.head)):
+            raise ValueError('norm or head is no name')
+        if (layer.head is None) != (len(layer.inputs) == 1):
+            raise ValueError(f'{len(layer.inputs)} pyramid levels with head {layer.head!r}')
+        return layer
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of the weight and of the input."""
+        return self.weight_bits, self.inputs[0][2]
+
+
+def _integers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+@dataclass
+class Packed:
+    """What a packed file holds."""
+
+    state: dict[str, Tensor]
+    """State dict of the merged model, a tensor of several names under its first one."""
+    layers: dict[str, PackedLayer]
+    outputs: dict[str, list[int]]
+    absent: list[str]
+    config: str
+    meta: dict[str, Any]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_packed(model: nn.Module, path: str | Path, config: str = '', meta: Mapping[str, Any] | None = None) -> None:
     """Write a merged model.
 
     Args:
         model: what merge_model() returned.
-        config: text of the config; it is kept beside the tensors, to be read, never to be run.
+        config: text of the config.
         meta: what the model knows of its data set, such as the names of the classes; plain data.
     """
-    every = model.named_modules(remove_duplicate=False)  # a layer of several names is in the state under each
-    bits = {f'{n}.codes': m.weight_bits for n, m in every if isinstance(m, IntegerLayer)}
-    ranges = {
-        n: dict(lo=m.lo, hi=m.hi, weight_bits=m.weight_bits, input_bits=m.input_bits, norm=m.norm)
-        for n, m in model.named_modules()
-        if isinstance(m, IntegerLayer)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(model).items()}
+    layers, outputs, absent = {}, {}, []
+    heads = {layer: name for name, head in model.named_modules() for _, layer in getattr(head, 'pyramid_layers', ())}
+    levels: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, IntegerPyramid):
+            levels.update(module.children())
+            first, codes = module.get_submodule('0'), f'{name}.0.codes'
+            layers[name], state[codes] = _encoded(first, list(module.children()), heads[module], state[codes])
+        elif isinstance(module, IntegerLayer) and module not in levels:
+            codes = f'{name}.codes'
+            layers[name], state[codes] = _encoded(module, [module], None, state[codes])
+        elif isinstance(module, Absent | QuantLayer):
+            absent.append(name)
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f'{name}.')}
+        elif isinstance(module, OutputQuantizer):
+            outputs[name.removesuffix('output_quant').removesuffix('.')] = [module.lo, module.hi]
+    about = {
+        'gdrq': VERSION,
+        'sha256': '0' * 64,
+        'config': config,
+        'meta': _json(dict(meta or {})),
+        'layers': _json({name: dataclasses.asdict(layer) for name, layer in layers.items()}),
+        'outputs': _json(outputs),
+        'absent': _json(absent),
     }
-    payload, tensors, shared = bytearray(), {}, shared_codes(model)
-    for name, tensor in model.state_dict().items():
-        if name in shared:
-            continue
-        entry, data = _encode(name, tensor, bits.get(name))
-        tensors[name] = {**entry, 'offset': len(payload), 'bytes': len(data)}
-        payload += data
-    header = json.dumps(
-        dict(config=config, meta=dict(meta or {}), layers=ranges, tensors=tensors), default=str
-    ).encode()
-    content = MAGIC + struct.pack('<IQ', VERSION, len(header)) + header + bytes(payload)
-    write_whole(path, content + hashlib.sha256(content).digest())
+    content = safetensors.torch.save({name: tensor.clone() for name, tensor in state.items()}, about)
+    digest = hashlib.sha256(content).hexdigest()
+    write_whole(path, content.replace(b'"sha256":"' + b'0' * 64, f'"sha256":"{digest}'.encode(), 1))
 
 
-def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict of the merged model, and the header: config and codes' ranges of the layers.
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str, separators=(',', ':'))
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, each tensor under its first name: layers may share modules, and levels their codes."""
+    named: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        named.setdefault(id(tensor), name)
+    return {name: state[name] for name in named.values()}
+
+
+def _encoded(layer: Any, levels: list[Any], head: str | None, codes: Tensor) -> tuple[PackedLayer, Tensor]:
+    array = codes.numpy()
+    lowest = int(array.min()) if array.size else 0
+    stride = 2 if array.size and int(array.max()) - lowest >= 2**layer.weight_bits else 1
+    inputs = [[each.lo, each.hi, each.input_bits] for each in levels]
+    about = PackedLayer(list(codes.shape), layer.weight_bits, layer.spread, lowest, stride, inputs, layer.norm, head)
+    packed = pack_codes((array.astype(np.int16) - lowest) // stride, layer.weight_bits)
+    return about, torch.from_numpy(np.frombuffer(packed, np.uint8).copy())
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a file begins as one of safetensors does, which checkpoints of a training never are."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return len(start) == 9 and start[8:] == b'{' and int.from_bytes(start[:8], 'little') < 1 << 40
+
+
+def read_packed(path: str | Path) -> Packed:
+    """The content of a packed file, its codes unpacked.
 
     Raises:
-        UserError: missing, truncated, altered, or of another version.
+        UserError: missing, truncated, altered, damaged, or of another version.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f'packed file {path} cannot be read: {error.strerror}') from None
-    start = len(MAGIC) + 12
-    if len(content) < start + 32 or not content.startswith(MAGIC):
+    header = content[8 : 8 + int.from_bytes(content[:8], 'little')]
+    found = _SUM.search(header)
+    if found is None:
         raise UserError(f'{path} is not a packed file of this project')
-    version, length = struct.unpack_from('<IQ', content, len(MAGIC))
-    if version != VERSION:
-        raise UserError(f'packed file {path} has version {version}, this is {VERSION}')
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+    start, end = (8 + place for place in found.span(1))
+    digest = hashlib.sha256(content[:start])
+    for rest in (b'0' * 64, memoryview(content)[end:]):
+        digest.update(rest)
+    if digest.hexdigest() != found[1].decode():
         raise UserError(f'packed file {path} is truncated or altered: its checksum does not fit')
     try:
-        header = json.loads(content[start : start + length])
-        payload = memoryview(content)[start + length : -32]
-        if sum(entry['bytes'] for entry in header['tensors'].values()) > len(payload):
-            raise ValueError('its tensors are larger than the file')  # many that share bytes would fill the memory
-        state = {name: _decode(entry, payload) for name, entry in header['tensors'].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        raise UserError(f'packed file {path} is damaged: {type(error).__name__} {error}') from None
-    meta = header.get('meta') if isinstance(header.get('meta'), dict) else {}
-    meta = {key: _colors(value) for key, value in meta.items()}
-    return state, dict(config=header.get('config'), meta=meta, layers=header.get('layers'))
+        state = safetensors.torch.load(content)
+        about = json.loads(header)['__metadata__']
+        if about['gdrq'] != VERSION:
+            raise UserError(f'packed file {path} has version {about["gdrq"]}, this is {VERSION}')
+        layers = {name: PackedLayer.from_dict(each) for name, each in json.loads(about['layers']).items()}
+        for name, layer in layers.items():
+            codes = _codes_name(name, layer)
+            state[codes] = _decoded(state[codes], layer)
+        outputs, absent, meta = (json.loads(about[key]) for key in ('outputs', 'absent', 'meta'))
+        if not all(_integers(ends) and len(ends) == 2 for ends in outputs.values()):
+            raise ValueError(f'outputs {outputs!r}')
+        if not isinstance(absent, list) or not all(isinstance(name, str) for name in absent):
+            raise ValueError(f'absent {absent!r}')
+        meta = {key: _colors(value) for key, value in meta.items()}
+        return Packed(state, layers, outputs, absent, about['config'], meta)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'packed file {path} is damaged: {type(error).__name__} {error}'.splitlines()[0]) from None
 
 
-def load_packed(model: Any, path: str | Path, training_only: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
-    """The merged model of a packed file, bit-exact, and what was known of its data set.
+def _codes_name(name: str, layer: PackedLayer) -> str:
+    return f'{name}.codes' if layer.head is None else f'{name}.0.codes'
+
+
+def _decoded(packed: Tensor, layer: PackedLayer) -> Tensor:
+    if packed.dtype != torch.uint8:
+        raise ValueError(f'codes are {packed.dtype}')
+    unsigned = unpack_codes(packed.numpy().tobytes(), layer.weight_bits, math.prod(layer.shape))
+    codes = unsigned.astype(np.int32) * layer.stride + layer.lowest
+    if codes.size and codes.max() > 127:
+        raise ValueError('codes beyond int8')
+    return torch.from_numpy(codes.astype(np.int8).reshape(layer.shape))
+
+
+def _colors(value: Any) -> Any:
+    """A palette with its colors as tuples again, as visualizers want them; JSON has made them lists."""
+    return [tuple(v) if isinstance(v, list) else v for v in value] if isinstance(value, list) else value
+
+
+def load_packed(model: Any, path: str | Path, config: Quantization | None = None) -> tuple[Any, dict[str, Any]]:
+    """Turn a float model into the merged model of a packed file, in place and bit-exact.
 
     Args:
-        model: quantized, not trained, as the config builds it; it becomes unusable.
-        training_only: modules that are not in the file, see topology.Plan.
+        model: float, as the config builds it.
+        config: whose bits the layers must have; None: those of the file are right.
+
+    Returns:
+        The model, and what was known of its data set.
 
     Raises:
-        UserError: the file cannot be read, or it is that of another model or of other bits.
+        UserError: the file cannot be read, or it is that of another model or of other bits; the model is left unusable.
     """
-    state, header = read_packed(path)
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            module.set_state(stage=Stage.QUANTIZE, calibrated=True)
-        if isinstance(module, ActivationQuantizer):
-            module.set_range('unsigned')
-    entries: dict[str, Any] = header['layers'] if isinstance(header['layers'], dict) else {}
-    known = dict(model.named_modules())
-    try:
-        # A layer with thresholds for pyramid levels has an entry for each, LAYER.LEVEL.
-        several = {n: m.pyramid_levels for n, m in known.items() if isinstance(m, QuantLayer) and m.pyramid_levels > 1}
-        layer_of = {f'{name}.{level}': name for name, count in several.items() for level in range(count)}
-        layers = {layer_of.get(name, name): entry for name, entry in entries.items()}
-        norms = {name: entry['norm'] for name, entry in layers.items() if entry['norm'] is not None}
-        missing = next((n for n in [*layers, *norms.values()] if n not in known), None)
-        if missing is not None:
-            raise UserError(f'packed file {path} is that of another model: the config has no {missing}')
-        # What feeds what stands in the file: a prediction of an untrained model may not reach every head.
-        calls = {**dict.fromkeys(layers, 1), **Counter(norms.values())}
-        merged = merge_model(model, Plan(calls=calls, norms=norms, training_only=training_only or []))
-        for name, layer in merged.named_modules():
-            if not isinstance(layer, IntegerLayer):
-                continue
-            if name not in entries:
-                raise UserError(f'packed file {path} is that of another model: it has no layer {name}')
-            bits = entries[name]['weight_bits'], entries[name]['input_bits']
-            if bits != (layer.weight_bits, layer.input_bits):
-                expected = f'W{layer.weight_bits}A{layer.input_bits}'
-                raise UserError(f'packed file {path} has W{bits[0]}A{bits[1]} in layer {name}, the config {expected}')
-            layer.lo, layer.hi = int(entries[name]['lo']), int(entries[name]['hi'])
-        shared = {name: state[first] for name, first in shared_codes(merged).items() if first in state}
-        merged.load_state_dict({**state, **shared})
-    except UserError:
-        raise
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
-        raise UserError(f'packed file {path} does not fit the model: {reason}') from None
-    return merged, header['meta']
+    packed = read_packed(path)
+    known: dict[str, Any] = dict(model.named_modules())
+    heads, norms = ({getattr(each, key) for each in packed.layers.values()} - {None} for key in ('head', 'norm'))
+    for name in (*packed.layers, *heads, *norms, *packed.absent, *packed.outputs):
+        if name not in known:
+            raise UserError(f'packed file {path} is that of another model: the config has no {name}')
+    for name, layer in packed.layers.items():
+        if type(known[name]) not in QUANTIZED and not isinstance(known[name], QuantLayer):
+            raise UserError(f'packed file {path} is that of another model: {name} is a {type(known[name]).__name__}')
+        if config is not None:
+            _check_config(path, name, layer, config)
+    replaced: dict[nn.Module, nn.Module] = {
+        known[name]: _empty(known[name], layer) for name, layer in packed.layers.items()
+    }
+    replaced.update({known[name]: nn.Identity() for name in norms})
+    replaced.update({known[name]: Absent(name) for name in packed.absent})
+    for old, new in replaced.items():
+        move_output(old, new)
+    replace_modules(model, replaced)
+    for name, layer in packed.layers.items():
+        if layer.head is not None:
+            count_levels(known[layer.head], name, replaced[known[name]])
+    for name, (lo, hi) in packed.outputs.items():
+        module: nn.Module = replaced.get(known[name], known[name])
+        module.add_module('output_quant', OutputQuantizer(torch.zeros(()), lo, hi))
+        module.register_forward_hook(quantize_output)
+    _fill(model, packed.state, path)
+    return model.eval(), packed.meta
 
 
-def is_packed(path: str | Path) -> bool:
-    """Whether a file begins as a packed one does."""
+def _check_config(path: Any, name: str, layer: PackedLayer, config: Quantization) -> None:
+    """Raise UserError if the config gives the layer other bits; which layers are first and last is not known here."""
+    settings = [config.for_layer(name, edge) for edge in (False, True)]
+    allowed = [(weight.bits, activation.bits) for weight, activation in settings]
+    if config.skipped(name):
+        raise UserError(f'packed file {path} has integers in layer {name}, which the config skips')
+    if layer.bits not in allowed:
+        found, expected = ('W{}A{}'.format(*bits) for bits in (layer.bits, allowed[0]))
+        raise UserError(f'packed file {path} has {found} in layer {name}, the config {expected}')
+    if layer.head is not None and not settings[0][1].per_level:
+        raise UserError(
+            f'packed file {path} has pyramid levels in layer {name}, the config has activation.per_level=False'
+        )
+
+
+def _empty(module: Any, layer: PackedLayer) -> IntegerLayer | IntegerPyramid:
+    """The merged layer with zeros, in the place of a float one."""
+    channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    levels = [
+        IntegerLayer(
+            module,
+            codes=torch.zeros(module.weight.shape, dtype=torch.int8),
+            step=torch.zeros(()),
+            multiplier=torch.zeros(channels),
+            bias=torch.zeros(channels),
+            lo=lo,
+            hi=hi,
+            weight_bits=layer.weight_bits,
+            input_bits=bits,
+            spread=layer.spread,
+        )
+        for lo, hi, bits in layer.inputs
+    ]
+    for each in levels:
+        each.norm = layer.norm
+    return levels[0] if layer.head is None else IntegerPyramid(levels)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:
+    """Load the state, a tensor of several names under all of them."""
+    named = {id(tensor): name for name, tensor in _named_tensors(model).items()}
+    aliases = {name: named[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
+    every = {name: state[first] for name, first in aliases.items() if first in state}
     try:
-        with open(path, 'rb') as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
+        model.load_state_dict({**state, **every})
+    except RuntimeError as error:  # keys or sizes
+        raise UserError(f'packed file {path} does not fit the model: {str(error).splitlines()[-1].strip()}') from None
+
+
+# ---- codes of a few bits --------------------------------------------------------------------------------------------
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> bytes:
@@ -158,57 +358,14 @@ def pack_codes(codes: np.ndarray, bits: int) -> bytes:
     return np.packbits(each.ravel(), bitorder='little').tobytes()
 
 
-def unpack_codes(data: Any, bits: int, count: int) -> np.ndarray:
+def unpack_codes(data: bytes, bits: int, count: int) -> np.ndarray:
     """The inverse of :func:`pack_codes`, uint8.
 
     Raises:
-        ValueError: the data are too short.
+        ValueError: the data have another length.
     """
     raw = np.frombuffer(data, np.uint8)
     if len(raw) != math.ceil(count * bits / 8):
         raise ValueError(f'{len(raw)} bytes for {count} codes of {bits} bits')
     each = np.unpackbits(raw, count=count * bits, bitorder='little').reshape(count, bits)
     return (each << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
-
-
-def _colors(value: Any) -> Any:
-    """A palette with its colors as tuples again, as visualizers want them; JSON has made them lists."""
-    return [tuple(v) if isinstance(v, list) else v for v in value] if isinstance(value, list) else value
-
-
-def _encode(name: str, tensor: Tensor, bits: int | None) -> tuple[dict[str, Any], bytes]:
-    if str(tensor.dtype).removeprefix('torch.') not in (*_TYPES, 'int8'):
-        raise UserError(f'{name} cannot be packed: it is {tensor.dtype}, not one of {", ".join(_TYPES)}')
-    array = tensor.detach().cpu().contiguous().numpy()
-    if bits is None:
-        return dict(type=array.dtype.name, shape=list(array.shape)), array.tobytes()
-    lowest = int(array.min()) if array.size else 0
-    # Levels without a zero are odd numbers (DoReFa): two apart, else they would not fit their bits.
-    stride = 2 if array.size and int(array.max()) - lowest >= 2**bits else 1
-    codes = (array.astype(np.int16) - lowest) // stride
-    return dict(type='codes', shape=list(array.shape), bits=bits, lowest=lowest, stride=stride), pack_codes(codes, bits)
-
-
-def _integer(entry: Mapping[str, Any], key: str, least: int) -> int:
-    """An integer of a header: bits up to 8, a stride or a lowest code that int8 can hold."""
-    value, most = entry[key], 8 if key == 'bits' else 127
-    if not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f'{key} of codes is {value}')
-    return value
-
-
-def _decode(entry: Mapping[str, Any], payload: memoryview) -> Tensor:
-    offset, size, shape = entry['offset'], entry['bytes'], entry['shape']
-    if not all(isinstance(v, int) and v >= 0 for v in (offset, size, *shape)) or offset + size > len(payload):
-        raise ValueError('a tensor lies outside the file')
-    data = payload[offset : offset + size]
-    if entry['type'] == 'codes':
-        bits, stride, lowest = (
-            _integer(entry, key, least) for key, least in (('bits', 1), ('stride', 1), ('lowest', -128))
-        )
-        codes = unpack_codes(data, bits, math.prod(shape)).astype(np.int32) * stride + lowest
-        if codes.size and (codes.min() < -128 or codes.max() > 127):
-            raise ValueError('codes beyond int8')
-        return torch.from_numpy(codes.astype(np.int8).reshape(shape))
-    array: np.ndarray = np.frombuffer(data, _TYPES[entry['type']])
-    return torch.from_numpy(array.reshape(shape).copy())

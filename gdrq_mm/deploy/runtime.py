@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from ..core.errors import UserError
+from .names import layer_of
 
 
 def has_vnni() -> bool:
@@ -23,6 +24,27 @@ def has_vnni() -> bool:
         return 'vnni' in Path('/proc/cpuinfo').read_text()
     except OSError:
         return False
+
+
+class RuntimeFailed(RuntimeError):
+    """A runtime cannot load or run a graph."""
+
+
+@contextmanager
+def _failures_of_onnxruntime() -> Iterator[None]:
+    """Its exceptions have no class in common, and are no RuntimeError, as those of OpenVINO are."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    try:
+        yield
+    except (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.NotImplemented,
+        state.RuntimeException,
+    ) as error:
+        raise RuntimeFailed(str(error)) from error
 
 
 class OnnxRuntime:
@@ -47,18 +69,26 @@ class OnnxRuntime:
         if not has_vnni():  # else the sums of 8-bit layers saturate; where it is not needed it halves the speed
             options.add_session_config_entry('session.x64quantprecision', '1')
         try:
-            self.session = onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
-        except Exception:
+            self.session = self._open(source, options)
+        except RuntimeFailed:
             if has_vnni():
                 raise
             # onnxruntime 1.32 fails at weights that several layers share, as in an RPN: exact, but not fused.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            self.session = onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+            self.session = self._open(source, options)
         self.inputs = [value.name for value in self.session.get_inputs()]
+
+    @staticmethod
+    def _open(source: str | bytes, options: Any) -> Any:
+        import onnxruntime
+
+        with _failures_of_onnxruntime():
+            return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for inputs in the order of the graph."""
-        return self.session.run(None, dict(zip(self.inputs, inputs, strict=True)))
+        with _failures_of_onnxruntime():
+            return self.session.run(None, dict(zip(self.inputs, inputs, strict=True)))
 
 
 COMPILED = 16
@@ -99,7 +129,10 @@ class OpenVino:
         import openvino
 
         self.core = openvino.Core()
-        self.model = self.core.read_model(model if isinstance(model, bytes) else str(model))
+        try:
+            self.model = self.core.read_model(model if isinstance(model, bytes) else str(model))
+        except RuntimeError as error:
+            raise RuntimeFailed(str(error)) from error
         # Else it takes bfloat16 on CPUs that have it, and quantizes the inputs of the last layer a second time.
         self.options: dict[str, Any] = {'INFERENCE_PRECISION_HINT': 'f32', 'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0}
         if threads is not None:
@@ -108,8 +141,11 @@ class OpenVino:
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for inputs in the order of the graph."""
-        with kept_signal_stack():
-            return self._run(inputs)
+        try:
+            with kept_signal_stack():
+                return self._run(inputs)
+        except RuntimeError as error:
+            raise RuntimeFailed(str(error)) from error
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         shapes = tuple(x.shape for x in inputs)
@@ -188,8 +224,8 @@ def float_layers(graph: onnx.ModelProto) -> list[str]:
     found = []
     for node in graph.graph.node:
         if node.op_type in LAYERS and node.name in left:
-            name = node.input[1]
-            while name in made_by:  # DequantizeLinear, and what unpacks the codes
-                name = made_by[name].input[0]
-            found.append(name.removeprefix('model.').partition('.codes')[0])
+            weight = made_by.get(node.input[1])
+            while weight is not None and layer_of(weight.name) is None:  # a Transpose
+                weight = made_by.get(weight.input[0])
+            found.append(node.name if weight is None else str(layer_of(weight.name)))
     return list(dict.fromkeys(found))

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..core.deployable import folded_norms
-from ..core.modules import activation_quantizers, quant_layers
+from ..core.modules import activation_quantizers, hooked, quant_layers
 from ..core.quantizers import ActivationQuantizer
 from ..core.topology import Plan
 from .merge import IntegerLayer, IntegerPyramid
@@ -77,13 +77,19 @@ def compare(model: nn.Module, merged: nn.Module, plan: Plan, predict: Callable[[
             handles.append(end.register_forward_hook(finish, prepend=True))
     for quantizer in activation_quantizers(model).values():
         handles.append(quantizer.register_forward_pre_hook(lambda q, args: read.append((q, args[0].clone()))))
-    try:
-        with torch.no_grad():
-            predict(model)
-            return [_compare_layer(ours[call[0]], *call, read) for call in calls]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        predict(model)
+    with torch.no_grad():
+        return [_compare_layer(ours[call[0]], *call, read) for call in calls]
+
+
+def first_difference(results: list[Comparison]) -> str:
+    """How the merged model differs from the trained one by more than rounding ties; '' if it does not."""
+    for each in results:
+        if each.accumulator_errors or each.wrong or each.largest > 1e-4:
+            return f'the merged model differs from the trained one, first in layer {each.name}'
+    ties, codes = sum(each.ties for each in results), sum(each.codes for each in results)
+    return f'{ties} of {codes} codes differ, more than rounding ties explain' if too_many(ties, codes) else ''
 
 
 def _compare_layer(

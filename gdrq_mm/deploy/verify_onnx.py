@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from ..core.modules import activation_quantizers, quant_layers
+from ..core.modules import activation_quantizers, hooked, quant_layers
+from .names import Site
 from .onnx_export import zero_point_of_codes
-from .onnx_graph import cut, initializers, makers, quantizations
+from .onnx_graph import cut, makers, quantizations
 from .verify import TIE
 
 
@@ -38,10 +40,6 @@ class Piece:
     largest: float
     """Largest distance from the trained model's value before rounding, in steps: 0.5 is exact rounding. Of an output:
     largest difference relative to the largest value."""
-
-
-Site = tuple[str, int]
-"""A quantizer by the name of its layer or module, and the how-manieth call."""
 
 
 @dataclass
@@ -81,7 +79,7 @@ def record_codes(model: Any, predict: Callable[[], Any]) -> tuple[dict[Site, Tra
         value = x.detach().float() / step if step > 0 else torch.zeros_like(x)  # float32, as the quantizer divides
         call = calls[name + suffix] = calls.get(name + suffix, -1) + 1
         for other in names[name]:
-            seen[other + suffix, call] = Trained(value.numpy(), quantizer.lo, quantizer.hi)
+            seen[Site(other + suffix, call)] = Trained(value.numpy(), quantizer.lo, quantizer.hi)
 
     handles = []
     for name, layer in quant_layers(model).items():
@@ -93,12 +91,8 @@ def record_codes(model: Any, predict: Callable[[], Any]) -> tuple[dict[Site, Tra
     for name, quantizer in activation_quantizers(model).items():
         if name.endswith('.output_quant'):
             handles.append(quantizer.register_forward_pre_hook(lambda m, args, name=name: keep(name, m, args[0])))
-    try:
-        with torch.no_grad():
-            return seen, predict()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        return seen, predict()
 
 
 def verify_onnx(
@@ -119,15 +113,14 @@ def verify_onnx(
         inputs, outputs: those of the trained part.
         open_piece: a runtime for the bytes of a model.
     """
-    values = initializers(graph.graph)
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
     sites: dict[str, Site] = {}
     steps: dict[str, float] = {}
-    calls: dict[str, int] = {}
-    for quantize, _, dequantize in quantizations(graph.graph):
-        steps[dequantize.input[0]] = float(values[quantize.input[1]])
-        name = quantize.input[1].removesuffix('.scale').removesuffix('.quantize').removeprefix('model.')
-        sites[dequantize.input[0]] = name, calls.setdefault(name, 0)
-        calls[name] += 1
+    for quantize, _, dequantize in quantizations(ir.from_proto(graph).graph):
+        code, scale = dequantize.inputs[0], quantize.inputs[1]
+        assert code is not None and code.name is not None and scale is not None and scale.name is not None
+        sites[code.name] = Site.parse(str(quantize.name))
+        steps[code.name] = float(values[scale.name])
     known = {code: seen[site].codes() for code, site in sites.items()}
     known.update({value.name: x for value, x in zip(graph.graph.input, inputs, strict=True)})
     ends = [*sites, *(value.name for value in graph.graph.output)]
@@ -170,7 +163,7 @@ def _bias_error(part: onnx.ModelProto, values: dict[str, np.ndarray]) -> float:
 def _compare_codes(site: Site, trained: Trained, found: np.ndarray, bias: float, step: float) -> Piece:
     codes = found.astype(np.float64) - zero_point_of_codes(trained.lo, trained.hi)
     distance = np.abs(codes - np.clip(trained.value, trained.lo, trained.hi))
-    name = site[0] + (f' (call {site[1] + 1})' if site[1] else '')
+    name = site.quantizer + (f' (call {site.call + 1})' if site.call else '')
     differing = int((found != trained.codes()).sum())
     largest = float(distance.max()) if distance.size else 0.0
     return Piece(name, step, found.size, differing, int((distance > 0.5 + TIE + bias / step).sum()), largest)

@@ -21,7 +21,7 @@ from ..deploy.packed import is_packed, load_packed
 from .checkpoints import check_finite, check_fits, other_quantization, read_checkpoint, state_of
 from .cli import read_config
 from .compat import check_environment
-from .models import drop_pretrained, prepare_model
+from .models import drop_pretrained, prepare_model, read_quantization
 from .tasks import task_of
 
 NOISE = (240, 320)
@@ -70,17 +70,25 @@ def init_model(
     if task == 'cls':  # how mmpretrain finds its inferencer
         model._metainfo = SimpleNamespace(results=[SimpleNamespace(task='Image Classification')])
     model.dataset_meta = model._dataset_meta = {}
-    noise = np.random.default_rng(0).integers(0, 256, (*NOISE, 3), np.uint8)
-    model.plan = prepare_model(model, cfg, lambda: infer(model, noise)).plan
-    model.eval()
     if checkpoint is not None and is_packed(checkpoint):
-        model, meta = load_packed(model, checkpoint, model.plan.training_only)
-        model.dataset_meta = model._dataset_meta = meta
-    elif checkpoint is not None:
-        _load(model, str(checkpoint), unsafe_load)
+        _load_packed(model, checkpoint)
+    else:
+        noise = np.random.default_rng(0).integers(0, 256, (*NOISE, 3), np.uint8)
+        model.plan = prepare_model(model, cfg, lambda: infer(model, noise)).plan
+        model.eval()
+        if checkpoint is not None:
+            _load(model, str(checkpoint), unsafe_load)
     if not model.dataset_meta.get('classes'):
         model.dataset_meta.update(cfg.test_dataloader.dataset.get('metainfo') or {})
     return model.to(device or get_device())
+
+
+def _load_packed(model: Any, path: str | Path) -> None:
+    quantization = read_quantization(model.cfg)
+    if quantization is None:
+        raise UserError(f'packed file {path} holds a quantized model, the config has no quantization')
+    _, model.dataset_meta = load_packed(model, path, quantization)
+    model._dataset_meta = model.dataset_meta
 
 
 def _load(model: Any, checkpoint: str, unsafe_load: bool) -> None:

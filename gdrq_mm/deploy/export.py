@@ -1,0 +1,218 @@
+"""From a trained quantized model to what runtimes read: merged, exported, verified, written whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..core.files import whole_folder, write_whole
+from ..core.modules import quant_layers
+from ..core.topology import Plan
+from .flat import Flat
+from .merge import IntegerLayer, merge_model
+from .onnx_export import export_onnx
+from .packed import write_packed
+from .runtime import RuntimeFailed, float_layers, installed_backends, integer_layers, open_runtime
+from .verify import compare, first_difference, too_many
+from .verify_onnx import Piece, aliases, record_codes, verify_onnx
+
+LARGEST_BATCH = 16
+"""Examples that an export is traced and verified with, at most."""
+PADDING = (0, 64, 0, 32)
+"""How much larger the pictures are that an open size is verified with; multiples of 32, as detectors need them."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ExportedPart:
+    """One graph and how it compares with the trained model."""
+
+    name: str
+    graph: onnx.ModelProto
+    """:func:`properties` reads what is noted in it."""
+    pieces: dict[str, list[Piece]]
+    """What each installed runtime makes of each piece of the graph."""
+    wrong: str
+    """What is wrong with it, '' if all is well."""
+    ran: set[str]
+    """Names of the layers and quantizers that ran."""
+
+
+@dataclass
+class ExportReport:
+    """What was written and how it compares with the trained model."""
+
+    parts: list[ExportedPart]
+
+    def ends(self, backend: str) -> Iterable[Piece]:
+        """The pieces of one runtime that end with codes."""
+        return (piece for part in self.parts for piece in part.pieces[backend] if piece.step)
+
+    @property
+    def codes(self) -> int:
+        """How many codes were compared in each runtime."""
+        return sum(piece.values for piece in self.ends(next(iter(self.parts[0].pieces))))
+
+    @property
+    def differing(self) -> dict[str, int]:
+        """In each runtime how many of them are not those of the trained model, by the rounding of ties and biases."""
+        return {backend: sum(piece.differing for piece in self.ends(backend)) for backend in self.parts[0].pieces}
+
+    @property
+    def wrong(self) -> int:
+        """Values that are further off, in all runtimes; an export with any is not written."""
+        return sum(piece.wrong for part in self.parts for pieces in part.pieces.values() for piece in pieces)
+
+    @functools.cached_property
+    def layers(self) -> tuple[int, int]:
+        """How many layers ONNX Runtime computes with integers, and how many there are; (0, 0) if it is not installed."""
+        if 'onnxruntime' not in self.parts[0].pieces:
+            return 0, 0
+        counts = [integer_layers(part.graph) for part in self.parts]
+        return sum(fused for fused, _ in counts), sum(whole for _, whole in counts)
+
+    @functools.cached_property
+    def float_layers(self) -> list[str]:
+        """Names of those that ONNX Runtime computes in float, most of them because their output is not quantized."""
+        if 'onnxruntime' not in self.parts[0].pieces:
+            return []
+        return [name for part in self.parts for name in float_layers(part.graph)]
+
+
+def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> ExportReport:
+    """Write model.onnx and model.safetensors (see packed.py) into a new folder, whole or not at all.
+
+    The graph takes any number of examples, and pictures of any size if the model allows it.
+
+    Args:
+        model: quantized and trained; its forward takes one tensor and returns tensors, nested as they like. It is not
+            changed.
+        plan: of this model, see gdrq_mm/core/topology.py.
+        example: a batch of inputs to trace and to compare with.
+        out: the folder; it must not exist.
+
+    Raises:
+        UserError: a layer cannot be merged or exported, no runtime is installed, or one disagrees; names the first
+            layer.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f'{out} exists')
+    trained, x = copy.deepcopy(model).cpu().eval(), example_batch(example.cpu())
+    merged = merge_model(trained, plan)
+    difference = first_difference(compare(trained, merged, plan, lambda m: m(x)))
+    if difference:
+        raise UserError(f'{difference}; nothing was written')
+    part = export_part('model', Flat(trained), Flat(merged), x, any_size=x.dim() == 4)
+    if part.wrong:
+        raise UserError(f'{part.wrong}; nothing was written')
+    check_complete(merged, [part])
+    with whole_folder(out) as folder:
+        write_whole(folder / 'model.onnx', part.graph.SerializeToString())
+        write_packed(merged, folder / 'model.safetensors')
+    return ExportReport([part])
+
+
+def example_batch(x: Tensor) -> Tensor:
+    """At least 2 examples, as an open batch needs them, and at most LARGEST_BATCH."""
+    return (torch.cat([x, x.flip(-1)]) if len(x) == 1 else x)[:LARGEST_BATCH].detach().contiguous()
+
+
+def export_part(name: str, trained: Flat, merged: Flat, x: Tensor, any_size: bool = False) -> ExportedPart:
+    """Export a part of a model and verify it in every installed runtime.
+
+    Args:
+        trained: the part of the trained model, in evaluation mode.
+        merged: the same part of the merged model.
+        x: a batch of inputs, of at least 2.
+        any_size: try a graph that takes pictures of any size, and verify it at another size than that of its trace. If
+            it fails there, the size is fixed, and a warning says why.
+
+    Raises:
+        UserError: it cannot be exported or run, or no runtime is installed.
+    """
+    if any_size:
+        try:
+            part = _exported(name, trained, merged, x, nn.functional.pad(x, PADDING))
+            reason = part.wrong
+        except (RuntimeError, AssertionError) as error:  # of torch, its exporter and the runtimes; models assert sizes
+            reason = _first_line(error)
+        if not reason:
+            return part
+        log.warning('part %s takes the traced size only: %s', name, reason)
+    try:
+        return _exported(name, trained, merged, x, None)
+    except (torch.onnx.errors.OnnxExporterError, RuntimeFailed) as error:
+        raise UserError(f'part {name} cannot be exported: {_first_line(error)}') from error
+
+
+def _exported(name: str, trained: Flat, merged: Flat, x: Tensor, other: Tensor | None) -> ExportedPart:
+    """Trace with x; verify with x, or with an input of another size."""
+    any_size, shown = other is not None, x if other is None else other
+    seen, outputs = record_codes(trained.model, functools.partial(trained, shown))
+    graph = export_onnx(merged, x, [f'y{i}' for i in range(len(outputs))], any_size)
+    arrays = [out.numpy() for out in outputs]
+    pieces = {
+        backend: verify_onnx(graph, seen, [shown.numpy()], arrays, functools.partial(open_runtime, backend))
+        for backend in installed_backends()
+    }
+    about = dict(structure=trained.structure, shape=list(x.shape[1:]), any_size=any_size)
+    onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in about.items()})
+    whole_biases = any(layer.deployable for layer in quant_layers(trained.model).values())
+    return ExportedPart(name, graph, pieces, first_wrong(pieces, whole_biases), {site.quantizer for site in seen})
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def properties(graph: onnx.ModelProto) -> dict[str, Any]:
+    """What is noted in a graph: how its outputs nest, the shape of its input, whether any size will do."""
+    return {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
+
+
+def first_wrong(found: dict[str, list[Piece]], whole_biases: bool) -> str:
+    """Names the first piece that is wrong in a runtime, or says how many codes differ; '' if all is well.
+
+    With `whole_biases` nothing but rounding ties may make codes differ. Else a rounded bias does: how many codes that
+    are depends on the model, and what counts is that none of them is further off than its bias.
+    """
+    for name, pieces in found.items():
+        for piece in pieces:
+            if piece.wrong:
+                return (
+                    f'{name} differs from the trained model, first at {piece.name}: {piece.wrong} of '
+                    f'{piece.values} values'
+                )
+        if not whole_biases:
+            continue
+        ends = [piece for piece in pieces if piece.step]
+        differing, codes = sum(piece.differing for piece in ends), sum(piece.values for piece in ends)
+        if too_many(differing, codes):
+            first = next(piece.name for piece in ends if piece.differing)
+            return (
+                f'{name} differs from the trained model in {differing} of {codes} codes, more than rounding ties '
+                f'explain, first at {first}'
+            )
+    return ''
+
+
+def check_complete(merged: nn.Module, parts: Iterable[ExportedPart]) -> None:
+    """Raise UserError if a merged layer is in none of the graphs."""
+    ran, names = set[str]().union(*(part.ran for part in parts)), aliases(merged)
+    for name, layer in merged.named_modules():
+        if isinstance(layer, IntegerLayer) and ran.isdisjoint(names[name]):
+            raise UserError(f'{type(merged).__name__} cannot be exported: layer {name} is in none of its graphs')
