@@ -36,7 +36,7 @@ class Comparison:
     accumulator_errors: int
     """Sums that are not exactly those of the trained layer's codes."""
     largest: float
-    """Largest difference of the output, relative to the largest output."""
+    """Largest difference of the output, relative to the largest output, or to one unit of the sum if that is more."""
     codes: int = 0
     """Codes that quantizers make of this output, itself or after a ReLU."""
     ties: int = 0
@@ -107,7 +107,8 @@ def _compare_layer(
     weight = layer.set_filters(layer.weight_quant.codes(layer.filters()))
     trained = layer.compute(codes.double(), weight.double(), None)
     ours = merged.scale(exact)
-    top = float(out.abs().amax()) if out.numel() else 0.0
+    # Where the sums are all 0, what is left of the output is the rounding of its bias.
+    top = max(float(out.abs().amax()) if out.numel() else 0.0, float(merged.multiplier.abs().amax()))
     difference = float((ours - out).abs().amax()) if out.numel() else 0.0
     result = Comparison(name, out.numel(), int((exact != trained).sum()), difference / max(top, 1e-12))
     for quantizer, seen in read:
