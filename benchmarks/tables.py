@@ -66,7 +66,7 @@ def table(rows: list[Row], columns: Sequence[str]) -> str:
     constant = {c: rows[0][c] for c in columns if len(rows) > 1 and len({row[c] for row in rows}) == 1}
     shown = [c for c in columns if c not in constant and any(row[c] for row in rows)]
     above = [_named(name, value) for name, value in constant.items() if value]
-    older = [OLDER_NOTE] if any(OLDER in value for row in rows for value in row.values()) else []
+    older = [OLDER_NOTE] if any(OLDER in row[c] for row in rows for c in shown) else []
     lines = [*([f'All rows: {", ".join(above)}.'] if above else []), *older]
     lines = [' '.join(lines), ''] if lines else []
     return '\n'.join([*lines, markdown(shown, [[row[c] for c in shown] for row in rows])])
@@ -148,8 +148,8 @@ def headline() -> str:
             for r in speed
             if (r['model'], r['runtime'], r['bits'], r['batch'], r['threads']) == (timed, 'onnxruntime', 'W4A4', 1, 2)
         ]
-        values = (row['float'], row['quantized'].removesuffix(f' {OLDER}'), row['size in MB'])
-        lines.append((row['task'], title, row['metric'], *values, f'{faster:.1f}{mark}'))
+        values = (row['float'], row['quantized'], row['size in MB'])
+        lines.append((row['task'], title, row['metric'], *values, f'{faster:.2f}{mark}'))
     return markdown(('task', 'model, data', 'metric', 'float', 'W4A4', 'size in MB', 'times faster'), lines)
 
 
@@ -176,7 +176,8 @@ def published() -> str:
 
 def grid_cost() -> str:
     """Size and bit operations of the grid's classifier by its bits."""
-    rows = {row['bits']: row for row in rows_of(read('grid/*.json', r'cifar10-(float|(gdrq|ptq)-w\d+a\d+-seed0)'))}
+    records = read('grid/*.json', r'cifar10-(float|(gdrq|ptq)-w\d+a\d+-seed0)')
+    rows = {row['bits']: row for row in rows_of(records) if row['seeds']}
     return table(
         [rows[bits] for bits in sorted(rows, reverse=True)], ('model', 'bits', 'size in MB', 'G bit operations')
     )
@@ -289,11 +290,13 @@ def inference() -> str:
     lines = []
     for model, bits in dict.fromkeys((model, bits) for model, bits, _ in rows):
         ort, vino = rows[model, bits, 'onnxruntime'], rows[model, bits, 'openvino']
+        torch = rows.get((model, bits, 'torch'))
         line = [model, bits, f'{ort["bytes"] / 1e6:.1f}', f'{ort["smaller"]:.1f}']
+        line.append(f'{1000 * torch["seconds"]:.1f}' if torch else '')
         for r in (ort, vino):
             line += [f'{1000 * r["seconds"]:.1f}', f'{r["faster"]:.2f}', f'{r["peak_bytes"] / 1e6:.0f}']
         lines.append([*line, '{} of {}'.format(*ort['kernels']) if ort['kernels'] else ''])
-    shared = ('model', 'bits', 'MB', 'times smaller')
+    shared = ('model', 'bits', 'MB', 'times smaller', 'torch: ms')
     each = [f'{name}: {what}' for name in ('ORT', 'OV') for what in ('ms', 'times faster', 'peak MB')]
     return markdown((*shared, *each, 'integer layers in ORT'), lines)
 
