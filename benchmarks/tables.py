@@ -103,7 +103,7 @@ def by_bits(records: Records) -> str:
 
 CAMVID_SEEDS = r'.*_seed\d_camvid'
 HEADLINE = (
-    ('ResNet-18, CIFAR-10', 'resnet18_*cifar10.json', 'ResNet-18', '*'),
+    ('ResNet-18, CIFAR-10', 'resnet18_*cifar10.json', 'ResNet-18', ' ¹'),
     ('Faster R-CNN, BCCD', 'faster_rcnn_*bccd.json', 'Faster R-CNN R18', ''),
     ('YOLOX, BCCD', 'yolox_*bccd.json', 'YOLOX', ''),
     ('PSPNet, CamVid', 'pspnet_*camvid.json', 'PSPNet R18', ''),
