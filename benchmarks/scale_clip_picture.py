@@ -19,24 +19,17 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+import gdrq_mm as gq
 from gdrq_mm.core import functional as F
-from gdrq_mm.core.calibrate import calibrate
-from gdrq_mm.core.config import Quantization
-from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.core.quantizers import Stage
-from gdrq_mm.core.step import after_step, set_stage
-from gdrq_mm.core.topology import record
+from gdrq_mm.core.step import set_stage
 from gdrq_mm.data.digits import split_digits
 from gdrq_mm.openmmlab.cli import main
 
 LAYER, K, BITS = '3', 2.0, 4
 """The layer that is drawn (the second convolution), Scale-Clip's k, and the bits of the steps that are drawn."""
-SETTINGS = dict(
-    weight=dict(bits=BITS, groups=1, gdrq=dict(k=K, clip='project')),
-    activation=dict(bits=BITS),
-    overrides={'*': dict(weight=dict(bits=BITS, groups=1, gdrq=dict(k=K, clip='project')))},
-)
+SETTINGS = dict(weight=dict(bits=BITS, groups=1, gdrq=dict(k=K, clip='project')))
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, lr: flo
             cross_entropy(model(images[index]), labels[index]).backward()
             optimizer.step()
             if quantized:
-                after_step(model)
+                gq.after_step(model)
             schedule.step()
 
 
@@ -149,8 +142,8 @@ def run() -> None:
     model = network()
     train(model, x, y, args.epochs[0], 0.05)
     before = look('a trained layer (3x3, 32 to 64 channels)', model, x_test, y_test)
-    quantize_model(model, Quantization.from_dict(SETTINGS), record(model, lambda: model(x[:1])))
-    calibrate(model, x.split(64)[:8])
+    gq.quantize(model, SETTINGS, example=x[:1], show=False)
+    gq.calibrate(model, x.split(64))
     set_stage(model, Stage.RESHAPE)
     train(model, x, y, args.epochs[1], 0.02, quantized=True)
     after = look("after Scale-Clip (k = 2, clip='project')", model, x_test, y_test)
