@@ -69,10 +69,8 @@ def test_method_links_a_function_to_every_section():
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page):
     """Paths in backticks and in blocks of commands; capital letters stand for a name that the reader gives."""
-    text = page.read_text()
-    found = re.findall(rf'`((?:{FOLDERS})/[^\s`]*)', text)
-    for block in re.findall(r'```bash\n(.*?)```', text, re.DOTALL):
-        found += re.findall(rf'(?<![\w/.])((?:{FOLDERS})/[^\s#\'"\]]*)', block)
+    code = re.findall(r'```bash\n(.*?)```', page.read_text(), re.DOTALL) + re.findall(r'`([^`]+)`', prose(page))
+    found = [path for text in code for path in re.findall(rf'(?<![\w/.])((?:{FOLDERS})/[^\s#\'"\]]*)', text)]
     for path in found:
         if not re.search(r'[A-Z]{2}', path):
             assert list(ROOT.glob(path.rstrip('/.'))), path
