@@ -7,7 +7,7 @@ order drawn anew; the time of two processes is that of the slower one. Efficienc
 
 ThresholdHook adds up the statistics of all activation quantizers over the processes in one all_reduce a step. It is
 timed by itself, with all processes at its start, and all_reduce for vectors of several lengths gives the latency and
-the bandwidth of the formula in docs/figures.md. Prints tables and writes a JSON.
+the bandwidth of the formula in docs/speed.md. Prints tables and writes a JSON.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ MAIN_METRICS = {
 NUMBER = (int, float)
 FILE = {'file': (str, type(None)), 'sha256': (str, type(None))}
 SHAPE = {
-    'task': MAIN_METRICS,
+    'task': tuple(MAIN_METRICS),
     'model': {
         'name': str,
         'config_sha256': str,

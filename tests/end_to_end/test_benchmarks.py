@@ -1,6 +1,7 @@
 """benchmarks/ as a user runs them, at a tiny setting: tables and files, no times."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_quantized_loss_reproduces_the_orders(run, tmp_path):
     }
     assert all(r['error'] <= r['error_of_default'] * 1.001 for r in found['k'])
     assert (tmp_path / 'quantized_loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_scale_clip_makes_weights_more_uniform(run, tmp_path):
+    done = run('scale_clip_picture.py', '--epochs', 3, 3, '--out', tmp_path / 'picture.png')
+    assert done.returncode == 0, done.stderr
+    lines = ' '.join(done.stdout.split())
+    (before, after) = (float(found) for found in re.findall(r'distance to uniform ([\d.]+)', lines))
+    assert after < before / 2
+    assert [float(found) for found in re.findall(r'max / mean ([\d.]+)', lines)][1] == pytest.approx(2, abs=0.1)
+    assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_train_step_compares_with_float(run, tmp_path):

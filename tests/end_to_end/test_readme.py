@@ -1,4 +1,4 @@
-"""The README's commands are run, its files exist, its settings are valid."""
+"""The README's commands are run, its settings are valid."""
 
 import ast
 import json
@@ -23,11 +23,6 @@ BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.DOTALL)
 
 def blocks(language):
     return [text for name, text in BLOCKS if name == language]
-
-
-def test_links_lead_to_files():
-    for target in re.findall(r'\]\((?!http)([^)]+)\)', README):
-        assert (ROOT / target).exists(), target
 
 
 def test_make_targets_exist():
@@ -89,9 +84,3 @@ def test_quickstart_prints_a_row_for_each_task(tmp_path, monkeypatch, capsys):
         assert values[:3] == pytest.approx(expected, abs=0.006)
         picture = cv2.imread(str(tmp_path / f'work/{title}.png'))
         assert picture is not None and picture.std() > 20
-
-
-def test_tables_are_what_the_records_give():
-    command = [sys.executable, str(ROOT / 'benchmarks/tables.py'), '--check']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

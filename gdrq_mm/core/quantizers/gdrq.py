@@ -18,7 +18,7 @@ from .following import FollowingQuantizer
 from .lsq import lsq_scale
 
 WEIGHT_K = {2: 2.0, 3: 3.0, 4: 3.5, 5: 4.5, 6: 5.5, 7: 6.0, 8: 7.0}
-"""Default k for weights by bits (ours; docs/figures.md says for which bits there was a search). With the full range T
+"""Default k for weights by bits (ours; docs/ablations.md says for which bits there was a search). With the full range T
 belongs to the code -2^(n-1), so there k is larger by 2^(n-1) / (2^(n-1) - 1), and the step the same."""
 
 ACTIVATION_K = {
@@ -26,7 +26,7 @@ ACTIVATION_K = {
     'signed': {2: 2.0, 3: 3.7, 4: 5.5, 5: 7.5, 6: 9.5, 7: 13.0, 8: 20.0},
     'zero_point': {2: 5.0, 3: 7.0, 4: 10.0, 5: 14.0, 6: 18.0, 7: 24.0, 8: 32.0},
 }
-"""Default k for activations by range and bits (ours; docs/figures.md says for which bits there was a search). Of few
+"""Default k for activations by range and bits (ours; docs/ablations.md says for which bits there was a search). Of few
 bits k is about that of least squared error on the inputs of real models; 8 bits have levels to spare, and clip next to
 nothing."""
 
