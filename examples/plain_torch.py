@@ -1,6 +1,6 @@
-"""GDRQ in a plain torch loop: a small CNN on scikit-learn's digits in float, W4A4 and W2A4, exported, run by ONNX Runtime.
+"""GDRQ in a plain torch loop: a small CNN on scikit-learn's digits in float, W4A4 and W2A4; exported and run.
 
-python examples/plain_torch.py [FOLDER]   # a minute on one core; writes FOLDER (default: exported), which must not exist
+python examples/plain_torch.py [FOLDER]   # half a minute; writes FOLDER (default: exported), which must not exist
 """
 
 import copy
