@@ -187,31 +187,38 @@ def main_metric(record: Record) -> tuple[str, float]:
 
 
 def _row(
-    any_: Record, before: Record | None, method: str, bits: tuple[int, ...], found: list[Record]
+    model: Record, before: Record | None, method: str, bits: tuple[int, ...], found: list[Record]
 ) -> dict[str, str]:
-    title, _ = main_metric(any_)
+    """One row of the table.
+
+    Args:
+        model: any record of the model: it tells task, model, data and metric.
+        before: the float record.
+        found: the records with this method and these bits, one a seed.
+    """
+    title, _ = main_metric(model)
     base = None if before is None else main_metric(before)[1]
     values = [main_metric(record)[1] for record in found]
     cells = dict.fromkeys(COLUMNS, '')
     cells.update(
-        task=TASK_NAMES[any_['task']],
-        model=any_['model']['name'],
-        data=any_['data']['name'],
+        task=TASK_NAMES[model['task']],
+        model=model['model']['name'],
+        data=model['data']['name'],
         metric=title,
         float=NOT_RUN if base is None else f'{base:.2f}',
         method=method,
         bits=bits_of(bits),
         quantized=NOT_RUN,
-        published=_published(any_, method, bits_of(bits)),
+        published=_published(model, method, bits_of(bits)),
     )
     if values:
         mean = statistics.fmean(values)
         spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-        model = found[0]['model']
+        sizes = found[0]['model']
         cells.update(quantized=f'{mean:.2f}{spread}', seeds=str(len(values)))
         cells['drop'] = '' if base is None else f'{base - mean:.2f}'
-        cells['size in MB'] = f'{model["float_bytes"] / 1e6:.2f} → {model["bytes"] / 1e6:.2f}'
-        cells['G bit operations'] = f'{model["bit_operations"] / 1e9:.2f}'
+        cells['size in MB'] = f'{sizes["float_bytes"] / 1e6:.2f} → {sizes["bytes"] / 1e6:.2f}'
+        cells['G bit operations'] = f'{sizes["bit_operations"] / 1e9:.2f}'
     return cells
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,9 @@ from ..core.files import write_whole
 
 VERSION = 2
 """Version of the record's layout."""
+
+PROJECT = Path(__file__).resolve().parents[2]
+"""Where the project's pyproject.toml lies, if this is a checkout."""
 
 RUNTIMES = ('onnxruntime', 'openvino')
 """What runs exported graphs, by the names of the packages; the others are run by torch."""
@@ -42,9 +46,10 @@ MAIN_METRICS = {
 }
 """Task -> keys of the metrics that tables show, with a title and the factor that makes it a percentage."""
 
+NONE = type(None)
 NUMBER = (int, float)
-FILE = {'file': (str, type(None)), 'sha256': (str, type(None))}
-SHAPE = {
+FILE = {'file': (str, NONE), 'sha256': (str, NONE)}
+REQUIRED = {
     'task': tuple(MAIN_METRICS),
     'model': {
         'name': str,
@@ -52,16 +57,17 @@ SHAPE = {
         'methods': [str, str],
         'options': {},
         'bits': [int, int],
-        'deployable': (bool, type(None)),
+        'deployable': (bool, NONE),
         **dict.fromkeys(('float_bytes', 'bytes', 'bit_operations'), NUMBER),
     },
     'data': {'name': str, 'evaluation_sha256': str},
     'metrics': {},
-    'quantization': (dict, type(None)),
+    'quantization': (dict, NONE),
     'checkpoint': FILE,
-    'training': {'seed': (int, type(None))},
+    'training': {'seed': (int, NONE)},
 }
-"""What a comparison needs of a record: types, the choices of a value, or the keys of a dict, which may have more."""
+"""What a comparison needs of a record, key by key: a type or several, a tuple of the allowed strings, a list with the
+type of each entry, or a dict of further keys."""
 OPTIONAL = {
     'model.backend': ('torch', *RUNTIMES),
     'training.start': FILE,
@@ -71,7 +77,7 @@ OPTIONAL = {
     'hardware.gpus': list,
     'versions': {},
 }
-"""What is looked at if it is there and not None."""
+"""What a record may leave out or set to None, and what it has to be otherwise."""
 
 
 def write_record(record: Mapping[str, Any], path: str | Path) -> None:
@@ -92,38 +98,38 @@ def read_record(path: str | Path) -> dict[str, Any]:
     found = record.get('record_version') if isinstance(record, dict) else None
     if found != VERSION:
         raise UserError(f'{path} is not a run record of version {VERSION} (record_version={found!r})')
-    wrong = _misfit(record, SHAPE)
+    wrong = _mismatch(record, REQUIRED)
     for key, value in {} if wrong else record['metrics'].items():
-        wrong = wrong or _misfit(value, NUMBER, f'metrics[{key!r}]')
-    for place, shape in OPTIONAL.items():
+        wrong = wrong or _mismatch(value, NUMBER, f'metrics[{key!r}]')
+    for place, expected in OPTIONAL.items():
         value = record
         for key in place.split('.'):
             value = value.get(key) if isinstance(value, dict) else value
-        wrong = wrong or ('' if value is None else _misfit(value, shape, place))
+        wrong = wrong or ('' if value is None else _mismatch(value, expected, place))
     if wrong:
         raise UserError(f'record {path} cannot be used: {wrong}')
     return record
 
 
-def _misfit(value: Any, shape: Any, place: str = '') -> str:
-    """Where plain data do not have a shape (see SHAPE); '' if they have it."""
-    if isinstance(shape, dict):
+def _mismatch(value: Any, expected: Any, place: str = '') -> str:
+    """The first place where a value is not as expected, see REQUIRED, and how; '' if there is none."""
+    if isinstance(expected, dict):
         if not isinstance(value, dict):
             return f'{place} is a {type(value).__name__}, not a dict'
-        for key, inner in shape.items():
+        for key, inner in expected.items():
             where = f'{place}.{key}' if place else key
-            wrong = _misfit(value[key], inner, where) if key in value else f'{where} is missing'
+            wrong = _mismatch(value[key], inner, where) if key in value else f'{where} is missing'
             if wrong:
                 return wrong
         return ''
-    if isinstance(shape, list):
-        if not isinstance(value, list) or len(value) != len(shape):
-            return f'{place} is not a list of {len(shape)}'
-        return next(filter(None, (_misfit(v, s, place) for v, s in zip(value, shape))), '')
-    types = shape if isinstance(shape, tuple) else (shape,)
-    if isinstance(shape, type) or all(isinstance(t, type) for t in types):
+    if isinstance(expected, list):
+        if not isinstance(value, list) or len(value) != len(expected):
+            return f'{place} is not a list of {len(expected)}'
+        return next(filter(None, (_mismatch(v, e, place) for v, e in zip(value, expected))), '')
+    types = expected if isinstance(expected, tuple) else (expected,)
+    if all(isinstance(t, type) for t in types):
         return '' if isinstance(value, types) else f'{place} is a {type(value).__name__}'
-    return '' if value in list(shape) else f'{place}={value!r} is not one of {", ".join(shape)}'
+    return '' if value in types else f'{place}={value!r} is not one of {", ".join(types)}'
 
 
 def find_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -148,17 +154,23 @@ def _looks_like_one(file: Path) -> bool:
     return file.name == 'record.json' or b'"record_version"' in file.read_bytes()[:200]
 
 
-def git_revision() -> dict[str, Any]:
-    """Commit of the package's checkout and whether it has uncommitted changes; None outside a checkout."""
+def git_revision(folder: Path = PROJECT) -> dict[str, Any]:
+    """Commit of the project's own checkout, and whether it has uncommitted changes; None if `folder` is none.
+
+    A package that is installed may lie in a repository of its user (a `.venv` in a project), whose commit is not ours.
+    """
 
     def git(*args: str) -> str:
-        folder = Path(__file__).resolve().parent
         return subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--untracked-files=no')))
-    except (OSError, subprocess.CalledProcessError):
-        return dict(commit=None, dirty=None)
+        project = tomllib.loads((folder / 'pyproject.toml').read_text())['project']['name']
+        if project == 'gdrq-mm' and Path(git('rev-parse', '--show-toplevel')) == folder.resolve():
+            dirty = bool(git('status', '--porcelain', '--untracked-files=no'))
+            return dict(commit=git('rev-parse', 'HEAD'), dirty=dirty)
+    except (OSError, ValueError, KeyError, subprocess.CalledProcessError):
+        pass  # no pyproject.toml or that of another project, no git, no repository, or one without a commit
+    return dict(commit=None, dirty=None)
 
 
 def provenance() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import subprocess
 from importlib.metadata import version
 
 import pytest
@@ -17,7 +18,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.describe import make_record, model_name
 from gdrq_mm.report.compare import comparison_markdown, comparison_rows, comparison_table
-from gdrq_mm.report.record import read_record, write_record
+from gdrq_mm.report.record import git_revision, read_record, write_record
 from tests.helpers import ROOT
 from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, train
 
@@ -77,6 +78,34 @@ def test_a_record_says_what_was_tested_and_with_what(checkpoint, tmp_path):
     assert found['quantization'] == {'weight': {'bits': 4}} and found['model']['name'] == 'ResNet-18'
     assert found['data']['name'] == 'digits/cls'
     assert '/somewhere' not in json.dumps(found) and str(tmp_path) not in json.dumps(found)
+
+
+def git(folder, *args):
+    subprocess.run(['git', '-C', folder, '-c', 'user.name=x', '-c', 'user.email=x', *args], check=True)
+
+
+def test_only_the_projects_own_checkout_is_named(tmp_path):
+    """Not a repository of a user in which the package is installed, or into which it was copied."""
+    nothing = dict(commit=None, dirty=None)
+    ours = '[project]\nname = "gdrq-mm"\n'
+    (tmp_path / 'pyproject.toml').write_text(ours)
+    assert git_revision(tmp_path) == nothing  # no repository
+    git(tmp_path, 'init', '-q')
+    assert git_revision(tmp_path) == nothing  # no commit
+    git(tmp_path, 'add', '.')
+    git(tmp_path, 'commit', '-q', '-m', 'first')
+    found = git_revision(tmp_path)
+    assert len(found['commit']) == 40 and found['dirty'] is False
+    (tmp_path / 'pyproject.toml').write_text(ours + 'version = "1"\n')
+    assert git_revision(tmp_path) == {**found, 'dirty': True}
+    copied, installed = tmp_path / 'third_party', tmp_path / '.venv/lib/site-packages'
+    copied.mkdir()
+    (copied / 'pyproject.toml').write_text(ours)
+    installed.mkdir(parents=True)
+    assert git_revision(copied) == git_revision(installed) == nothing
+    for other in ('[project]\nname = "mine"\n', '[tool.mine]\n', 'not toml'):
+        (tmp_path / 'pyproject.toml').write_text(other)
+        assert git_revision(tmp_path) == nothing
 
 
 def test_a_record_survives_writing_and_reading(checkpoint, tmp_path):
