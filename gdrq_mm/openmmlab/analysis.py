@@ -1,11 +1,11 @@
-"""Test runs with everything, nothing and one part quantized."""
+"""The analysis: runs of the test loop with everything, with nothing and with one unit of the model quantized."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ..core.errors import UserError
-from ..core.modules import quant_layers
+from ..core.modules import hooked, quant_layers
 from ..core.quantizers import Quantizer, Stage
 from ..report.analysis import Analysis, Metric, Row, Weights, worst_first
-from ..report.damage import Meter, measure_weight, quantized_weight, watch
-from ..report.parts import Part, choose, only, parts_of
+from ..report.damage import Damage, Meter, measure, quantized_weight, watch
 from ..report.record import MAIN_METRICS
+from ..report.units import Unit, choose, only, units_of
 from .checkpoints import read_checkpoint, state_of, without_quantizers
 from .cli import prepare_test
 from .models import bare_model
@@ -34,18 +34,18 @@ from .seeding import kept_random_state, seed_all
 from .tasks import task_of
 
 SAMPLES = 1 << 16
-"""Values of an input whose distribution is looked at (ours)."""
+"""How many values of an input are kept for the distance to uniform, over all batches (ours)."""
 ADAPTED = (
     '{} is {:.2f} with everything float and {:.2f} quantized: training has adapted these weights to their quantizers, '
-    'and the float model is no reference for them; --reference quantized is'
+    'and the float model is no reference for them; use --reference quantized'
 )
 
 
 def prepare(cfg: Config, checkpoint: str, unsafe: bool = False) -> bool:
-    """Leave in a config what the analysis of `checkpoint` needs.
+    """Remove from a config what the analysis of `checkpoint` does not need.
 
     Returns:
-        Whether the checkpoint is a float one, for which :func:`load` has to find thresholds.
+        Whether the checkpoint is a float one, for which :func:`load` must find thresholds.
 
     Raises:
         UserError: the config quantizes nothing, or the checkpoint cannot be read.
@@ -66,8 +66,8 @@ def prepare(cfg: Config, checkpoint: str, unsafe: bool = False) -> bool:
 def load(runner: Runner, calibrate: bool) -> None:
     """Load the checkpoint; with `calibrate` find thresholds on training batches, as tools/calibrate.py does.
 
-    No other hook of the runner is called, now or later: they write logs and pictures. An average of the weights (EMA)
-    needs none, the checkpoint holds it.
+    The runner loses its hooks, which write logs and pictures. EMA does not need its hook here: the checkpoint holds the
+    averaged weights.
     """
     if not isinstance(runner, QuantRunner):
         raise UserError(f'runner_type={runner.cfg.runner_type!r} does not quantize')
@@ -79,7 +79,7 @@ def load(runner: Runner, calibrate: bool) -> None:
 
 
 def take_samples(loop: Any, count: int) -> None:
-    """Let a test loop use `count` pictures, evenly spaced: data sets are often sorted by class."""
+    """Let a test loop use `count` evenly spaced pictures: the first ones are often all of one class."""
     loader = loop.dataloader
     data, total = loader.dataset, len(loader.dataset)
     count = min(count, total)
@@ -88,7 +88,7 @@ def take_samples(loop: Any, count: int) -> None:
     workers = dict(num_workers=loader.num_workers, worker_init_fn=loader.worker_init_fn)
     loop.dataloader = DataLoader(Subset(data, chosen), batch_size, collate_fn=loader.collate_fn, **workers)
     for metric in loop.evaluator.metrics:
-        if hasattr(metric, 'img_ids'):  # COCO's: it takes the pictures that are left out for missed ones
+        if hasattr(metric, 'img_ids'):  # CocoMetric counts a picture that is left out as one without detections
             metric.img_ids = [data.get_data_info(i)['img_id'] for i in chosen]
 
 
@@ -104,7 +104,7 @@ class _Tick(Hook):
 
 @contextmanager
 def _progress(runner: Runner, runs: int, show: bool) -> Iterator[Callable[[str], None]]:
-    """Show how far `runs` runs of the test loop are; yields a function that tells what the next run is."""
+    """A progress bar for `runs` runs of the test loop; yields a function that announces the next one."""
     columns = (
         BarColumn(20),
         TimeElapsedColumn(),
@@ -126,7 +126,7 @@ def _progress(runner: Runner, runs: int, show: bool) -> Iterator[Callable[[str],
 
 
 def evaluate(runner: Runner) -> dict[str, Any]:
-    """All metrics of a run of the test loop, with the same random numbers each time, and without what COCO prints."""
+    """All metrics of a run of the test loop. Each draws the same random numbers; pycocotools's prints are muted."""
     with kept_random_state(), redirect_stdout(io.StringIO()):
         seed_all(int(runner.seed or 0))
         return runner.test_loop.run()
@@ -143,23 +143,23 @@ def analyze(
     """Analyze the model of a runner that :func:`load` prepared, on its test data.
 
     Args:
-        patterns: fnmatch patterns of the layers to look at; all without them.
-        samples: test pictures to use, evenly spaced; None: all.
+        patterns: fnmatch patterns of the layers to analyze; all layers if there are none.
+        samples: how many test pictures to use, evenly spaced; None: all.
         metric: key of the metric; None: the main one of the task.
-        reference: see Metric; it takes a run over the pictures for each part. None: one run, for statistics only.
+        reference: see Metric; takes a run over the pictures for each unit. None: one run in all, and no costs.
 
     Raises:
         UserError: there is nothing to analyze, or a pattern or the metric does not exist.
     """
     model, task = bare_model(runner.model), task_of(runner.cfg)
-    parts = choose(parts_of(model, runner.report.plan), patterns)
+    units = choose(units_of(model, runner.report.plan), patterns)
     available = len(runner.test_loop.dataloader.dataset)
     if samples is not None:
         take_samples(runner.test_loop, samples)
     pictures = len(runner.test_loop.dataloader.dataset)
-    with _progress(runner, len(parts) + 2 if reference else 1, show_progress) as start:
+    with _progress(runner, len(units) + 2 if reference else 1, show_progress) as start:
         start('everything quantized')
-        rows, values = _measure(runner, parts)
+        rows, values = _measure(runner, units)
         if reference is None:
             return Analysis(worst_first(rows), None, pictures, available)
         key = metric_key(values, metric, task)
@@ -170,39 +170,41 @@ def analyze(
         if reference == 'float' and found.unquantized < found.quantized:
             runner.logger.warning(ADAPTED.format(found.title, found.unquantized, found.quantized))
         every = {m for m in model.modules() if isinstance(m, Quantizer) and m.stage != Stage.FLOAT}
-        for number, (part, row) in enumerate(zip(parts, rows)):
-            start(part.name)
-            chosen = set(part.quantizers)
+        for number, (unit, row) in enumerate(zip(units, rows)):
+            start(unit.name)
+            chosen = set(unit.quantizers)
             value = _value_with(chosen if reference == 'float' else every - chosen, runner, key) * factor
             rows[number] = dataclasses.replace(row, metric=value, cost=found.cost(value))
     return Analysis(worst_first(rows), found, pictures, available)
 
 
 def _value_with(active: Iterable[Quantizer], runner: Runner, key: str) -> float:
-    """A metric with only the `active` quantizers; 0 if it is missing, because nothing was detected."""
+    """A metric with only the `active` quantizers; 0 if it is missing, which means that nothing was detected."""
     with only(bare_model(runner.model), active):
         return float(evaluate(runner).get(key, 0.0))
 
 
-def _measure(runner: Runner, parts: Sequence[Part]) -> tuple[list[Row], dict[str, Any]]:
-    """The parts with statistics but not yet with what they cost, and the metrics, with everything quantized."""
+def _measure(runner: Runner, units: Sequence[Unit]) -> tuple[list[Row], dict[str, Any]]:
+    """One run with everything quantized: a row for each unit, not yet with its cost, and all metrics."""
     keep = max(1 << 6, SAMPLES // len(runner.test_loop.dataloader))
-    meters = [Meter(keep) for _ in parts]
-    with ExitStack() as stack:
-        for part, meter in zip(parts, meters):
-            for quantizer in part.inputs:
-                stack.callback(watch(quantizer, meter).remove)
+    meters = [Meter(keep) for _ in units]
+    with hooked(watch(quantizer, meter) for unit, meter in zip(units, meters) for quantizer in unit.inputs):
         values = evaluate(runner)
     rows = []
-    for part, meter in zip(parts, meters):
-        weight = measure_weight(part.layer) if part.layer else None
-        seen = meter.result(max((q.bits for q in part.inputs), default=0))
-        rows.append(Row(part.name, part.kind, part.readers, weight, seen))
+    for unit, meter in zip(units, meters):
+        inputs = meter.result(max((q.bits for q in unit.inputs), default=0))
+        rows.append(Row(unit.name, unit.kind, unit.readers, _weight_damage(unit), inputs))
     return rows, values
 
 
+def _weight_damage(unit: Unit) -> Damage | None:
+    if unit.layer is None or unit.layer.weight_quant is None:
+        return None
+    return measure(*quantized_weight(unit.layer), unit.layer.weight_quant.bits)
+
+
 def metric_key(values: dict[str, Any], key: str | None, task: str) -> str:
-    """The metric that tells the cost: `key`, or the first main one of the task.
+    """Key of the metric that tells the cost: `key`, or the first main metric of the task that there is.
 
     Raises:
         UserError: the evaluator does not compute it.
@@ -216,7 +218,7 @@ def metric_key(values: dict[str, Any], key: str | None, task: str) -> str:
 
 
 def weights_of(model: nn.Module, rows: Iterable[Row], start: dict[str, Tensor] | None = None) -> list[Weights]:
-    """The weights of the rows that have one, in their order.
+    """The weights of those rows that have a weight, in the order of the rows.
 
     Args:
         start: state dict of the checkpoint that training started from.

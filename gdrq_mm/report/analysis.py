@@ -1,4 +1,4 @@
-"""What gdrq_mm/report/ found: the table, the JSON and the pictures."""
+"""The result of the analysis, which says what each layer costs, as a table, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -13,83 +13,71 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from .damage import Damage
+
 VERSION = 1
 """Version of the JSON's layout."""
 BINS = 121
-"""Of a histogram: at 4 bits a level of the weights is a spike of its own."""
+"""Bins of a histogram of weights: enough to show each code of 4 bits as a spike of its own."""
 
 EMPTY = 0.5
-"""Height of a bin without values on a logarithmic axis."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What quantization does to one tensor."""
-
-    bits: int
-    sqnr: float
-    """Signal-to-quantization-noise ratio sum(x^2) / sum((x - Q(x))^2) in dB; inf if Q changes nothing."""
-    clip_ratio: float
-    """Share of the values outside the range of the codes."""
-    quantized_loss: float
-    """The paper's Eq. 3 with p = 1."""
-    distance_to_uniform: float
-    """Kolmogorov-Smirnov distance of |x| / max|x| to the uniform distribution."""
+"""Height of an empty bin: a logarithmic axis has no 0."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A part of the model that is quantized alone. Every quantizer is in one part, so its effect counts once."""
+    """What is known of a unit: what is quantized alone. Every quantizer is in one unit, so its effect counts once."""
 
     name: str
     kind: str
-    """'layer': its weight, and its input if no other layer reads it; 'shared input'; 'output': of a module."""
+    """'layer': a weight, with the input of the layer unless other layers read it too; 'shared input': an input that
+    several layers read; 'output': what a module returns."""
     readers: tuple[str, ...]
-    """The layers whose input it is; of an output the module that makes it."""
+    """The layers that read the input; of an output the module that returns it."""
     weight: Damage | None
     input: Damage | None
-    """Of the values that the quantized model computes."""
+    """Of the input, or the output, as the quantized model computes it."""
     metric: float | None = None
-    """With only this part quantized, or with only this part float, as Metric.reference says."""
+    """The metric with only this unit quantized, or with only this unit float, as Metric.reference says."""
     cost: float | None = None
-    """How much worse the metric is with this part quantized; see Metric.cost."""
+    """How much worse quantizing this unit makes the metric; see Metric.cost."""
 
     @property
     def sqnr(self) -> float:
-        """The worse ratio of weight and input, in dB; inf if no test picture reached the part."""
+        """That of the weight or of the input, whichever is lower, in dB; inf if no test picture reached the unit."""
         return min((damage.sqnr for damage in (self.weight, self.input) if damage is not None), default=math.inf)
 
     @property
     def bits(self) -> str:
-        """Such as 'W4A4'; one letter where the part has one of the two."""
+        """Such as 'W4A4'; 'W4' or 'A4' if the unit has no input or no weight."""
         sides = (('W', self.weight), ('A', self.input))
         return ''.join(f'{letter}{damage.bits}' for letter, damage in sides if damage is not None)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The metric that tells what a part costs; the higher the better."""
+    """The metric that tells what a unit costs; higher is better."""
 
     key: str
-    """Its name in the evaluator's answer."""
+    """Its key in what the evaluator returns."""
     title: str
     factor: float
-    """What its values were multiplied by, 100 for a percentage."""
+    """What the evaluator's values are multiplied by: 100 to make a share a percentage."""
     reference: str
-    """'float': a part costs what the float model loses when only this part is quantized; 'quantized': what the
-    quantized model gains when only this part is float."""
+    """'float': a unit costs what the float model loses when only this unit is quantized. 'quantized': it costs what the
+    quantized model gains when only this unit is float."""
     unquantized: float
-    """With everything float, but the weights of the checkpoint."""
+    """The metric with the weights of the checkpoint and nothing quantized."""
     quantized: float
-    """With everything quantized: what tools/test.py finds."""
+    """The metric with everything quantized: what tools/test.py finds."""
 
     def cost(self, value: float) -> float:
-        """What a part costs with which the metric is `value`, and not that of the reference."""
+        """The cost of a unit, given the metric with only this unit quantized, or only this unit float."""
         return self.unquantized - value if self.reference == 'float' else value - self.quantized
 
     @property
     def meaning(self) -> str:
-        """What the cost is, for people."""
+        """One sentence that says what the cost is."""
         if self.reference == 'float':
             return f'{self.title} that the float model loses with only this quantized'
         return f'{self.title} that the quantized model gains with only this float'
@@ -102,12 +90,12 @@ class Analysis:
     rows: list[Row]
     metric: Metric | None
     pictures: int
-    """Test pictures that were used."""
+    """How many test pictures were used."""
     available: int
-    """Test pictures that the config has."""
+    """How many test pictures the config has."""
 
     def summary(self) -> str:
-        """What stands above the table and the picture."""
+        """The title of the table and of the picture."""
         data = f'{self.pictures} of {self.available} test pictures'
         if self.metric is None:
             return f'Inputs of {data}, no metric.'
@@ -121,25 +109,25 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a layer, each array (N,)."""
+    """The weights of a layer; each array is (N,)."""
 
     name: str
     now: np.ndarray
     quantized: np.ndarray
-    """Dequantized: what the layer computes with."""
+    """The same weights, quantized and dequantized."""
     ends: np.ndarray
     """Lower and upper end of the range of each group."""
     start: np.ndarray | None
-    """Those of the checkpoint that training started from."""
+    """The weights of the checkpoint that training started from."""
 
 
 def worst_first(rows: Sequence[Row]) -> list[Row]:
-    """By cost; where it is equal, or not known, by SQNR."""
+    """The dearest first; among equal or unknown costs the lowest SQNR first."""
     return sorted(rows, key=lambda row: (-(row.cost or 0), row.sqnr))
 
 
 def analysis_table(analysis: Analysis) -> Table:
-    """The table; W is the weight, A the input, or the output."""
+    """The table. Columns W are of the weight, columns A of the input or output."""
     title = analysis.metric.title if analysis.metric else ''
     table = Table(title=analysis.summary(), title_justify='left', title_style='', box=None, pad_edge=False)
     table.add_column('layer', min_width=max((len(row.name) for row in analysis.rows), default=0))
@@ -163,7 +151,7 @@ def _cells(damage: Damage | None) -> list[str]:
 
 
 def analysis_dict(analysis: Analysis, **about: Any) -> dict[str, Any]:
-    """For JSON, `about` first; what is not a finite number is None."""
+    """The result as plain data for JSON, after the entries `about` it; nan and inf become None."""
     return _finite(dict(analysis_version=VERSION, **about, **dataclasses.asdict(analysis)))
 
 
@@ -176,7 +164,7 @@ def _finite(value: Any) -> Any:
 
 
 def cost_picture(analysis: Analysis) -> bytes:
-    """A PNG: a bar for the cost of each part, beside it SQNR of weight and input."""
+    """A PNG: a bar for the cost of each unit, and beside it the SQNR of its weight and input."""
     rows, metric = analysis.rows, analysis.metric
     figure = Figure(figsize=(12 if metric else 8, 1.3 + 0.22 * len(rows)), dpi=110, layout='constrained')
     figure.suptitle(analysis.summary(), fontsize=9)
@@ -206,8 +194,8 @@ def weight_sheet(layers: Sequence[Weights], rows: Mapping[str, Row], columns: in
     """A PNG with a panel for the weights of each layer.
 
     Args:
-        layers: in the order of the panels, at least one.
-        rows: name of a layer -> its row.
+        layers: at least one, in the order of the panels.
+        rows: the row of each layer by its name.
     """
     lines = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(3.4 * columns, 2.1 * lines + 0.5), dpi=100, layout='constrained')

@@ -1,7 +1,8 @@
-"""What quantization does to a tensor."""
+"""What quantization does to a tensor: the one measure of analysis, training statistics and pictures."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,31 @@ from torch import Tensor
 
 from ..core import functional as F
 from ..core.quantizers import ActivationQuantizer
-from .analysis import Damage
 
 ROUNDING = 1e-6
-"""A value beyond the range by this share of it is not clipped: T / d * d need not give T in float32."""
+"""A value outside the range by less than this share of its end is not clipped: T / d * d need not be T in float32."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What quantization does to one tensor."""
+
+    bits: int
+    sqnr: float
+    """Signal-to-quantization-noise ratio sum(x^2) / sum((x - Q(x))^2) in dB; inf if Q changes nothing."""
+    clip_ratio: float
+    """Share of the values outside the range of the codes."""
+    quantized_loss: float
+    """sum|x - Q(x)| / sum|x|: the paper's Eq. 3 with p = 1."""
+    distance_to_uniform: float
+    """Kolmogorov-Smirnov distance of |x| / max|x| to the uniform distribution, see functional.distance_to_uniform."""
 
 
 class Meter:
-    """Compares a tensor with what quantization makes of it, over all calls together.
+    """Adds up what quantization does to a tensor over several calls, such as the input of a layer over test batches.
 
     Args:
-        keep: values of each call that are kept for the distance to uniform.
+        keep: how many values of each call are kept for the distance to uniform.
     """
 
     def __init__(self, keep: int) -> None:
@@ -46,7 +61,7 @@ class Meter:
         self._kept.append(x.flatten()[::spacing].clone())
 
     def result(self, bits: int) -> Damage | None:
-        """None if nothing came through."""
+        """The damage over all calls; None if there were no values."""
         if not self._count:
             return None
         signal, noise, size, error = self._sums
@@ -64,25 +79,23 @@ class Meter:
         )
 
 
+def measure(x: Tensor, quantized: Tensor, low: Tensor, high: Tensor, bits: int) -> Damage | None:
+    """The damage to one tensor, all of whose values count; arguments as in :meth:`Meter.add`. None if it is empty."""
+    meter = Meter(keep=x.numel())
+    meter.add(x, quantized, low, high)
+    return meter.result(bits)
+
+
 @torch.no_grad()
 def quantized_weight(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Filters (C, ...), what they are quantized to, and the ends of the range, which broadcast against them."""
     weight, quant = layer.filters().detach(), layer.weight_quant
-    quantized = quant(weight)
     step = quant.step(weight)
-    return weight, quantized, quant.lo * step, quant.hi * step
-
-
-def measure_weight(layer: Any) -> Damage | None:
-    """What quantization does to the weight of a layer."""
-    values = quantized_weight(layer)
-    meter = Meter(values[0].numel())
-    meter.add(*values)
-    return meter.result(layer.weight_quant.bits)
+    return weight, quant.quantize(weight, step), quant.lo * step, quant.hi * step
 
 
 def watch(quantizer: ActivationQuantizer, meter: Meter) -> Any:
-    """Show a meter every input of a quantizer with what becomes of it; returns the hook's handle."""
+    """Add every input of a quantizer, with what it is quantized to, to a meter; returns the handle of the hook."""
 
     def see(module: Any, args: Any, out: Tensor) -> None:
         step = module.step()

@@ -11,6 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 
+from .damage import Damage
+from .train_log import QUANTITIES
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -23,17 +26,11 @@ class Distribution:
     """Lower end of the range, the mean over groups."""
     threshold: float
     """T, the mean over groups."""
-    clip_ratio: float
-    """Share of the values outside the range."""
-    quantized_loss: float
-    """The paper's Eq. 3 with p = 1."""
-    distance_to_uniform: float
-    """Kolmogorov-Smirnov distance of |x| / max|x| to the uniform distribution."""
+    damage: Damage
 
     def scalars(self) -> dict[str, float]:
-        """What is written as curves."""
-        names = ('threshold', 'clip_ratio', 'quantized_loss', 'distance_to_uniform')
-        return {name: getattr(self, name) for name in names}
+        """What is written as curves, by the names of train_log.QUANTITIES."""
+        return {name: self.threshold if name == 'threshold' else getattr(self.damage, name) for name in QUANTITIES}
 
 
 def distribution_sheet(distributions: Sequence[Distribution], columns: int = 6) -> np.ndarray:
@@ -64,7 +61,7 @@ def distribution_sheet(distributions: Sequence[Distribution], columns: int = 6) 
             lines.append(np.array([[x, top], [x, bottom]]))
         middle, below = (left + right) / 2, bottom + 0.02
         axes.text(middle, top - 0.02, d.name[-38:], fontsize=6, ha='center', va='bottom')
-        text = f'clipped {d.clip_ratio:.1%}, loss {d.quantized_loss:.3f}'
+        text = f'clipped {d.damage.clip_ratio:.1%}, loss {d.damage.quantized_loss:.3f}'
         axes.text(middle, below, text, fontsize=6, ha='center', va='top')
         axes.text(left, below, f'{first:.3g}', fontsize=5, va='top')
         axes.text(right, below, f'{last:.3g}', fontsize=5, ha='right', va='top')

@@ -32,7 +32,7 @@ from gdrq_mm.report.analysis import (
     worst_first,
 )
 from gdrq_mm.report.damage import Meter
-from gdrq_mm.report.parts import choose, only, parts_of
+from gdrq_mm.report.units import choose, only, units_of
 from tests.helpers import ROOT, same
 from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, task_config, tiny_config
 
@@ -64,8 +64,8 @@ def stages(runner):
     return {name: m.stage for name, m in runner.model.named_modules() if isinstance(m, Quantizer)}
 
 
-def part_of(runner, name):
-    return next(part for part in parts_of(runner.model, runner.report.plan) if part.name == name)
+def unit_of(runner, name):
+    return next(unit for unit in units_of(runner.model, runner.report.plan) if unit.name == name)
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_statistics_of_weights(runner, found):
 def test_statistics_of_inputs(runner, found):
     """Those that the quantized model computes, over all test pictures."""
     for row in (r for r in found.rows if (r.input and r.kind != 'layer') or r.name == 'backbone.layer1.0.conv1'):
-        (quant,) = part_of(runner, row.name).inputs
+        (quant,) = unit_of(runner, row.name).inputs
         seen = []
         handle = quant.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].flatten()))
         analysis.evaluate(runner)
@@ -159,45 +159,45 @@ def test_statistics_of_inputs(runner, found):
         assert row.input.distance_to_uniform == pytest.approx(uniform, abs=0.02)
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------------
+# ---- units ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_quantizer_is_in_one_part(runner):
-    parts = parts_of(runner.model, runner.report.plan)
-    counted = [quantizer for part in parts for quantizer in part.quantizers]
+def test_every_quantizer_is_in_one_unit(runner):
+    units = units_of(runner.model, runner.report.plan)
+    counted = [quantizer for unit in units for quantizer in unit.quantizers]
     assert len(counted) == len(set(counted)) == len(stages(runner))
-    kinds = {part.name: part.kind for part in parts}
+    kinds = {unit.name: unit.kind for unit in units}
     assert kinds[f'{FORKED[0]} (input of 2)'] == 'shared input'
     assert kinds['backbone.layer1.0.bn2 (output)'] == 'output'
-    shared = part_of(runner, f'{FORKED[0]} (input of 2)')
+    shared = unit_of(runner, f'{FORKED[0]} (input of 2)')
     assert shared.readers == FORKED and shared.layer is None
     for name in FORKED:
-        assert part_of(runner, name).inputs == ()
-    assert len(part_of(runner, 'backbone.layer1.0.conv1').quantizers) == 2
+        assert unit_of(runner, name).inputs == ()
+    assert len(unit_of(runner, 'backbone.layer1.0.conv1').quantizers) == 2
 
 
-def test_what_stays_float_is_in_no_part(digits_root, float_checkpoint, tmp_path):
+def test_what_stays_float_is_in_no_unit(digits_root, float_checkpoint, tmp_path):
     quantization = {**QUANTIZATION, 'skip': ['backbone.layer1.*'], 'overrides': {'head.fc': dict(weight=dict(bits=32))}}
     runner = start(tiny_config(digits_root, tmp_path, quantization), float_checkpoint)
-    parts = {part.name: part for part in parts_of(runner.model, runner.report.plan)}
-    assert not [name for name, part in parts.items() if part.kind == 'layer' and 'layer1' in name]
-    assert parts['head.fc'].layer is None and len(parts['head.fc'].inputs) == 1
+    units = {unit.name: unit for unit in units_of(runner.model, runner.report.plan)}
+    assert not [name for name, unit in units.items() if unit.kind == 'layer' and 'layer1' in name]
+    assert units['head.fc'].layer is None and len(units['head.fc'].inputs) == 1
     quant_layers(runner.model)['head.fc'].input_quant.stage = Stage.FLOAT  # as where calibration sees no batch
-    assert 'head.fc' not in {part.name for part in parts_of(runner.model, runner.report.plan)}
+    assert 'head.fc' not in {unit.name for unit in units_of(runner.model, runner.report.plan)}
 
 
 def test_patterns_choose_layers(runner):
-    parts = parts_of(runner.model, runner.report.plan)
-    assert choose(parts, []) == parts
-    names = [part.name for part in choose(parts, [FORKED[1], 'head.*'])]
+    units = units_of(runner.model, runner.report.plan)
+    assert choose(units, []) == units
+    names = [unit.name for unit in choose(units, [FORKED[1], 'head.*'])]
     assert names == [FORKED[1], 'head.fc', f'{FORKED[0]} (input of 2)']
     with pytest.raises(UserError, match=r"pattern 'head.fx' matches no quantized layer; did you mean 'head.fc'"):
-        choose(parts, ['head.fx'])
+        choose(units, ['head.fx'])
     with pytest.raises(UserError, match='leaves every layer float'):
         choose([], [])
 
 
-# ---- one part quantized ---------------------------------------------------------------------------------------------
+# ---- one unit quantized ---------------------------------------------------------------------------------------------
 
 
 def logits(runner):
@@ -221,18 +221,18 @@ FLOAT_SIDES = dict(weight=dict(bits=32), activation=dict(bits=32))
 
 
 @pytest.mark.parametrize('name', ['backbone.layer1.0.conv1', 'head.fc', FORKED[1], f'{FORKED[0]} (input of 2)'])
-def test_a_part_alone_is_what_a_config_quantizes_alone(runner, found, digits_root, tmp_path, name):
+def test_a_unit_alone_is_what_a_config_quantizes_alone(runner, found, digits_root, tmp_path, name):
     """By `skip`, or by `overrides` where only a weight or only an input is quantized."""
     quantization = copy.deepcopy(QUANTIZATION)
-    part = part_of(runner, name)
-    if part.kind == 'shared input':  # outputs are quantized only where inputs are by default
+    unit = unit_of(runner, name)
+    if unit.kind == 'shared input':  # outputs are quantized only where inputs are by default
         quantization['activation'] = dict(bits=32)
         only_input = dict(weight=dict(bits=32), activation=dict(bits=4))
-        quantization['overrides'] = {'*': FLOAT_SIDES, **dict.fromkeys(part.readers, only_input)}
+        quantization['overrides'] = {'*': FLOAT_SIDES, **dict.fromkeys(unit.readers, only_input)}
     else:
         quantization['deployable'] = False
         quantization['skip'] = [other for other in quant_layers(runner.model) if other != name]
-        if not part.inputs:
+        if not unit.inputs:
             quantization['overrides'] = {name: dict(activation=dict(bits=32))}
     alone = QuantRunner.from_cfg(tiny_config(digits_root, tmp_path, quantization, **TEST_ONLY))
     take_weights(alone, runner)
@@ -241,8 +241,8 @@ def test_a_part_alone_is_what_a_config_quantizes_alone(runner, found, digits_roo
         for layer_name, layer in quant_layers(alone.model).items():
             norm = layers[layer_name].norm
             layer.deploy_with(None if norm is None else alone.model.get_submodule(names[norm]))
-    assert len(stages(alone)) == len(part.quantizers)
-    with only(runner.model, part.quantizers):
+    assert len(stages(alone)) == len(unit.quantizers)
+    with only(runner.model, unit.quantizers):
         ours = logits(runner)
     assert torch.equal(ours, logits(alone))
     assert top1(alone) == next(row.metric for row in found.rows if row.name == name)
@@ -294,13 +294,13 @@ def test_random_numbers_do_not_matter(runner, monkeypatch):
 
 @pytest.fixture
 def scripted(runner, monkeypatch):
-    """Lets every part cost what the test says: `scripted(costs, float_metric)`; parts it leaves out cost nothing."""
+    """Lets every unit cost what the test says: `scripted(costs, float_metric)`; units it leaves out cost nothing."""
 
     def scripted(costs, float_metric=90.0):
-        parts = parts_of(runner.model, runner.report.plan)
+        units = units_of(runner.model, runner.report.plan)
 
         def evaluate(_):
-            active = [p.name for p in parts if all(q.stage != Stage.FLOAT for q in p.quantizers)]
+            active = [p.name for p in units if all(q.stage != Stage.FLOAT for q in p.quantizers)]
             value = float_metric - sum(costs.get(name, 0) for name in active)
             return {TOP1: value, 'other': -value, 'classwise': [value]} if value > 0 else {}
 
@@ -435,7 +435,7 @@ def test_all_tasks(scenes, tmp_path, task, patterns, title):
     assert set(patterns) <= names
     for row in found.rows:
         assert row.sqnr > 0 and 0 <= row.metric <= 100 and row.cost == found.metric.unquantized - row.metric
-    readers = {reader for part in parts_of(bare_model(runner.model), runner.report.plan) for reader in part.readers}
+    readers = {reader for unit in units_of(bare_model(runner.model), runner.report.plan) for reader in unit.readers}
     assert not [reader for reader in readers if reader.startswith('auxiliary_head')]
     if task == 'det':
         assert 'rpn_head.rpn_cls (input of 2)' in names

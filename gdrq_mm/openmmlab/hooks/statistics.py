@@ -12,9 +12,9 @@ from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend
 from torch import Tensor
 
-from ...core import functional as F
 from ...core.modules import activation_quantizers, quant_layers
 from ...core.quantizers import Quantizer, Stage
+from ...report.damage import measure, quantized_weight
 from ...report.plots import Distribution, distribution_sheet
 from ..models import bare_model
 
@@ -85,15 +85,14 @@ class StatisticsHook(Hook):
         for name, layer in quant_layers(model).items():
             quant = layer.weight_quant
             if quant is not None and quant.calibrated:
-                weight = layer.filters()
-                step = quant.step(weight)
-                quantized = quant.quantize(weight, step)
-                weight, step, quantized = (_some(t.expand_as(weight).flatten()) for t in (weight, step, quantized))
-                found.append(_distribution(f'{name}.weight', weight, step, quantized, quant))
+                weight, *rest = quantized_weight(layer)
+                values = (_some(value.expand_as(weight).flatten()) for value in (weight, *rest))
+                found.append(_distribution(f'{name}.weight', quant.bits, *values))
         for name, quant in activation_quantizers(model).items():
             if quant.calibrated and name in samples and samples[name].numel():
                 x, step = samples[name], quant.step()
-                found.append(_distribution(name, x, step, quant.quantize(x, step), quant))
+                ends = quant.lo * step, quant.hi * step
+                found.append(_distribution(name, quant.bits, x, quant.quantize(x, step), *ends))
         return found
 
     @master_only
@@ -114,15 +113,13 @@ def _some(values: Tensor) -> Tensor:
     return values[:: max(1, len(values) // SAMPLES) | 1]
 
 
-def _distribution(name: str, x: Tensor, step: Tensor, quantized: Tensor, quant: Quantizer) -> Distribution:
-    low, threshold = quant.lo * step, step * max(-quant.lo, quant.hi)
-    clipped = (x > quant.hi * step) | (x < low)
+def _distribution(name: str, bits: int, x: Tensor, quantized: Tensor, low: Tensor, high: Tensor) -> Distribution:
+    damage = measure(x, quantized, low, high, bits)
+    assert damage is not None
     return Distribution(
         name=name.replace('.own_input_quant', ''),
         values=x.float().flatten().cpu().numpy(),
         low=float(low.mean()),
-        threshold=float(threshold.mean()),
-        clip_ratio=float(clipped.float().mean()),
-        quantized_loss=float(F.quantized_loss(x, quantized)),
-        distance_to_uniform=float(F.distance_to_uniform(x)),
+        threshold=float(torch.maximum(-low, high).mean()),
+        damage=damage,
     )

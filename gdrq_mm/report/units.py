@@ -1,7 +1,7 @@
-"""The parts of a model that are analyzed: what is quantized alone.
+"""The units of a model for the analysis: what is quantized alone, while the rest stays float.
 
-A layer with its weight and input, an input that several layers read through one quantizer, or an output that
-`deployable` quantizes. Layers that are not deployed (auxiliary heads) are left out.
+A unit is a layer with its weight and input, an input that several layers read through one quantizer, or an output that
+`deployable` quantizes. Layers that are not deployed (auxiliary heads) are in none.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ..core.topology import Plan
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is quantized alone; see results.analysis.Row."""
+class Unit:
+    """What is quantized alone; name, kind and readers are those of its :class:`gdrq_mm.report.analysis.Row`."""
 
     name: str
     kind: str
     readers: tuple[str, ...]
     layer: QuantLayer | None
-    """The layer whose weight it has."""
+    """The layer whose weight belongs to the unit; None if the unit has no weight."""
     inputs: tuple[ActivationQuantizer, ...]
-    """The quantizers of its input, one a pyramid level if the config says so."""
+    """The quantizers of what the readers read, or what the module returns; several if each pyramid level has one."""
 
     @property
     def quantizers(self) -> list[Quantizer]:
@@ -40,58 +40,58 @@ class Part:
         return [*([self.layer.weight_quant] if self.layer and self.layer.weight_quant else []), *self.inputs]
 
 
-def parts_of(model: nn.Module, plan: Plan) -> list[Part]:
-    """The parts of a quantized model; each quantizer that is deployed and in use is in one of them."""
+def units_of(model: nn.Module, plan: Plan) -> list[Unit]:
+    """The units of a quantized model: each quantizer that is deployed and in use is in exactly one of them."""
     layers = {name: layer for name, layer in quant_layers(model).items() if plan.deployed(name)}
     readers: dict[InputQuant, list[str]] = {}
     for name, layer in layers.items():
         if layer.input_quant is not None:
             readers.setdefault(layer.input_quant, []).append(name)
-    parts = []
+    units = []
     for name, layer in layers.items():
-        weighty = layer.weight_quant is not None and layer.weight_quant.stage != Stage.FLOAT
-        own = readers.get(layer.input_quant) == [name]
-        inputs = _in_use(layer.input_quant) if own else ()
-        if weighty or inputs:
-            parts.append(Part(name, 'layer', (name,), layer if weighty else None, inputs))
+        has_weight = layer.weight_quant is not None and layer.weight_quant.stage != Stage.FLOAT
+        only_reader = readers.get(layer.input_quant) == [name]
+        inputs = _in_use(layer.input_quant) if only_reader else ()
+        if has_weight or inputs:
+            units.append(Unit(name, 'layer', (name,), layer if has_weight else None, inputs))
     for quantizer, names in readers.items():
         if len(names) > 1 and _in_use(quantizer):
             title = f'{names[0]} (input of {len(names)})'
-            parts.append(Part(title, 'shared input', tuple(names), None, _in_use(quantizer)))
+            units.append(Unit(title, 'shared input', tuple(names), None, _in_use(quantizer)))
     for name, quant in activation_quantizers(model).items():
-        place = name.removesuffix('.output_quant')
-        if place != name and plan.deployed(place) and _in_use(quant):
-            parts.append(Part(f'{place} (output)', 'output', (place,), None, _in_use(quant)))
-    return parts
+        module = name.removesuffix('.output_quant')
+        if module != name and plan.deployed(module) and _in_use(quant):
+            units.append(Unit(f'{module} (output)', 'output', (module,), None, _in_use(quant)))
+    return units
 
 
 def _in_use(quant: InputQuant | None) -> tuple[ActivationQuantizer, ...]:
-    """The quantizers of an input but those that calibration did not reach."""
+    """The quantizers of an input, without those that calibration did not reach."""
     return tuple(q for q in quantizers_of(quant) if q.stage != Stage.FLOAT)
 
 
-def choose(parts: Sequence[Part], patterns: Iterable[str]) -> list[Part]:
-    """The parts with a reader that matches one of the fnmatch patterns; all without patterns.
+def choose(units: Sequence[Unit], patterns: Iterable[str]) -> list[Unit]:
+    """The units with a reader that matches one of the fnmatch patterns; all units if there are no patterns.
 
     Raises:
         UserError: nothing is quantized, or a pattern matches no layer.
     """
-    if not parts:
+    if not units:
         raise UserError('the config leaves every layer float: there is nothing to analyze')
-    patterns, names = list(patterns), {name for part in parts for name in part.readers}
+    patterns, names = list(patterns), {name for unit in units for name in unit.readers}
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise UserError(f'--layers: the pattern {pattern!r} matches no quantized layer{near(pattern, names)}')
     if not patterns:
-        return list(parts)
-    return [p for p in parts if any(fnmatch.filter(p.readers, pattern) for pattern in patterns)]
+        return list(units)
+    return [unit for unit in units if any(fnmatch.filter(unit.readers, pattern) for pattern in patterns)]
 
 
 @contextmanager
 def only(model: nn.Module, active: Iterable[Quantizer]) -> Iterator[None]:
-    """Let only the `active` quantizers of a model quantize; the others pass values through.
+    """Let only the `active` quantizers of a model quantize; the others return their input unchanged.
 
-    Stages are as before afterwards. The saved state of the quantizers does not change.
+    Afterwards every quantizer is in the stage that it was in before. Nothing that a checkpoint saves changes.
     """
     kept, stages = set(active), {m: m.stage for m in model.modules() if isinstance(m, Quantizer)}
     for quantizer in stages:
