@@ -1,3 +1,4 @@
+# Small classifiers that are trained by epochs.
 default_scope = 'mmpretrain'
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
@@ -14,4 +15,6 @@ visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)
 log_level = 'INFO'
 load_from = None
 resume = False
+val_cfg = dict()
+test_cfg = dict()
 randomness = dict(seed=0)

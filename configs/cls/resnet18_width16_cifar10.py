@@ -1,6 +1,7 @@
 _base_ = [
     '../_base_/models/resnet18_width16.py',
     '../_base_/datasets/cifar10.py',
+    '../_base_/schedules/sgd_cls.py',
     '../_base_/default_runtime_cls.py',
 ]
 memory_format = 'channels_last'
@@ -41,7 +42,6 @@ train_pipeline = [
     dict(type='PackInputs'),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=True, begin=0, end=2, convert_to_iter_based=True),
     dict(
@@ -65,5 +65,3 @@ custom_hooks = [
         update_buffers=True,
     )
 ]
-val_cfg = dict()
-test_cfg = dict()

@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/faster_rcnn_r18_fpn64.py',
     '../_base_/datasets/bccd.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/default_runtime_det.py',
 ]
 model = dict(
     data_preprocessor=dict(mean=[189, 179, 182], std=[16, 26, 23]),
@@ -10,8 +10,6 @@ model = dict(
     roi_head=dict(bbox_head=dict(num_classes=3)),
     test_cfg=dict(rcnn=dict(max_per_img=100)),
 )
-randomness = dict(seed=0)
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
 optim_wrapper = dict(
     type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=10)
 )
@@ -20,5 +18,3 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', T_max=60, by_epoch=True, convert_to_iter_based=True),
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=60, val_interval=5)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')

@@ -1,5 +1,2 @@
-_base_ = ['./pspnet_r18_camvid.py', '../_base_/quantization/gdrq_w2a4.py']
-load_from = 'work_dirs/pspnet_r18_camvid/epoch_80.pth'
-optim_wrapper = dict(optimizer=dict(lr=0.01))
-param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', T_max=15, by_epoch=True, convert_to_iter_based=True)
-train_cfg = dict(max_epochs=15, val_interval=5)
+_base_ = './pspnet_r18_gdrq_w4a4_camvid.py'
+quantization = dict(weight=dict(bits=2))

@@ -29,7 +29,8 @@ metainfo = dict(
         [0, 128, 192],
     ],
 )
-crop_size = (180, 240)
+size = (180, 240)
+crop_size = size
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
