@@ -243,6 +243,6 @@ def test_the_wheel_has_the_configs(tmp_path):
     (wheel,) = tmp_path.glob('*.whl')
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f'gdrq_mm/.mim/configs/{path.relative_to(CONFIGS)}' for path in CONFIGS.rglob('*.py')}
-    expected |= {str(path.relative_to(ROOT)) for suffix in ('json', 'j2') for path in ROOT.glob(f'gdrq_mm/*/*.{suffix}')}
+    expected |= {f'gdrq_mm/report/{name}' for name in ('published.json', 'report.html.j2')}
     assert expected - names == set()
     assert 'gdrq_mm/.mim/model-index.yml' in names
