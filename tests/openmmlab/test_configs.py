@@ -14,7 +14,6 @@ import mmpretrain
 import pytest
 import torch
 import yaml
-from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from gdrq_mm.core.config import Quantization
@@ -23,38 +22,18 @@ from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.quantizers import METHODS
 from gdrq_mm.core.topology import record
 from gdrq_mm.data import digits
-from gdrq_mm.openmmlab.cli import mend_bases
 from gdrq_mm.openmmlab.models import drop_pretrained, read_quantization
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.report.layers import layer_table
-from tests.helpers import ENV
+from tests.configs import ALL, CONFIGS, FULL_SCALE, QUANTIZED, TASKS, bits_in_name, load, name
+from tests.helpers import ENV, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / 'configs'
-TASKS = {'cls': 'mmpretrain', 'det': 'mmdet', 'seg': 'mmseg'}
-ALL = sorted(path for task in TASKS for path in (CONFIGS / task).rglob('*.py'))
-QUANTIZED = [path for path in ALL if '_gdrq_' in path.name]
-FULL_SCALE = [path for path in QUANTIZED if re.search(r"\['(mmpretrain|mmdet|mmseg)::", path.read_text())]
 QUANTIZATION = sorted((CONFIGS / '_base_/quantization').glob('*.py'))
 LAST = re.compile(
     r'(^|\.)(fc|fc_cls|fc_reg|rpn_cls|rpn_reg|retina_cls|retina_reg|convs_pred\.\d|multi_level_conv_(cls|reg|obj)\.\d'
     r'|conv_seg|classifier\.6)$'
 )
 """Last layers of the heads in use, auxiliary ones too."""
-
-
-def name(path):
-    return str(path.relative_to(CONFIGS))
-
-
-def load(path):
-    mend_bases()
-    return Config.fromfile(path)
-
-
-def bits_in_name(path):
-    weight, activation = re.search(r'_w(\d)a(\d)', path.stem).groups()
-    return int(weight), int(activation)
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------
