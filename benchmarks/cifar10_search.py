@@ -77,7 +77,7 @@ def search() -> None:
         table.add_row(bits.upper(), name, 'failed' if record is None else f'{top1:.2f}')
         row = dict(bits=bits, setting=name, options=options, top1=top1)
         if record is not None:
-            row.update({key: record[key] for key in ('seed', 'git', 'versions', 'hardware')})
+            row.update(seed=record['training']['seed'], **{key: record[key] for key in ('git', 'versions', 'hardware')})
         rows.append(row)
     write_whole(args.out, (json.dumps(rows, indent=1) + '\n').encode())
     Console().print(table)

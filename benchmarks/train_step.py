@@ -5,7 +5,7 @@ The model is mmpretrain's ResNet with 4-bit weights and activations, 8 bits in t
 Contestants: float; gdrq, with `deployable` off and on; torch.ao's FakeQuantize with moving min/max observers; Brevitas,
 if it is installed (see BREVITAS below). All of them quantize the input and the weight of the same layers, and only
 `deployable` more, the operands of additions. gdrq has 4 groups a layer as in configs/_base_/quantization/gdrq_w4a4.py,
-the others one range a layer. A step is forward, loss, backward, SGD with momentum and, for gdrq, ThresholdHook.
+the others one range a layer. A step is forward, loss, backward, SGD with momentum and, for gdrq, core.step.after_step.
 
 Every round runs one step of each contestant in both memory formats, in an order drawn anew. The ratio is that of the
 medians, within a memory format. Peak memory is what two steps add to a fresh process. Prints a table and writes a JSON.
@@ -44,6 +44,7 @@ from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.step import after_step
 from gdrq_mm.core.topology import record
 from gdrq_mm.openmmlab.cli import check_writable, main
@@ -212,7 +213,8 @@ def build(name: str, memory_format: str, args: argparse.Namespace) -> Contestant
     CONTESTANTS[name](model, images)
     model.to(DEVICE, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    return Contestant(model, images, samples, optimizer, partial(after_step, model))
+    after = partial(after_step, model) if quant_layers(model) else lambda: None
+    return Contestant(model, images, samples, optimizer, after)
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------

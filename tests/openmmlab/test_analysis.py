@@ -1,10 +1,6 @@
-"""gdrq_mm.report, tools/analyze.py: statistics by NumPy, one layer quantized as by a config, what is written."""
+"""openmmlab/analysis.py: statistics by NumPy's formulas, a unit alone is what a config quantizes alone, costs."""
 
 import copy
-import json
-import math
-import runpy
-import sys
 
 import cv2
 import numpy as np
@@ -20,20 +16,9 @@ from gdrq_mm.openmmlab import analysis
 from gdrq_mm.openmmlab.analysis import analyze, load, prepare, take_samples, weights_of
 from gdrq_mm.openmmlab.models import bare_model
 from gdrq_mm.openmmlab.runner import QuantRunner
-from gdrq_mm.report.analysis import (
-    Analysis,
-    Damage,
-    Metric,
-    Row,
-    analysis_dict,
-    analysis_table,
-    cost_picture,
-    weight_sheet,
-    worst_first,
-)
-from gdrq_mm.report.damage import Meter
+from gdrq_mm.report.analysis import analysis_table, cost_picture, weight_sheet
 from gdrq_mm.report.units import choose, only, units_of
-from tests.helpers import ROOT, same
+from tests.helpers import same
 from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, task_config, tiny_config
 
 FORKED = ('backbone.layer2.0.conv1', 'backbone.layer2.0.downsample.0')
@@ -69,57 +54,6 @@ def unit_of(runner, name):
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
-
-
-def test_a_meter_is_numpys_formulas_over_all_calls():
-    calls = [torch.randn(2, 3, 4, 5) * scale for scale in (0.5, 1, 4)]
-    low, high = torch.tensor(-1.5), torch.tensor(2.0)
-    meter = Meter(keep=1000)
-    for x in (*calls, torch.zeros(0, 3)):
-        meter.add(x, F.fake_quantize(x, torch.tensor(0.5), -3, 4), low, high)
-    x = torch.cat([each.flatten() for each in calls]).double().numpy()
-    error = x - np.clip(np.round(x / 0.5), -3, 4) * 0.5
-    damage = meter.result(bits=3)
-    assert damage.bits == 3
-    assert damage.sqnr == pytest.approx(10 * np.log10((x**2).sum() / (error**2).sum()), abs=1e-4)
-    assert damage.clip_ratio == ((x > 2) | (x < -1.5)).mean() > 0
-    assert damage.quantized_loss == pytest.approx(np.abs(error).sum() / np.abs(x).sum(), rel=1e-5)
-    uniform = float(F.distance_to_uniform(torch.tensor(x)))
-    assert damage.distance_to_uniform == pytest.approx(uniform, abs=1e-6)
-
-
-def test_a_meter_keeps_a_sample_and_the_largest_value():
-    """Every 1024th value would be the corner of each channel, which is 0 here."""
-    x = torch.rand(4, 64, 32, 32)
-    x[:, :, 0, 0] = 0
-    x[3, 3, 3, 3] = 2.0
-    meter = Meter(keep=256)
-    meter.add(x, x, torch.tensor(0.0), torch.tensor(2.0))
-    assert len(meter._kept[0]) < 300
-    assert meter.result(8).distance_to_uniform == pytest.approx(float(F.distance_to_uniform(x)), abs=0.06)
-
-
-def test_ends_of_a_meter():
-    one, zero = torch.ones(4), torch.zeros(4)
-    assert Meter(4).result(4) is None
-    for x, quantized, sqnr, loss in ((one, one, math.inf, 0), (one, zero, 0, 1), (zero, zero, math.inf, 0)):
-        meter = Meter(4)
-        meter.add(x, quantized, -one[0], one[0])
-        damage = meter.result(4)
-        assert (damage.sqnr, damage.quantized_loss, damage.clip_ratio) == (sqnr, loss, 0)
-    meter = Meter(4)
-    meter.add(zero, one, -one[0], one[0])  # binary weights have no 0
-    assert meter.result(1).sqnr == -math.inf
-
-
-def test_a_value_at_the_end_of_the_range_is_not_clipped():
-    """Rounding puts T / 7 * 7 below T for some T."""
-    weight = torch.linspace(0.1, 1, 500)[:, None]
-    step = weight / 7
-    assert bool((step * 7 < weight).any())
-    meter = Meter(500)
-    meter.add(weight, weight, -7 * step, 7 * step)
-    assert meter.result(4).clip_ratio == 0
 
 
 def test_statistics_of_weights(runner, found):
@@ -444,73 +378,11 @@ def test_all_tasks(scenes, tmp_path, task, patterns, title):
     cost_picture(found), analysis_table(found)
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
-
-GOOD = Damage(4, 20.0, 0.01, 0.1, 0.5)
-MADE = Analysis(
-    [
-        Row('a', 'layer', ('a',), GOOD, None, 80.0, 10.0),
-        Row('b (input of 2)', 'shared input', ('b', 'c'), None, Damage(8, math.inf, 0, 0, 0.2), 91.0, -1.0),
-        Row('d', 'layer', ('d',), GOOD, GOOD, 90.0, 0.0),
-    ],
-    Metric(TOP1, 'top-1', 1, 'float', 90.0, 75.0),
-    pictures=10,
-    available=40,
-)
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 
 def picture(png):
     return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
-
-
-def test_the_order():
-    rows = [
-        Row('cheap', 'layer', (), GOOD, None, cost=0.0),
-        Row('cheap and noisy', 'layer', (), GOOD, Damage(4, 3.0, 0, 0, 0), cost=0.0),
-        Row('helps', 'layer', (), Damage(4, 1.0, 0, 0, 0), None, cost=-1.0),
-        Row('dear', 'layer', (), Damage(4, 40.0, 0, 0, 0), None, cost=1.0),
-    ]
-    assert [row.name for row in worst_first(rows)] == ['dear', 'cheap and noisy', 'cheap', 'helps']
-    assert [row.bits for row in MADE.rows] == ['W4', 'A8', 'W4A4']
-
-
-def test_the_json():
-    written = json.loads(json.dumps(analysis_dict(MADE, task='cls'), allow_nan=False))
-    assert list(written)[:2] == ['analysis_version', 'task']
-    assert written['rows'][0] == dict(
-        name='a',
-        kind='layer',
-        readers=['a'],
-        weight=dict(bits=4, sqnr=20.0, clip_ratio=0.01, quantized_loss=0.1, distance_to_uniform=0.5),
-        input=None,
-        metric=80.0,
-        cost=10.0,
-    )
-    assert written['rows'][1]['input']['sqnr'] is None
-    expected = dict(key=TOP1, title='top-1', factor=1, reference='float', unquantized=90.0, quantized=75.0)
-    assert written['metric'] == expected
-
-
-def test_the_table():
-    table = analysis_table(MADE)
-    header = [column.header for column in table.columns]
-    cells = dict(zip(header, ([*column.cells] for column in table.columns)))
-    assert cells['layer'] == ['a', 'b (input of 2)', 'd'] and cells['cost'] == ['10.00', '-1.00', '0.00']
-    assert cells['SQNR A'] == ['', 'inf', '20.0'] and cells['clip % W'] == ['1.00', '', '1.00']
-    assert cells['note'] == ['', 'read by b, c', '']
-    assert 'drop 15.00' in table.title and '10 of 40 test pictures' in table.title and 'sum is 9.00' in table.title
-    assert 'cost' not in [c.header for c in analysis_table(Analysis(MADE.rows, None, 10, 40)).columns]
-
-
-def test_the_picture_of_costs():
-    drawn = picture(cost_picture(MADE))
-    assert drawn.shape[1] > 1000
-    red, gray = ((drawn == color).all(-1).sum() for color in ((40, 39, 214), (127, 127, 127)))
-    assert red > 5 * gray > 100  # bars of 10 and of -1
-    more = Analysis(MADE.rows * 10, MADE.metric, 10, 40)
-    assert picture(cost_picture(more)).shape[0] > 2 * drawn.shape[0]
-    bare = picture(cost_picture(Analysis(MADE.rows, None, 10, 40)))
-    assert bare.shape[1] < drawn.shape[1] and (bare != 255).any()
 
 
 def test_the_weights(runner, found, float_checkpoint):
@@ -527,73 +399,3 @@ def test_the_weights(runner, found, float_checkpoint):
     drawn, without = (picture(weight_sheet(each, rows)) for each in (layers, weights_of(runner.model, chosen)))
     assert drawn.shape == without.shape and drawn.shape[0] > 400 and drawn.shape[1] > 1000
     assert (drawn != without).any()
-
-
-# ---- tools/analyze.py -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tool(config, tmp_path, monkeypatch):
-    """Runs the tool in tmp_path with the config of a small model."""
-    monkeypatch.chdir(tmp_path)
-    config('tool').dump('tiny.py')
-
-    def tool(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['analyze.py', 'tiny.py', *map(str, arguments)])
-        runpy.run_path(str(ROOT / 'tools/analyze.py'), run_name='__main__')
-
-    return tool
-
-
-def test_the_tool(tool, float_checkpoint, capsys, tmp_path):
-    arguments = ('--samples', 20, '--layers', 'backbone.layer2.0.*', '--float-checkpoint', float_checkpoint)
-    tool(float_checkpoint, *arguments)
-    out = tmp_path / 'tool/analysis'
-    assert sorted(p.name for p in out.iterdir()) == ['analysis.json', 'analysis.png', 'weights.png']
-    written = json.loads((out / 'analysis.json').read_text())
-    assert written['task'] == 'cls' and written['pictures'] == 20 and written['checkpoint']['calibrated_here']
-    assert written['metric']['key'] == TOP1 and written['model']['bits'] == [4, 4]
-    names = [row['name'] for row in written['rows']]
-    assert f'{FORKED[0]} (input of 2)' in names and 'head.fc' not in names
-    costs = [row['cost'] for row in written['rows']]
-    assert costs == sorted(costs, reverse=True)
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in names) and 'top-1 on 20 of 40 test pictures' in shown
-    assert picture((out / 'analysis.png').read_bytes()).size and picture((out / 'weights.png').read_bytes()).size
-
-
-NO_BITS = ('quantization.weight.bits=32', 'quantization.activation.bits=32')
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['none.pth'], 'checkpoint none.pth does not exist'),
-        (['text.pth'], 'checkpoint text.pth is truncated or damaged'),
-        (['other.pth'], 'other.pth is of another model'),
-        (['FLOAT', '--float-checkpoint', 'other.pth'], 'other.pth is of another model'),
-        (['FLOAT', '--float-checkpoint', 'none.pth'], 'checkpoint none.pth does not exist'),
-        (['FLOAT', '--layers', 'head.fx'], "the pattern 'head.fx' matches no quantized layer"),
-        (['FLOAT', '--metric', 'mIoU', '--layers', 'head.fc'], 'the test computes no mIoU, but accuracy/top1'),
-        (['FLOAT', '--samples', '0'], '--samples 0 is not at least 1'),
-        (['FLOAT', '--out', 'text.pth'], 'text.pth cannot be written'),
-        (['FLOAT', '--launcher', 'slurm'], '--launcher: the analysis runs in one process'),
-        (['FLOAT', '--cfg-options', 'quantization.weight.bits=9'], 'quantization.weight.bits=9'),
-        (['FLOAT', '--cfg-options', *NO_BITS], 'leaves every layer float'),
-        (['FLOAT', '--cfg-options', 'runner_type=Runner'], "runner_type='Runner' does not quantize"),
-    ],
-)
-def test_bad_input_ends_in_one_line(tool, float_checkpoint, tmp_path, arguments, message):
-    (tmp_path / 'text.pth').write_text('not a checkpoint')
-    torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), tmp_path / 'other.pth')
-    with pytest.raises(SystemExit) as ended:
-        tool(*(float_checkpoint if argument == 'FLOAT' else argument for argument in arguments))
-    line = ended.value.code
-    assert line.startswith('error: ') and message in line and '\n' not in line
-    assert not list(tmp_path.rglob('analysis.*')) and not list(tmp_path.rglob('weights.png'))
-
-
-def test_a_config_without_quantization(tool, config, float_checkpoint):
-    config('tool', quantization=None).dump('tiny.py')
-    with pytest.raises(SystemExit, match='the config has no quantization: there is nothing to analyze'):
-        tool(float_checkpoint)
