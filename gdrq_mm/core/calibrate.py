@@ -1,4 +1,4 @@
-"""Start thresholds from what a few batches run through the model."""
+"""Calibration: start the thresholds from a few batches."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from .ranks import all_gather, all_reduce, world_size
 def calibrate(
     model: nn.Module, batches: Iterable[Any], predict: Callable[[Any], Any] | None = None, training: bool = False
 ) -> None:
-    """Start all thresholds, ranges and zero points from a few batches; then every quantizer rounds.
+    """Start all thresholds, ranges and zero points from a few batches; from then on every quantizer quantizes.
 
-    The batches run without noise and without a trace: dropout is off, BN normalizes by its statistics and keeps them.
+    The batches change nothing else: dropout is off, and BN normalizes by its running statistics without updating them.
     All processes of a training find the same thresholds. A layer that no batch reaches stays float.
 
     Args:
-        batches: such as the first of the training data.
+        batches: a few, such as the first ones of the training data.
         predict: runs one batch; None: `model(batch)`.
-        training: `predict` computes a loss; modules with children are in training mode, as some compute one only then.
+        training: `predict` computes a loss. Modules with children are then in training mode: some models compute a loss
+            in that mode only.
     """
     for module in model.modules():
         if isinstance(module, Quantizer):
@@ -42,10 +43,10 @@ def calibrate(
 
 @contextmanager
 def _quiet(model: nn.Module, training: bool) -> Iterator[None]:
-    """Evaluation mode, or training mode without noise and without a trace.
+    """Evaluation mode, or training mode without dropout and with BN that does not update its running statistics.
 
-    BN that has no statistics yet (a start without a checkpoint) normalizes by those of the batch: by the initial 0 and
-    1 the values would grow from layer to layer, and the thresholds with them.
+    BN that has no statistics yet (a start without a checkpoint) normalizes by those of the batch. With its initial mean
+    0 and variance 1 the values would grow from layer to layer, and the thresholds with them.
     """
     with modes_kept(model):
         model.train()
@@ -69,7 +70,7 @@ def _is_fresh(module: Any) -> bool:
 
 
 def _start_thresholds(model: nn.Module) -> None:
-    """Turn what the activation quantizers observed into ranges and thresholds, and start those of the weights."""
+    """Set ranges and thresholds of the activations from what was observed, and the thresholds of the weights."""
     activations, layers = activation_quantizers(model), quant_layers(model)
     if activations:
         observed = torch.stack([quantizer.observed() for quantizer in activations.values()])
@@ -90,7 +91,7 @@ def _start_thresholds(model: nn.Module) -> None:
 
 
 def _share_samples(quantizers: list[ActivationQuantizer]) -> None:
-    """Give every rank the samples of all, so that a search finds the same threshold on each."""
+    """Give every process the samples of all, so that a search finds the same threshold in each."""
     keeping = [quantizer for quantizer in quantizers if quantizer.keeps_samples]
     if not keeping or world_size() == 1:
         return

@@ -33,7 +33,7 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """What became of each layer."""
+    """What was done to each layer and output, and the plan it was done by."""
 
     layers: list[LayerReport]
     outputs: list[QuantizedOutput]
@@ -48,16 +48,16 @@ def float_report(model: nn.Module, plan: Plan) -> Report:
 
 
 def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = None) -> Report:
-    """Replace layers in place.
+    """Replace the layers of a model by quantized ones, in place.
 
     Args:
         model: any module; its Parameters stay the same objects.
         config: see gdrq_mm/core/config.py.
-        plan: of :func:`topology.record`. Without it first and last layers are taken by the order of the modules, and
-            nothing is shared or added for `deployable`.
+        plan: what :func:`topology.record` returns. Without it the order of the modules tells the first and the last
+            layer, and `deployable` has no effect.
 
     Raises:
-        UserError: a pattern that matches no layer, or a plan of another model.
+        UserError: a pattern matches no layer, or the plan is of another model.
     """
     recorded, plan = plan is not None, plan or Plan()
     named = {name: m for name, m in model.named_modules() if _has_filters(m)}
@@ -90,7 +90,7 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
 
 
 def _name_quantizers(model: nn.Module) -> None:
-    """Tell every quantizer the name of its layer, for messages."""
+    """Give every quantizer the name of its layer, for messages."""
     for name, quantizer in activation_quantizers(model).items():
         quantizer.name = name.replace('.own_input_quant', '')
     for name, layer in quant_layers(model).items():
@@ -107,13 +107,13 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def _has_filters(module: nn.Module) -> bool:
-    """Convolutions, linear layers and attention, those of other packages too (mmcv's deformable convolutions)."""
+    """Whether it is a convolution, a linear layer or attention, of torch or another package (mmcv's deformable)."""
     weight = getattr(module, 'weight', None)
     return isinstance(module, _KINDS) or (isinstance(weight, nn.Parameter) and weight.dim() > 2)
 
 
 def _weights(layer: nn.Module) -> int:
-    """Number of a layer's weights; nn.MultiheadAttention keeps those of its projections under other names."""
+    """Number of a layer's weights, under any name: nn.MultiheadAttention has `in_proj_weight`."""
     return sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.dim() > 1)
 
 
@@ -129,7 +129,7 @@ def _reason_to_skip(name: str, layer: nn.Module, config: Quantization) -> str:
 
 
 def _first_and_last(named: dict[str, nn.Module], plan: Plan) -> dict[str, str]:
-    """First and last layers, among those that stay float too: name -> 'first' or 'last'."""
+    """Name of each first and last layer, quantized or not -> 'first' or 'last'."""
     if not any(type(layer) in QUANTIZED for layer in named.values()):
         raise UserError('the model has no convolution or linear layer to quantize')
     executed = [n for n in (plan.calls or named) if n in named] or list(named)

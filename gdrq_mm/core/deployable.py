@@ -1,7 +1,9 @@
-"""What `deployable` adds, so that training computes what the integer graph computes.
+"""What `deployable` adds to a model, so that training computes what the integer graph computes.
 
-One quantizer for all readers of a tensor, 8-bit operands of additions, 8-bit outputs of convolutions in front of an
-activation function other than ReLU, and in evaluation biases that are whole multiples of one unit of the sum.
+- All readers of a tensor share one quantizer.
+- The operands of additions are quantized to 8 bits.
+- So are the outputs of convolutions in front of an activation function other than ReLU.
+- In evaluation, biases are rounded as integer kernels round them (integer_bias.py).
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class QuantizedOutput(NamedTuple):
-    """A module whose output is quantized, or a place that stays float."""
+    """A module whose output is quantized, or an operand of an addition that stays float."""
 
     name: str
-    """Module, or the operand of an addition that no module made."""
+    """The module; or the addition and its operand, where no module made it."""
     before: str
     """What reads it: 'addition' or 'activation'."""
     note: str
@@ -32,14 +34,17 @@ class QuantizedOutput(NamedTuple):
 
 
 def folded_norms(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Quantized layer -> the batch normalization that is folded into it; all of its readers are quantized."""
+    """Quantized layer -> the batch normalization that is folded into it.
+
+    A normalization that a float layer uses too is folded into none.
+    """
     layers = quant_layers(model)
     float_ = {norm for layer, norm in plan.norms.items() if layer not in layers}
     return {layer: norm for layer, norm in plan.norms.items() if norm not in float_}
 
 
 def share_inputs(model: nn.Module, plan: Plan) -> None:
-    """Readers of one tensor with equal settings share the quantizer of the first reader."""
+    """Let all readers of a tensor that have the same settings use the quantizer of the first of them."""
     owners: dict[int, list[QuantLayer]] = {}
     layers = quant_layers(model)
     for name in plan.calls:
@@ -62,7 +67,7 @@ def share_inputs(model: nn.Module, plan: Plan) -> None:
 
 
 def round_biases(model: nn.Module, plan: Plan) -> None:
-    """Evaluate with the biases of the integer graph wherever an integer kernel computes the layer."""
+    """Let each layer that an integer kernel can compute evaluate with the bias that the kernel will have."""
     modules, norms = dict(model.named_modules()), folded_norms(model, plan)
     for name, layer in quant_layers(model).items():
         norm: Any = modules[norms[name]] if name in norms else None
@@ -78,7 +83,7 @@ def quantize_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
 def quantize_outputs(
     model: nn.Module, config: Quantization, plan: Plan, edges: dict[str, str]
 ) -> list[QuantizedOutput]:
-    """Put an 8-bit quantizer behind what is added, and behind convolutions in front of an activation function."""
+    """Quantize to 8 bits what is added, and what convolutions pass to an activation function other than ReLU."""
     if config.activation.bits == FLOAT_BITS:
         return []
     settings = dataclasses.replace(config.activation.with_bits(8), range='auto')
@@ -108,10 +113,10 @@ def quantize_outputs(
 
 
 def _before_activations(model: nn.Module, plan: Plan, edges: dict[str, str]) -> list[str]:
-    """Convolutions, or their batch normalization, all of whose results an activation function other than ReLU reads.
+    """The convolutions whose results only an activation function other than ReLU reads; or the BN that follows them.
 
-    The integer kernel of a convolution needs a quantized output; behind ReLU the quantizer of the next layer is one.
-    Linear layers do not need it, and the last layers are left: their output is that of the model.
+    The integer kernel of a convolution needs a quantized output. Behind ReLU the input quantizer of the next layer
+    serves. Linear layers do not need one, and the outputs of the last layers are those of the model.
     """
     norms = folded_norms(model, plan)
     ends = {

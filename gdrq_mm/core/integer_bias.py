@@ -11,22 +11,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .quantizers import ActivationQuantizer, Stage, WeightQuantizer
 
 LARGEST_BIAS = 2**30
-"""In units of the sum; int32 holds it with room for the sum itself."""
+"""The largest bias in units of the sum: int32 holds it and leaves room for the sum itself."""
 
 
 def spread(quantizer: WeightQuantizer) -> int:
-    """By what the codes of a weight are multiplied in the integer graph: as much as int8 holds, 18 for 4 bits (ours).
+    """The factor of a weight's codes in the integer graph, the largest that int8 holds: 18 for 4 bits (ours).
 
-    An integer kernel adds its bias to the sum, so the bias is a multiple of one unit of the sum. The spread makes the
-    unit, and the rounding of the bias, so much smaller.
+    An integer kernel adds its bias to the sum of products, so the bias is a multiple of one unit of that sum. With the
+    factor the unit is smaller, and so is the rounding error of the bias.
     """
     return max(1, 127 // max(-quantizer.lo, quantizer.hi))
 
 
 def integer_bias(multiplier: Tensor, bias: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """B as the integer graph has it: round(B / u) * u with the unit u = |M| / spread; (C,) float64.
+    """The bias B rounded to a multiple of the unit u = |M| / spread: round(B / u) * u, (C,) float64.
 
-    A channel without a unit keeps its bias: gamma is 0, or so small that int32 could not hold the bias.
+    A channel keeps its B where u is 0 (gamma is 0) or so small that int32 cannot hold B / u.
     """
     unit = multiplier.abs() / spread(quantizer)
     codes = (bias / torch.where(unit > 0, unit, 1)).round()
@@ -38,10 +38,13 @@ def multiplier_and_bias(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """gain, M and B of each channel, (C_out,) float64: the output is gain * (d s acc + b) + shift = M acc + B.
 
+    acc is the integer sum, d the step of the weight, s the step of the input, b the layer's bias; gain and shift are
+    those of the batch normalization.
+
     Args:
         layer: a quantized layer.
-        norm: the batch normalization behind it.
-        quant: what its input was quantized with.
+        norm: the batch normalization behind it, if there is one.
+        quant: the quantizer of its input.
     """
     filters = layer.filters()
     gain, shift = _normalization(norm, len(filters), filters.device)
@@ -51,10 +54,10 @@ def multiplier_and_bias(
 
 
 def bias_in_use(layer: Any, quant: ActivationQuantizer | None) -> Tensor | None:
-    """The bias that a layer computes with: in evaluation of a deployable one that of the integer graph.
+    """The bias that a layer computes with: its own, or in evaluation of a deployable layer that of the integer graph.
 
     Args:
-        quant: what quantizes the input of this call.
+        quant: the quantizer of this call's input.
     """
     bias, norm = layer.bias, layer.norm
     if layer.training or not layer.deployable or layer.weight_quant is None or quant is None:
@@ -62,8 +65,10 @@ def bias_in_use(layer: Any, quant: ActivationQuantizer | None) -> Tensor | None:
     for quantizer in (layer.weight_quant, quant):
         if quantizer.uneven or quantizer.stage not in (Stage.QUANTIZE, Stage.FREEZE):
             return bias
-    if norm.training if norm is not None else bias is None:
-        return bias  # the statistics of the batch are not known yet; or there is nothing to round
+    if norm is None and bias is None:
+        return None  # nothing to round
+    if norm is not None and norm.training:
+        return bias  # BN will use the statistics of this batch, which are not known yet
     with torch.no_grad():
         gain, multiplier, before = multiplier_and_bias(layer, norm, quant)
         moved = integer_bias(multiplier, before, layer.weight_quant) - before
@@ -72,7 +77,7 @@ def bias_in_use(layer: Any, quant: ActivationQuantizer | None) -> Tensor | None:
 
 
 def _normalization(norm: _BatchNorm | None, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """gain and shift of each channel, (C,) float64: gain * x + shift is the normalization of x."""
+    """gain and shift of each channel, (C,) float64: batch normalization computes gain * x + shift."""
     one = torch.ones(channels, dtype=torch.float64, device=device)
     if norm is None:
         return one, torch.zeros_like(one)

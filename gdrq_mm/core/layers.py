@@ -39,7 +39,7 @@ def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
 
 
 class QuantLayer:
-    """What the quantized layers share; mixed into a torch layer."""
+    """What quantized layers have in common; a mixin for a torch layer."""
 
     weight_quant: WeightQuantizer | None
     _shared: tuple[InputQuant, ...]
@@ -49,7 +49,7 @@ class QuantLayer:
     seen: bool
     """Whether `forward` ran since this flag was cleared; calibration reads it."""
     pyramid_level: int
-    """With a quantizer for each pyramid level: how often `forward` ran since that of the head began."""
+    """Number of calls since the forward of the head began: the pyramid level of the next call, see pyramid.py."""
     weight: Tensor
 
     @property
@@ -59,8 +59,8 @@ class QuantLayer:
 
     @property
     def norm(self) -> _BatchNorm | None:
-        """With `deployable`: the batch normalization that is folded into this layer, if there is one."""
-        return self._norm[0] if self._norm else None  # kept in a tuple, as it is no child of this layer
+        """The batch normalization that is folded into a deployable layer; None if there is none."""
+        return self._norm[0] if self._norm else None  # in a tuple, else torch would register it as a child
 
     @classmethod
     def from_float(cls, layer: nn.Module, weight: Weight, activation: Activation) -> Any:
@@ -84,31 +84,31 @@ class QuantLayer:
 
     @property
     def next_quant(self) -> ActivationQuantizer | None:
-        """What the next call quantizes its input with."""
+        """The quantizer of the next call's input."""
         quantizers = quantizers_of(self.input_quant)
         if not quantizers:
             return None
-        # A call too many takes the last one; the head reports it when its forward ends.
+        # If there are more calls than pyramid levels, the head reports it when its forward ends.
         return quantizers[min(self.pyramid_level, len(quantizers) - 1)]
 
     @property
     def next_level(self) -> str:
-        """What follows the layer's name in its next call: '.LEVEL', or '' with one quantizer for all levels."""
+        """Suffix of the layer's name for its next call: '.0', '.1', ... by pyramid level; '' if all share one."""
         return f'.{self.pyramid_level}' if self.pyramid_levels > 1 else ''
 
     def split_pyramid(self, count: int) -> None:
-        """Use an input quantizer of its own for each of the calls during one forward of the head."""
+        """Use `count` input quantizers, one for each call during one forward of the head."""
         quantizers: list[Any] = [make_activation_quantizer(self.activation_settings) for _ in range(count)]
         self.own_input_quant = PyramidQuantizers(quantizers)
 
     def share_input_quant(self, owner: QuantLayer) -> None:
-        """Use the input quantizer of another reader of the same tensor. It is saved under the owner's name only."""
+        """Use the input quantizer of `owner`, which reads the same tensor. It is saved once, under the owner's name."""
         self.own_input_quant = None
         assert owner.input_quant is not None
         self._shared = (owner.input_quant,)  # a tuple, so that torch does not register it a second time
 
     def deploy_with(self, norm: _BatchNorm | None) -> None:
-        """Evaluate with the bias that the integer graph has."""
+        """Evaluate with the bias of the integer graph; `norm` is folded into this layer."""
         self.deployable, self._norm = True, () if norm is None else (norm,)
 
     @property
@@ -135,7 +135,9 @@ class QuantLayer:
         return (x if quant is None else quant(x)), weight, bias_in_use(self, quant)
 
     def _count_level(self) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a backward pass, where a checkpointed segment runs once more
+        if (
+            torch._C._current_graph_task_id() != -1
+        ):  # in a backward pass: activation checkpointing runs the forward again
             name = self.weight_quant.name if self.weight_quant else '?'
             raise UserError(
                 f'layer {name} has thresholds for each pyramid level and is computed again in the backward pass; '

@@ -23,13 +23,13 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 def moving_quantizers(model: nn.Module) -> dict[str, FollowingQuantizer]:
-    """Those of them whose thresholds follow the inputs, and are not frozen."""
+    """Name -> activation quantizer whose threshold follows its inputs and is not frozen."""
     quantizers = activation_quantizers(model)
     return {n: q for n, q in quantizers.items() if isinstance(q, FollowingQuantizer) and q.stage < Stage.FREEZE}
 
 
 def replace_modules(model: nn.Module, replaced: Mapping[Any, nn.Module]) -> None:
-    """Put new modules in the place of old ones, under every name that an old one has."""
+    """Replace modules by others, old -> new, under every name that an old module has."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replaced:
@@ -38,7 +38,7 @@ def replace_modules(model: nn.Module, replaced: Mapping[Any, nn.Module]) -> None
 
 @contextmanager
 def hooked(handles: Iterable[Any]) -> Iterator[None]:
-    """Remove hooks at the end, whatever happens. `handles` is used up first, so it may be a generator."""
+    """Remove hooks at the end, whatever happens. `handles` may be a generator that registers them."""
     handles = list(handles)
     try:
         yield
@@ -49,7 +49,7 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module its training flag back at the end."""
+    """Restore the training flag of every module at the end."""
     flags = {module: module.training for module in model.modules()}
     try:
         yield
@@ -59,10 +59,10 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def mute_leaves(model: nn.Module) -> None:
-    """Evaluation mode for the modules without children, BN and dropout among them; the others keep theirs.
+    """Set the modules without children, such as BN and dropout, to evaluation mode; the others keep their mode.
 
-    Some models compute a loss in training mode only (Deformable DETR, PIDNet). A quantizer does not count as a child:
-    BN has one where its output is quantized.
+    So a model still computes a loss that it computes in training mode only (Deformable DETR, PIDNet). Quantizers do not
+    count as children: a BN whose output is quantized has one.
     """
     for module in model.modules():
         if all(isinstance(child, Quantizer) for child in module.children()):

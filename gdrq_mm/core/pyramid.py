@@ -1,6 +1,7 @@
-"""A quantizer for each pyramid level in layers that a head shares between its levels (Chen et al., AQD, CVPR 2021).
+"""Input quantizers for each level of a feature pyramid (`activation.per_level`; Chen et al., AQD, CVPR 2021).
 
-Which level it is, a layer counts by its calls; the head starts the count anew and checks it.
+A detection head calls its layers once for each pyramid level. Each such layer counts its calls to know the level. The
+head resets the count before its forward and checks it afterwards.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ class PyramidQuantizers(nn.ModuleList):
 
     @property
     def quantizers(self) -> list[Any]:
-        """Those of the levels, in the order of the calls."""
+        """The quantizers of the pyramid levels, in the order of the calls."""
         return list(self)
 
     @property
     def bits_in_use(self) -> int:
-        """Bits of every level; 32 if calibration did not reach one."""
+        """Bits, the same for each pyramid level; 32 if calibration did not reach one of them."""
         return max(quant.bits_in_use for quant in self.quantizers)
 
     @property
     def calibrated(self) -> bool:
-        """Whether every level has a threshold."""
+        """Whether every pyramid level has a threshold."""
         return all(quant.calibrated for quant in self.quantizers)
 
     @property
     def kind(self) -> str:
-        """The ranges of the levels."""
+        """The ranges of the pyramid levels, without repetition, and how many levels there are."""
         return '/'.join(dict.fromkeys(quant.kind for quant in self.quantizers)) + f', {len(self)} pyramid levels'
 
 
@@ -43,14 +44,14 @@ InputQuant = ActivationQuantizer | PyramidQuantizers
 
 
 def quantizers_of(quant: InputQuant | None) -> list[ActivationQuantizer]:
-    """All quantizers of an input, one for each pyramid level if the config says so."""
+    """The quantizers of an input: none, one, or one for each pyramid level."""
     if quant is None:
         return []
     return quant.quantizers if isinstance(quant, PyramidQuantizers) else [quant]
 
 
 def split_pyramid(model: nn.Module, layers: Mapping[str, Any], plan: Plan) -> None:
-    """Give the layers that ask for it a quantizer for each call during one forward of the head that calls them."""
+    """Give each layer with `per_level` as many input quantizers as one forward of its head calls it."""
     modules = dict(model.named_modules())
     for name, layer in layers.items():
         calls = plan.calls.get(name, 0)
@@ -75,7 +76,7 @@ def count_levels(head: Any, name: str, layer: nn.Module) -> None:
 
 
 def move_pyramid(model: nn.Module, replaced: Mapping[Any, Any]) -> None:
-    """Let the heads of a model count for what took the place of their layers: old module -> new one."""
+    """Let the heads of a model reset and check the new layers instead of the old ones, by `replaced`: old -> new."""
     for head in model.modules():
         if hasattr(head, 'pyramid_layers'):
             counted: Any = head.pyramid_layers
@@ -83,7 +84,7 @@ def move_pyramid(model: nn.Module, replaced: Mapping[Any, Any]) -> None:
 
 
 def start_pyramid(head: Any, args: Any = ()) -> None:
-    """Count anew what this module counts, if it does; a hook in front of its forward."""
+    """Reset the counts of the layers that this head calls once for each pyramid level; a hook before its forward."""
     for _, layer in getattr(head, 'pyramid_layers', ()):
         layer.pyramid_level = 0
 

@@ -1,4 +1,4 @@
-"""What the processes of a training agree on; nothing is done where there is one process."""
+"""Collectives between the processes of a training; with one process they do nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def all_reduce(tensor: Tensor, op: str) -> None:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The value that each process has; any object that can be pickled."""
+    """The values of all processes, in the order of their ranks; any object that can be pickled."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()

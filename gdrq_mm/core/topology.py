@@ -1,8 +1,8 @@
 """The plan of a model: what feeds what, recorded during one eager prediction. No torch.fx, no tracing.
 
-Forward hooks tell which module reads and returns which tensor; a TorchFunctionMode tells the operands of additions and
-what activation functions read. A tensor is known by a number for each of its versions, so an in-place ReLU makes a new
-one. Only weak references are held: recording keeps no tensor alive.
+Forward hooks see which module reads and returns which tensor. A TorchFunctionMode sees the operands of additions and
+the inputs of activation functions. Each version of a tensor has a number, so the result of an in-place ReLU is another
+one than its input. References to tensors are weak: recording keeps no tensor alive.
 """
 
 from __future__ import annotations

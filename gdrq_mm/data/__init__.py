@@ -1,1 +1,1 @@
-"""Data: builds the embedded default data set and prepares the real ones in their standard layouts."""
+"""Data sets: builds the embedded one, and brings those that the user has into the layouts that OpenMMLab expects."""

@@ -1,4 +1,4 @@
-"""Annotations, pictures and masks are what they should be, or one message names the file."""
+"""Checks of annotations, pictures and masks; an error names the file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ KEYS = {
     'categories': {'id', 'name'},
     'annotations': {'id', 'image_id', 'category_id', 'bbox', 'area'},
 }
-"""What mmdet reads of a COCO file."""
+"""The keys of a COCO file that mmdet reads."""
 
 
 def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[str, Any]:
-    """The content of a COCO file; messages call it `name`.
+    """The content of a COCO file.
 
     Raises:
-        UserError: it is not JSON, or lacks what mmdet reads. Files to predict only have no `annotations`.
+        UserError: it is not JSON, or lacks what mmdet reads. `annotations` may be missing: prediction needs none.
     """
     name = name or path
     try:
@@ -47,14 +47,14 @@ def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[s
 
 
 def check_annotations(content: dict[str, Any], name: str | Path, classes: Iterable[str] | None = None) -> str:
-    """Check what the parts of a COCO file say of each other.
+    """Check that images, categories and annotations of a COCO file fit together.
 
     Returns:
-        A warning that counts the boxes that mmdet leaves out; '' if there are none.
+        A warning with the number of boxes that mmdet ignores; '' if there are none.
 
     Raises:
-        UserError: an annotation is of an image or a category that does not exist, its box is malformed, or a class is
-            not among the categories.
+        UserError: an annotation has an unknown image or category or a malformed box, or a class is not among the
+            categories.
     """
     images = {image['id']: image for image in content['images']}
     categories = {category['id']: category['name'] for category in content['categories']}
@@ -97,6 +97,7 @@ def _is_box(box: Any) -> bool:
 
 
 def few(names: Iterable[Any]) -> str:
+    """The first five names, for a message."""
     names = [str(name) for name in names]
     return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
 
@@ -117,7 +118,7 @@ def read_mask(path: Path, shape: tuple[int, ...], classes: int, ignored: Iterabl
     """An index mask.
 
     Raises:
-        UserError: it cannot be decoded, is not of this shape, or has labels that are neither classes nor ignored.
+        UserError: it cannot be decoded, has another shape, or has labels that are neither classes nor ignored.
     """
     try:
         with Image.open(path) as file:
@@ -131,10 +132,10 @@ def read_mask(path: Path, shape: tuple[int, ...], classes: int, ignored: Iterabl
 
 
 def wrong_mask(mask: np.ndarray, shape: tuple[int, ...], classes: int, ignored: Iterable[int]) -> str:
-    """What is wrong with an index mask, '' if nothing is."""
+    """What is wrong with an index mask; '' if nothing is."""
     if mask.shape != tuple(shape):
         return f'is a mask of shape {mask.shape}, and its picture is {tuple(shape)}'
-    wrong = mask >= classes  # several passes over bytes are ten times faster than np.unique
+    wrong = mask >= classes  # ten times faster than np.unique, although it takes several passes
     for label in ignored:
         wrong &= mask != label
     if not wrong.any():

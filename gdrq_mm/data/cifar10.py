@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009) as a folder per class, from an archive that the user has.
+"""CIFAR-10 (Krizhevsky 2009), unpacked from an archive that the user has, one folder for each class.
 
 {train,test}/<class>/*.{jpg,png}      32x32, 50,000 and 10,000 pictures     (mmpretrain: CustomDataset)
 """
@@ -27,7 +27,7 @@ COUNTS = {'train': 50000, 'test': 10000}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads the official batches: plain data and NumPy arrays, nothing else."""
+    """Reads the official batches and refuses everything but plain data and NumPy arrays, which could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split('.')[0], name) in {('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy', '_reconstruct')}:
@@ -38,7 +38,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _official(name: str, data: bytes) -> Iterator[tuple[str, str, bytes]]:
-    """Pictures of one official batch: split and class, file name, PNG bytes."""
+    """The pictures of one official batch as ('split/class', file name, PNG bytes)."""
     batch = _ArrayUnpickler(io.BytesIO(data), encoding='bytes').load()
     split = 'test' if name.startswith('test') else 'train'
     pictures = batch[b'data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[..., ::-1]  # RGB planes to BGR pixels
@@ -61,10 +61,10 @@ def _pictures(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
 
 
 def build(source: str | Path, root: str | Path, show_progress: bool = True) -> Path:
-    """Unpack a CIFAR-10 archive: a folder per class, or the official python version.
+    """Unpack a CIFAR-10 archive with one folder for each class, or the official Python version.
 
     Raises:
-        UserError: no archive there, or its counts are not CIFAR-10's.
+        UserError: there is no archive, or it is damaged, or it does not have the number of pictures that CIFAR-10 has.
     """
     source, root = Path(source), Path(root)
     if root.is_dir() and _is_complete(root):
@@ -76,7 +76,9 @@ def build(source: str | Path, root: str | Path, show_progress: bool = True) -> P
         source = archives[0]
     counts = {split: dict.fromkeys(CLASSES, 0) for split in COUNTS}
     root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))  # a half-filled folder looks whole
+    unfinished = Path(
+        tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent)
+    )  # nobody may take a half-filled folder for the data set
     try:
         with tarfile.open(source) as archive:
             for place, name, data in track(
@@ -95,7 +97,7 @@ def build(source: str | Path, root: str | Path, show_progress: bool = True) -> P
             os.replace(unfinished / split, root / split)
     except UserError:
         raise
-    # Everything a damaged archive or batch can raise on the way through tarfile, zlib, pickle and NumPy.
+    # What tarfile, zlib, pickle and NumPy raise on a damaged archive or batch.
     except (tarfile.TarError, zlib.error, EOFError, OSError, pickle.UnpicklingError, LookupError, ValueError) as error:
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise UserError(f'{source} is not a readable CIFAR-10 archive: {reason}') from None

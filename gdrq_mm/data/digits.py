@@ -1,7 +1,7 @@
 """The embedded data set: scenes of real handwritten digits on textured backgrounds.
 
 The digits are those that scikit-learn ships (UCI Optical Recognition of Handwritten Digits, 8x8, 1,797 images). Scenes
-are drawn with a fixed seed, so every machine gets the same pixels. Training and test scenes share no digit image.
+are drawn with a fixed seed, so all machines get the same pixels. Training and test scenes have no digit in common.
 
     cls/{train,test}/<digit>/*.png            32x32, one digit a picture         (mmpretrain: CustomDataset)
     scenes/{train,test}/*.png                 96x96, 2 to 5 digits a picture
@@ -27,7 +27,7 @@ CLASSES = tuple(str(digit) for digit in range(10))
 
 
 def texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A background (size, size, 3) of smooth colours, stripes and noise, values about 0 to 255."""
+    """A background (size, size, 3) of smooth colours, stripes and noise, with values from about 0 to 255."""
     coarse = rng.uniform(20, 160, (4, 4, 3)).astype(np.float32)
     picture = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
     y, x = np.mgrid[:size, :size]
@@ -59,10 +59,9 @@ def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def build(root: str | Path, show_progress: bool = True) -> Path:
-    """Write the whole data set below `root`; a finished one is left as it is.
+    """Write the whole data set into `root`, unless it is there. Returns `root`.
 
-    Returns:
-        `root`. The file `complete.json` is written last and holds the counts.
+    The file `complete.json` is written last: a folder without it is not finished.
     """
     root = Path(root)
     wanted = {'seed': SEED, 'counts': COUNTS, 'sizes': SIZES}
@@ -143,7 +142,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def picture_sheet(root: str | Path, path: str | Path, zoom: int = 2) -> None:
-    """Draw what was built: a picture of each class, and test scenes with their boxes and masks, as one PNG."""
+    """Draw one picture of each class, and test scenes with their boxes and masks, into one PNG."""
     root = Path(root)
     singles = [_read(min((root / 'cls' / 'test' / name).iterdir())) for name in CLASSES]
     found = json.loads((root / 'scenes' / 'annotations' / 'test.json').read_text())

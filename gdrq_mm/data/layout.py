@@ -1,4 +1,4 @@
-"""What the preparations share: say what is missing, and write a data folder whole or not at all."""
+"""Used by all data sets: name missing files, and write a data folder whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..core.errors import UserError
 
 
 def source_folder(source: str | Path, name: str = '') -> Path:
-    """The folder that the user gave, or its folder `name` if there is one.
+    """The folder `name` in the source if there is one, else the source.
 
     Raises:
         UserError: there is no such folder.
@@ -33,7 +33,7 @@ def require(name: str, paths: Iterable[Path]) -> None:
 
 
 def refuse_missing(name: str, missing: Sequence[str | Path]) -> None:
-    """Raise UserError that tells the number of missing paths and names the first."""
+    """Raise UserError with the number of missing paths and the first of them, if there are any."""
     if missing:
         shown = ', '.join(map(str, missing[:3])) + (', ...' if len(missing) > 3 else '')
         what = '1 path is' if len(missing) == 1 else f'{len(missing)} paths are'
@@ -41,17 +41,17 @@ def refuse_missing(name: str, missing: Sequence[str | Path]) -> None:
 
 
 def write_picture(path: Path, picture: np.ndarray, options: Sequence[int] = ()) -> None:
-    """Write a picture; OpenCV itself says nothing of a full disk."""
+    """Write a picture, or raise OSError: OpenCV only returns False if the disk is full."""
     if not cv2.imwrite(str(path), picture, options):
         raise OSError(f'cannot write {path}')
 
 
 @contextmanager
 def building(root: Path) -> Iterator[Path]:
-    """A folder beside `root` to fill; it takes the place of `root` if nothing goes wrong.
+    """Yield a new folder beside `root` to fill; it becomes `root` if nothing goes wrong.
 
     Raises:
-        UserError: `root` is there already and not empty, or cannot be written.
+        UserError: `root` exists and is not empty, or cannot be written.
     """
     try:
         if root.is_dir() and any(root.iterdir()):
@@ -73,7 +73,7 @@ def building(root: Path) -> Iterator[Path]:
 
 
 def link(source: Path, root: Path, names: Iterable[str]) -> Path:
-    """Make `root` a folder of links to folders of the source; a source that is at `root` already stays as it is."""
+    """Fill `root` with links to folders of the source; does nothing if the source is `root`."""
     if source.resolve() != root.resolve():
         with building(root) as folder:
             for name in names:

@@ -1,4 +1,4 @@
-"""Large data sets that the user has, where OpenMMLab's own configs expect them. Folders are linked, not copied.
+"""Large data sets that the user has, linked to where OpenMMLab's own configs expect them.
 
 data/VOCdevkit/VOC2007, VOC2012                                   boxes (mmdet), masks (mmseg)
 data/coco/annotations/instances_{train,val}2017.json              boxes (mmdet)
@@ -7,7 +7,7 @@ data/cityscapes/leftImg8bit/{train,val}/<city>/*.png              masks (mmseg)
 data/cityscapes/gtFine/{train,val}/<city>/*_labelTrainIds.png     made here, beside links to the other files
 data/imagenet/{train,val}/<class>/*.JPEG                          classes (mmpretrain), or with meta/{train,val}.txt
 
-The source of each has the same folders, as the archives of the data set unpack.
+The source must have the same folders; the archives of each data set unpack to them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VOC_FILES = {
     'Main': ('Annotations/{}.xml', 'JPEGImages/{}.jpg'),
     'Segmentation': ('SegmentationClass/{}.png', 'JPEGImages/{}.jpg'),
 }
-"""Files that each line of a list stands for."""
+"""List -> the files that each of its lines stands for."""
 
 CITYSCAPES_CLASSES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """The label id of each train id (cityscapesscripts.helpers.labels); other labels are ignored, 255."""
@@ -42,7 +42,7 @@ def voc(source: str | Path, root: str | Path) -> Path:
     """Pascal VOC: one year or both; detection (voc0712) needs both, segmentation 2012.
 
     Raises:
-        UserError: there is neither, or a file that the lists of a year name is missing.
+        UserError: there is neither year, or a file is missing that is in the lists of a year.
     """
     source, root = source_folder(source, 'VOCdevkit'), Path(root)
     years = [year for year in VOC_LISTS if (source / year).is_dir()]
@@ -104,7 +104,7 @@ def cityscapes(source: str | Path, root: str | Path) -> Path:
         for picture, mask in track(masks.items(), 'Cityscapes'):
             place = out / mask.parent.relative_to(source)
             place.mkdir(parents=True, exist_ok=True)
-            with Image.open(picture) as opened:  # reads the size only
+            with Image.open(picture) as opened:  # without decoding it: only its size is needed
                 labels = read_mask(mask, opened.size[::-1], max(CITYSCAPES_CLASSES) + 1, [255])
             made = mask.name.replace('labelIds', 'labelTrainIds')
             for file in mask.parent.glob(mask.name.replace('labelIds.png', '*')):
@@ -118,7 +118,7 @@ def imagenet(source: str | Path, root: str | Path) -> Path:
     """ImageNet (ILSVRC 2012).
 
     Raises:
-        UserError: a split has no 1,000 class folders with pictures, nor a list in meta/ whose pictures are there.
+        UserError: a split has neither 1,000 class folders with pictures nor a list in meta/ whose pictures exist.
     """
     source, root = source_folder(source), Path(root)
     splits = ('train', 'val')

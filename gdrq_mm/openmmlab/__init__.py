@@ -1,4 +1,4 @@
-"""All that knows OpenMMLab: the runner, the hooks, checkpoints, data loading, tasks."""
+"""Everything that uses OpenMMLab: the runner, the hooks, checkpoints, data loading, tasks."""
 
 from . import layers  # noqa: F401  registers the layers by name
 from .apis import draw, infer, init_model

@@ -1,4 +1,4 @@
-"""A folder with the exported graphs of a model: written after they are verified, put to work in the model's place."""
+"""The folder with the exported graphs of a model: how it is written, and how a model predicts with its graphs."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def export_graphs(
 
     Args:
         model: the trained model, in evaluation mode; it is not changed.
-        merged: of merge_model().
+        merged: what merge_model() returns.
         predict: runs the model on one picture.
-        report: is given each part, a wrong one too.
+        report: is called with each part, also with one that is wrong.
 
     Raises:
         UserError: a part cannot be exported, no runtime is installed, or one disagrees; names the first layer.
@@ -83,10 +83,10 @@ def write_bundle(out: Path, model: Any, checkpoint: str, report: ExportReport) -
 
 
 def use_runtime(model: Any, folder: str | Path, backend: str, checkpoint: str, threads: int | None = None) -> None:
-    """Let the exported graphs do the work of the model's network; what follows them stays in torch.
+    """Let exported graphs compute the network of a model. Decoding and NMS stay in torch.
 
     Raises:
-        UserError: the folder is no export of this checkpoint, a file was changed, the runtime is not installed.
+        UserError: the folder is no export of this checkpoint, a file was changed, or the runtime is not installed.
     """
     folder, digest = Path(folder), file_digest(checkpoint)
     about = read_bundle(folder)
@@ -101,7 +101,7 @@ def use_runtime(model: Any, folder: str | Path, backend: str, checkpoint: str, t
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
-    """export.json of a folder, after its graphs were compared with their checksums.
+    """The content of export.json, after comparing the graphs of the folder with their checksums.
 
     Raises:
         UserError: it is missing or damaged, or a graph was changed.
@@ -143,7 +143,7 @@ def _runner(runtime: Any, entry: dict[str, Any], name: str) -> Callable[[Tensor]
         if shape[: len(fixed)] != fixed:
             expected, found = (' x '.join(map(str, sizes)) for sizes in (fixed, shape))
             raise UserError(f'{name} was exported for inputs of {expected}, this one is {found}')
-        # Regions of interest are as many as there are: OpenVINO compiles a graph for each size of the batch.
+        # The number of regions changes, and OpenVINO compiles a graph for each batch size: fill up to a power of two.
         batch = torch.zeros(1 << max(len(x) - 1, 0).bit_length(), *shape)
         batch[: len(x)] = x.detach()
         outputs = [torch.from_numpy(y)[: len(x)].to(x.device) for y in runtime([batch.numpy()])]
@@ -153,7 +153,7 @@ def _runner(runtime: Any, entry: dict[str, Any], name: str) -> Callable[[Tensor]
 
 
 def example_inputs(model: Any, parts: list[Part], predict: Callable[[], Any]) -> dict[str, Tensor]:
-    """An example for each part from one prediction: a batch of at least 2."""
+    """The input of each part in one prediction: a batch of at least 2."""
     found: dict[str, Tensor] = {}
 
     def keep(module: Any, args: Any, name: str) -> None:

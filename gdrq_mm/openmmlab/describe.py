@@ -33,7 +33,7 @@ def make_record(
         checkpoint: path or address of the checkpoint that was tested.
         metrics: what the evaluator returned.
         model: what QuantRunner.describe() says of the model: sizes in bytes, bits, methods.
-        training: what QuantRunner.training says of the run that wrote the checkpoint: seed, length, first weights.
+        training: what QuantRunner.training says of the run that wrote the checkpoint: seed, length, start checkpoint.
     """
     return dict(
         record_version=VERSION,
@@ -70,7 +70,7 @@ def _data(cfg: Config) -> dict[str, Any]:
     root = str(dataset.get('data_root') or '')
     plain = {k: v for k, v in dataset.to_dict().items() if k not in ('data_root', '_scope_')}
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-    # Where the data lie does not matter: a file of annotations counts by its place below the data folder.
+    # Records made on different machines are comparable: paths count from the data folder on.
     evaluator = [{k: _below(v, root) if isinstance(v, str) else v for k, v in e.items()} for e in evaluators]
     parts = Path(root).parts
     below = parts[len(parts) - parts[::-1].index('data') :] if 'data' in parts else parts[-1:]
@@ -96,12 +96,12 @@ def _bare(model: Any) -> Any:
 def _config_text(cfg: Config) -> str:
     shown = copy.deepcopy(cfg)
     shown.work_dir, shown.load_from = _relative(cfg.get('work_dir')), _relative(cfg.get('load_from'))
-    # Data may lie anywhere on the machine; its folders are nobody's business.
+    # A record is published: it must not show the folders of a machine.
     return re.sub(r"'(/[^'\n]+)'", lambda match: repr(_relative(match[1])), shown.pretty_text)
 
 
 def _architecture(model: Any) -> Any:
-    """A model config without what does not change the architecture: where its first weights came from."""
+    """A model config without the keys that do not change the architecture: initial weights, settings of training."""
     if isinstance(model, Mapping):
         return {k: _architecture(v) for k, v in model.items() if k not in ('init_cfg', '_scope_', 'train_cfg')}
     return [_architecture(v) for v in model] if isinstance(model, (list, tuple)) else model
@@ -112,7 +112,7 @@ def _digest(value: Any) -> str:
 
 
 def _relative(path: str | None) -> str | None:
-    """A path as seen from the working directory, so that a record does not hold the folders of a machine."""
+    """A path relative to the working directory, or only its name outside of it; an address stays as it is."""
     if path is None or '://' in path:
         return path
     relative = os.path.relpath(path)

@@ -1,4 +1,4 @@
-"""What is known of the libraries' heads: their last layers, and which are not deployed."""
+"""What we know about the heads of the three libraries: their last layers, and which heads are not deployed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fnmatch
 import torch.nn as nn
 
 LAST_LAYERS: dict[str, tuple[str, ...]] = {
-    # mmpretrain; a head that is not here has its last layer by execution
+    # mmpretrain; where no head is listed here, the last layer is the one that runs last
     'ClsHead': ('fc', 'layers.head*', 'head', 'head.linear', 'head_dist.linear', 'dist_head', '*_cls_head'),
     'MultiLabelClsHead': ('fc', 'csra_heads.*.head'),
     # mmdet, dense heads
@@ -29,14 +29,14 @@ LAST_LAYERS: dict[str, tuple[str, ...]] = {
     'DABDETRHead': ('fc_reg.layers.2',),
     'CLRHead': ('cls_layers', 'reg_layers', 'seg_decoder.conv'),
     'LinearReIDHead': ('fc_out', 'classifier'),
-    # mmdet, masks without regions; where a product makes them, both of its factors
+    # mmdet, masks without regions; where a mask is a product, the layers of both factors
     'CondInstBboxHead': ('controller',),
     'MaskFeatModule': ('conv_pred', 'conv_pred.conv', 'projection'),
     'MaskFormerHead': ('cls_embed', 'mask_embed.4', 'pixel_decoder.mask_feature'),
     'SOLOHead': ('conv_cls', 'conv_mask_list*', 'conv_kernel'),
     'YOLACTHead': ('conv_coeff',),
     'YOLACTProtonet': ('protonet.10', 'segm_branch.segm_conv'),
-    # mmdet, heads of regions
+    # mmdet, heads for regions
     'BBoxHead': ('fc_cls*', 'fc_reg*'),
     'FCNMaskHead': ('conv_logits', 'fc_logits'),
     'MaskIoUHead': ('fc_mask_iou',),
@@ -61,7 +61,7 @@ TRAINING_ONLY = ('auxiliary_head',)
 
 
 def last_layers(model: nn.Module) -> list[str]:
-    """Names of the modules that are last layers by the class of their head."""
+    """Names of the last layers of a model, as far as the classes of its heads are in LAST_LAYERS."""
     found: dict[str, None] = {}
     names = [name for name, _ in model.named_modules()]
     for head_name, head in model.named_modules():

@@ -1,4 +1,4 @@
-"""mmcv's layer classes, and our layers by name in a model config."""
+"""Registers quantized layers: for the layer classes of mmcv, and by name for model configs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which parts of a model are exported, and how a runtime takes their place when the model predicts.
+"""Which parts of a model are exported, one graph each, and how a runtime replaces them when the model predicts.
 
-Classification, segmentation and one-stage detection are one graph from the image to the raw outputs of the head. A
-two-stage detector is one up to the outputs of the RPN and one for the box head (and one for the mask head); decoding,
-NMS and RoIAlign stay in torch.
+A classifier, a segmentor and a one-stage detector are one graph from the image to the raw outputs of the head. A
+two-stage detector is one graph from the image to the outputs of the RPN, one for the box head, and one for the mask
+head if there is one. Decoding, NMS and RoIAlign stay in torch.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ Run = Callable[..., Sequence[Tensor]]
 
 @dataclass
 class Part:
-    """One graph."""
+    """A part of a model that is exported as one graph."""
 
     name: str
     module: Flat
     feed: Callable[[Any], Any]
-    """model -> the module whose calls have the graph's inputs as arguments; None stands for the images."""
+    """model -> the module that the graph's input is passed to; None: the input is the image."""
     replace: Callable[[Any, Run], None]
-    """Puts a runtime in the place of the part in a model."""
+    """Lets a runtime compute this part of a model."""
     any_size: bool
-    """Whether the inputs are pictures whose sizes may differ; those of a classifier are cropped."""
+    """Whether pictures of different sizes come in; those of a classifier are all cropped to one size."""
 
 
 def parts_of(model: Any, task: str) -> list[Part]:
     """The parts of a model for 'cls', 'det' or 'seg', in the order in which they run.
 
     Raises:
-        UserError: the model is of a kind that is not exported; says why.
+        UserError: models of this kind cannot be exported.
     """
     kind = type(model).__name__
     if task == 'cls' and hasattr(model, 'head') and hasattr(model, 'extract_feat'):
@@ -71,7 +71,7 @@ def _proposals(model: Any, x: Tensor) -> Any:
 
 
 def _head(path: str) -> Callable[[Any, Tensor], Any]:
-    """A head of a two-stage detector by its place below the model."""
+    """Runs a head of a two-stage detector, given its name in the model."""
     return lambda model, x: model.get_submodule(path)(x)
 
 
@@ -87,7 +87,7 @@ def _part(
 
 def _replace_head(head_of: Callable[[Any], Any]) -> Callable[[Any, Run], None]:
     def replace(model: Any, run: Run) -> None:
-        # Feature extraction gives what the graph gives, and the head passes it on to its own decoding.
+        # The graph computes the head too: extract_feat returns its outputs, and the head passes them on to decoding.
         model.extract_feat = lambda x, *args, **kwargs: run(x)
         head_of(model).forward = lambda outputs, *args, **kwargs: outputs
 

@@ -2,11 +2,11 @@
 
 A sweep file is a Python config:
 
-    work_dir = 'work_dirs/sweep'          # training logs and checkpoints, a folder a cell
-    records = 'docs/records/sweep'        # run records, a file a cell; a cell whose record is there is finished
+    work_dir = 'work_dirs/sweep'          # training logs and checkpoints, one folder for each cell
+    records = 'docs/records/sweep'        # run records, one file for each cell; a cell that has one is finished
     runs = [
         dict(
-            name='cifar10',               # of the cells
+            name='cifar10',               # how the names of its cells begin
             config='configs/cls/resnet18_width16_gdrq_w4a4_cifar10.py',     # load_from is its float checkpoint
             float_config='configs/cls/resnet18_width16_cifar10.py',         # optional: tested once, the baseline
             methods=['gdrq', 'lsq'],
@@ -52,18 +52,18 @@ class Cell:
 
     name: str
     command: str
-    """Of a shell: trains and tests; going on where an interrupted run stopped."""
+    """The shell command that trains and tests; run again, it resumes an interrupted training."""
     record: Path
     log: Path
     quantization: Mapping[str, Any] | None
-    """What the record has to say; None for the float baseline."""
+    """The quantization dict that the record must have; None for the float baseline."""
     seed: int | None
 
     def finished(self) -> bool:
-        """Whether its record is there.
+        """Whether the cell has a record.
 
         Raises:
-            UserError: the record is damaged, or of other settings.
+            UserError: the record is damaged, or of a run with other settings.
         """
         if not self.record.exists():
             return False
@@ -76,10 +76,10 @@ class Cell:
 
 
 def read_sweep(path: str) -> list[Cell]:
-    """The cells of a sweep file, in its order, baselines first.
+    """The cells of a sweep file in the order of its runs, the float baseline of a run first.
 
     Raises:
-        UserError: with everything that is wrong with the file, a line each.
+        UserError: lists everything that is wrong with the file, one line each.
     """
     if not Path(path).is_file():
         raise UserError(f'sweep file {path} does not exist')
@@ -192,21 +192,21 @@ def _python(tool: str) -> str:
 
 
 def _test(config: str, checkpoint: str | None, work: Path, record: Path, options: list[str] | None = None) -> str:
-    """The command that tests a checkpoint, by default the last one of a work directory."""
+    """The command that tests a checkpoint; None: the last one that training wrote into the work directory."""
     tested = shlex.quote(checkpoint) if checkpoint else f'"$(cat {shlex.quote(str(work / "last_checkpoint"))})"'
     rest = ['--work-dir', str(work), '--record', str(record), *(options or [])]
     return f'{_python("test")} {shlex.quote(config)} {tested} {shlex.join(rest)}'
 
 
 def run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
-    """Run a cell with its output in its log, unless another sweep runs it or has run it since.
+    """Run a cell and write its output to its log, unless another sweep is running it or has finished it.
 
     Returns:
-        Whether nothing went wrong, and a line that says what happened.
+        Whether all went well, and one line that says what happened.
     """
     try:
         return _run_cell(cell, threads)
-    except OSError as error:  # a full disk: the other cells go on, and those that are finished stay valid
+    except OSError as error:  # such as a full disk: the other cells still run
         return False, f'{cell.name}: {error}'
 
 
@@ -214,10 +214,10 @@ def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, 'a') as log:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes of the cell keep it, whoever started them
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes of the cell inherit the lock
         except BlockingIOError:
             return True, f'{cell.name}: left to another sweep that runs it'
-        if cell.finished():  # looked at with the lock in hand: else a sweep could end it between look and lock
+        if cell.finished():  # asked while we hold the lock: before, another sweep might still finish it
             return True, f'{cell.name}: done by another sweep'
         log.truncate(0)
         environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
@@ -230,10 +230,10 @@ def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
 
 
 def slurm_script(cells: list[Cell], arguments: str) -> str:
-    """A shell script that hands every cell to slurm as a job of its own."""
+    """A shell script that submits one slurm job for each cell."""
     lines = [
         '#!/usr/bin/env bash',
-        '# Run it where the sweep was made; a cell that is finished is not in it.',
+        '# Run it in the folder where the sweep was made. Finished cells are left out.',
         'set -e',
     ]
     for cell in cells:

@@ -1,4 +1,4 @@
-"""What differs between the three libraries when a config is tested."""
+"""What differs between classification, detection and segmentation when a config is tested."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def dataset_of(loader: Mapping[str, Any]) -> Any:
 
 
 def use_tta(cfg: Config) -> None:
-    """TTA: the config's `tta_model` and `tta_pipeline`, else a flip (cls, det), as OpenMMLab does."""
+    """Test-time augmentation: with the config's `tta_model` and `tta_pipeline`, else by a flip, as OpenMMLab does.
+
+    Raises:
+        UserError: a segmentation config has neither, or --show is given for classification.
+    """
     task = task_of(cfg)
     dataset = dataset_of(cfg.test_dataloader)
     if task == 'cls' and cfg.default_hooks.get('visualization', {}).get('enable'):
@@ -62,7 +66,7 @@ def use_tta(cfg: Config) -> None:
 
 
 def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: float) -> None:
-    """Draw predictions in a window or into a folder: switches on the library's visualization hook."""
+    """Switch on the library's visualization hook, which draws predictions in a window or into a folder."""
     task = task_of(cfg)
     name = {'cls': 'VisualizationHook', 'det': 'DetVisualizationHook', 'seg': 'SegVisualizationHook'}[task]
     hook = cfg.default_hooks.setdefault('visualization', ConfigDict(type=name))
@@ -70,7 +74,10 @@ def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: flo
     if task == 'cls':
         hook.enable, hook.out_dir, hook.interval = True, folder, 1
     elif task == 'det':
-        hook.draw, hook.test_out_dir = True, folder and os.path.abspath(folder)  # else it lands below the work dir
+        hook.draw, hook.test_out_dir = (
+            True,
+            folder and os.path.abspath(folder),
+        )  # a relative path would be taken below the work directory
     else:
         hook.draw, hook.interval = True, 1
         if folder is not None:
@@ -78,7 +85,7 @@ def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: flo
 
 
 def dump_before_build(cfg: Config, out: str) -> None:
-    """`--out` for segmentation: a folder of index PNGs (mmseg's own option of its metric)."""
+    """`--out` for segmentation: let mmseg's metric write its predictions as PNGs of class indices into a folder."""
     if task_of(cfg) == 'seg':
         evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
         for evaluator in evaluators:
@@ -88,7 +95,7 @@ def dump_before_build(cfg: Config, out: str) -> None:
 
 
 def dump_after_build(cfg: Config, runner: Runner, out: str) -> None:
-    """`--out` for classification and detection: a pickle of all predictions, for offline evaluation."""
+    """`--out` for classification and detection: write all predictions into a pickle, for offline evaluation."""
     task = task_of(cfg)
     if task == 'det':
         from mmdet.evaluation import DumpDetResults

@@ -1,1 +1,1 @@
-"""Run records, and the tables made from them. Nothing here knows how a model is quantized."""
+"""Run records, and tables, pictures and pages made from them and from what core knows of a quantized model."""

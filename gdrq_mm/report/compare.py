@@ -1,4 +1,4 @@
-"""The comparison table: a row for each model, data set, method and bits, beside the float record of the same model."""
+"""The comparison table: a row for each model, data set, method and bits, with the float result of the same model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COLUMNS = (
 )
 NOT_RUN = 'not run'
 PUBLISHED = Path(__file__).parent / 'published.json'
-"""Numbers of papers and of their reproductions with the source where they were read; never measured here."""
+"""Numbers that papers and reproductions of them report, each with its source; none was measured here."""
 
 Record = Mapping[str, Any]
 Group = dict[tuple[str, tuple[int, int]], list[Record]]
@@ -46,13 +46,13 @@ Group = dict[tuple[str, tuple[int, int]], list[Record]]
 
 
 def comparison_rows(records: Sequence[Record]) -> list[dict[str, str]]:
-    """A dict by COLUMNS for each model, data set, method and bits; seeds are averaged.
+    """A dict by COLUMNS for each model, data set, method and bits, averaged over seeds.
 
-    Within a model, every method has a row for all bits that any of them was run with: 'not run' where a record is
-    missing. A model of which only the float record is there has no row.
+    Every method of a model has a row for all bits that any method was run with; 'not run' stands where there is no
+    record. A model with a float record only has no row.
 
     Raises:
-        UserError: records that must not stand side by side, see :func:`check_comparable`.
+        UserError: the records are not comparable, see :func:`check_comparable`.
     """
     check_comparable(records)
     rows = []
@@ -82,10 +82,10 @@ def backend_of(record: Record) -> str:
 
 
 def method_of(record: Record) -> str:
-    """Name of the method of a quantized record with the settings that are not the default, 'GDRQ (clip=project)'."""
+    """The method of a quantized record and its settings that are not the default, such as 'GDRQ (clip=project)'."""
     model = record['model']
     names = '/'.join(dict.fromkeys(METHOD_NAMES.get(m, m) for m in model['methods']))
-    names = 'PACT' if model['methods'] == ['dorefa', 'pact'] else names  # as the paper combines them
+    names = 'PACT' if model['methods'] == ['dorefa', 'pact'] else names  # the paper combines them so
     options = {key: value for key, value in model['options'].items() if key != 'calibration_batches'}
     if not model['deployable']:
         options['deployable'] = False
@@ -94,11 +94,11 @@ def method_of(record: Record) -> str:
 
 
 def check_comparable(records: Sequence[Record]) -> None:
-    """Refuse records that would be compared though they differ in more than the method.
+    """Refuse records that differ in more than what the table shows.
 
     Raises:
-        UserError: a model was tested on one data set in two ways; two float baselines of a model; a quantized model
-            that was trained from another float checkpoint; two records of one cell.
+        UserError: a model was tested on one data set with two evaluation settings, has two float baselines, or was
+            quantized from another float checkpoint than its baseline; or two checkpoints belong to one cell.
     """
     ways: dict[tuple[str, ...], Record] = {}
     floats: dict[tuple[str, ...], Record] = {}
@@ -130,7 +130,10 @@ def check_comparable(records: Sequence[Record]) -> None:
 
 
 def comparison_table(records: Sequence[Record], narrow: bool = False) -> Table:
-    """The rows for a screen; `narrow` fits 80 columns: the metrics stand below, a single method heads its column."""
+    """The rows as a table for a terminal.
+
+    `narrow` fits 80 columns: it leaves columns out, and the name of a single method is the title of its results.
+    """
     rows = comparison_rows(records)
     methods, metrics = ({row[key]: None for row in rows} for key in ('method', 'metric'))
     titles = {'quantized': next(iter(methods))} if narrow and len(methods) == 1 else {}
@@ -175,13 +178,13 @@ def main_metric(record: Record) -> tuple[str, float]:
     """Title and value, in %, of the metric that tables show.
 
     Raises:
-        UserError: the record has none of those of its task.
+        UserError: the record has none of the metrics of its task.
     """
     known = MAIN_METRICS[record['task']]
     for key, (title, factor) in known.items():
         if key in record['metrics']:
             return title, record['metrics'][key] * factor
-    if record['task'] == 'det' and not record['metrics']:  # mmdet's answer when a model detects nothing at all
+    if record['task'] == 'det' and not record['metrics']:  # mmdet returns no metrics if a model detects nothing
         return 'box AP', 0.0
     raise UserError(f'a record of {record["data"]["name"]} has none of the metrics {", ".join(known)}')
 
@@ -232,7 +235,7 @@ def _published(record: Record, method: str, bits: str) -> str:
 
 
 def _different(records: Iterable[Record]) -> list[Record]:
-    """Each checkpoint once: a record may be given twice."""
+    """One record for each checkpoint: the user may have given a record twice."""
     return list({_checkpoint(record): record for record in records}.values())
 
 
@@ -246,7 +249,7 @@ def _checkpoint(record: Record) -> str:
 
 
 def title_of(record: Record) -> str:
-    """Model and data set, for people."""
+    """Model and data set, for messages and titles."""
     return f'{record["model"]["name"]} on {record["data"]["name"]}'
 
 
@@ -259,5 +262,5 @@ def _two(one: Record, other: Record) -> str:
 
 
 def identity_of(record: Record) -> tuple[str, ...]:
-    """What records share that are compared: architecture, data and evaluation."""
+    """What records must have in common to be compared: task, architecture, data and evaluation settings."""
     return record['task'], record['model']['config_sha256'], record['data']['evaluation_sha256']

@@ -35,15 +35,15 @@ from .train_log import QUANTITIES, TrainLog, read_log
 
 TEXT_COLUMNS = ('task', 'model', 'data', 'metric', 'method')
 PICTURES = 24
-"""Most pictures that are shown of a folder."""
+"""How many pictures of a folder are shown at most."""
 WIDTH, HEIGHT, SMALL = 1400, 5000, 150_000
-"""Pictures of more pixels or bytes are made smaller."""
+"""Pictures that are wider, higher or of more bytes are made smaller."""
 NOT_RECORDED = 'not recorded'
 
 
 @dataclass
 class Picture:
-    """A picture of a run; `source` is a data URI, or '' if the file cannot be read, and then `note` says why."""
+    """A picture of a run. `source` is a data URI; it is '' if the file cannot be read, and `note` says why."""
 
     name: str
     source: str
@@ -52,12 +52,12 @@ class Picture:
 
 @dataclass
 class Run:
-    """What the page shows of a record."""
+    """What the page shows about a record."""
 
     path: str
     facts: list[tuple[str, str]]
     notes: list[str] = field(default_factory=list)
-    """What is missing."""
+    """Says what is missing."""
     same_folder: str = ''
     """Anchor of the entry that shows this work directory already."""
     sources: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Run:
     plots: list[tuple[str, list[Markup]]] = field(default_factory=list)
     """'weights' or 'activations', and a plot of each quantity."""
     layers: list[tuple[str, list[tuple[Markup, str, str]]]] = field(default_factory=list)
-    """Layer, and for each quantity a small curve, the first and last value, and what is sorted by."""
+    """Each layer, with a small curve, the first and last value and the sort key of each quantity."""
     sheets: list[tuple[int, Picture]] = field(default_factory=list)
     """Pictures of all distributions with their iteration: the first, the first after reshape, the last."""
     pictures: list[Picture] = field(default_factory=list)
@@ -74,28 +74,29 @@ class Run:
 
 @dataclass
 class Entry:
-    """A row of the table, or the float baseline of a model, with its records."""
+    """A row of the table or the float baseline of a model, with the records behind it."""
 
     anchor: str
     title: str
     value: str
     records: list[Record]
     group: int
-    """Number of the model and data set: rows of one group are of one architecture."""
+    """Number of the pair of model and data set; all rows of a group are of one architecture."""
     row: dict[str, str] | None = None
     before: str = ''
-    """Anchor of the float baseline."""
+    """The anchor of its float baseline."""
 
 
 def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -> str:
-    """A page that stands alone: nothing is loaded from elsewhere.
+    """The report as one HTML page that loads nothing from elsewhere.
 
     Args:
-        records: what find_records returns; the curves come from the work directory that a record lies in.
-        folders: where the records were looked for; pictures in them, and between them and a work directory, are shown.
+        records: what find_records returns; the training curves are read from the folder that a record lies in.
+        folders: where the records were searched. The pictures in these folders, and in the folders between them and a
+            work directory, are shown too.
 
     Raises:
-        UserError: records that must not stand side by side.
+        UserError: the records are not comparable.
     """
     check_comparable(records)
     entries = _entries(records)
@@ -120,7 +121,7 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
 
 
 def sort_key(column: str, cell: str) -> str:
-    """What a cell is sorted by: a number in all columns but TEXT_COLUMNS; '' comes last."""
+    """The sort key of a cell: its text in TEXT_COLUMNS, else a number; '' comes last."""
     if cell in ('', NOT_RUN):
         return ''
     if column in TEXT_COLUMNS:
@@ -141,7 +142,7 @@ def _entries(records: Sequence[Record]) -> list[Entry]:
     for number, group in enumerate(groups.values()):
         name = title_of(group[0])
         metric, _ = main_metric(group[0])
-        # What a runtime gave is in the row; it is of the same checkpoint
+        # The result of a runtime is in the row of its checkpoint; it has no training of its own.
         trained = [record for record in group if backend_of(record) == 'torch']
         floats = [record for record in trained if record['quantization'] is None]
         value = f'{metric} {main_metric(floats[0])[1]:.2f} %' if floats else NOT_RUN
@@ -160,7 +161,7 @@ def _entries(records: Sequence[Record]) -> list[Entry]:
 
 
 def _metric_plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """For each task and data set that was tested the metric against size and bits, and which baselines are missing."""
+    """For each task and data set: plots of the metric against size and bits, and the models without a baseline."""
     parts: dict[tuple[str, ...], list[tuple[int, dict[str, str]]]] = {}
     for entry in entries:
         if entry.row is not None and entry.records:
@@ -176,10 +177,10 @@ def _metric_plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _run(record: Record, anchor: str, shown: dict[Path, str]) -> Run:
-    """What the page shows of one record.
+    """What the page shows about one record.
 
     Args:
-        shown: work directory -> anchor of the entry that shows it already; this one's is added.
+        shown: work directory -> anchor of the entry that shows it; this record's folder is added.
     """
     path = record.get('path')
     run = Run(path or NOT_RECORDED, _facts(record))
@@ -198,13 +199,13 @@ def _run(record: Record, anchor: str, shown: dict[Path, str]) -> Run:
 
 
 def _reshape_end(record: Record) -> float:
-    """The iteration at which rounding began."""
+    """The iteration at which the reshape stage ended and rounding began."""
     schedule = (record['quantization'] or {}).get('schedule') or {}
     return (schedule.get('reshape') or 0) * ((record.get('training') or {}).get('iter') or 0)
 
 
 def _show_log(run: Run, log: TrainLog, name: str, reshape_end: float) -> None:
-    """Add curves and distributions of a training to what is shown."""
+    """Add the curves and distributions of a training to a run."""
     if log.damaged:
         run.notes.append(f'{log.damaged} damaged line{"s" * (log.damaged > 1)} of the training log left out')
     steps = sorted(log.sheets)
@@ -235,7 +236,7 @@ def _layer_cell(points: Points) -> tuple[Markup, str, str]:
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:
-    """What a record says of how its numbers came about."""
+    """Name and value of what a record says about how its numbers were obtained."""
     training, git, hardware = (record.get(key) or {} for key in ('training', 'git', 'hardware'))
     start = training.get('start')
     dirty = {True: ', with uncommitted changes', None: ', uncommitted changes: not recorded'}.get(git.get('dirty'), '')
@@ -258,7 +259,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _between(folders: Iterable[str | Path], work_dirs: Iterable[Path]) -> Iterator[Path]:
-    """The folders that were asked for, and those from there down to a work directory, without these: each once."""
+    """`folders`, and every folder between one of them and a work directory; each once, without the work directories."""
     asked = set(map(Path, folders))
     above = [folder for work_dir in work_dirs for folder in reversed(work_dir.parents)]
     wanted = (f for f in dict.fromkeys(above) if f in asked or asked.intersection(f.parents))
@@ -266,7 +267,7 @@ def _between(folders: Iterable[str | Path], work_dirs: Iterable[Path]) -> Iterat
 
 
 def pictures(files: Iterable[Path]) -> list[Picture]:
-    """The first PICTURES of some files, by name."""
+    """The first PICTURES files in the order of their names, and a note if there are more."""
     files = sorted(files)
     rest = len(files) - PICTURES
     found = [picture(file) for file in files[:PICTURES]]

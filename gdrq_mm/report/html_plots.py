@@ -1,4 +1,4 @@
-"""The plots of the HTML report, as SVG that takes the page's text colour."""
+"""The plots of the HTML report, as SVG in the text colour of the page."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .compare import NOT_RUN
 Points = Sequence[tuple[int, float]]
 """Iteration and value."""
 Rows = Sequence[tuple[int, Mapping[str, str]]]
-"""Rows of the comparison table, each with the number of its model and data set."""
+"""Rows of the comparison table, each with its group: the number of its pair of model and data set."""
 
 POINTS = 60
-"""Most points of a curve: a longer training is thinned out."""
+"""How many points of a curve are drawn at most."""
 INK = '#000102'
-"""Stands for the page's text colour, so that a plot can be read on a light and on a dark page."""
+"""Replaced by the text colour of the page, which may be light or dark."""
 COLOURS = (
     *('#2f7ed8', '#e0662b', '#2a9d5c', '#c2408f', '#8a63d2', '#b58900', '#d33c3c'),
     *('#1296a6', '#7a8b2f', '#a0633a', '#6f7fd0', '#d1739a', '#4f8f8a'),
 )
 MARKERS = 'os^Dv<>PX*'
 STYLES = (('--', 'full'), (':', 'none'), ('-.', 'left'), ('-', 'top'))
-"""Line of the float baseline, and filling of the markers, of each model in a plot."""
+"""For each model in a plot: the line style of its float baseline, and the filling of its markers."""
 DEPTH = LinearSegmentedColormap.from_list('depth', [COLOURS[0], '#9a5bc4', COLOURS[1]])
 PLOT: Any = {
     'svg.fonttype': 'none',
-    'font.sans-serif': ['DejaVu Sans'],  # the page's own font stands in for it
+    'font.sans-serif': ['DejaVu Sans'],  # the page replaces it by its own
     'text.parse_math': False,
     'font.size': 9,
     'axes.spines.top': False,
@@ -47,15 +47,15 @@ PLOT: Any = {
 
 
 def metric_plot(rows: Rows, against: str, methods: Sequence[str]) -> Markup:
-    """The metric of rows of one data set against 'size in MB' or 'bits'; 'not run' has no point.
+    """The metric of the rows of one data set against 'size in MB' or 'bits', without those that were not run.
 
     Args:
-        methods: all methods of the report: each has the same colour and marker in every plot.
+        methods: all methods of the report, so that each has the same colour and marker in every plot.
     """
     rows = [(group, row) for group, row in rows if row['quantized'] != NOT_RUN]
     bits = sorted({row['bits'] for _, row in rows}, key=bits_key)
     here = [method for method in methods if any(row['method'] == method for _, row in rows)]
-    side = min(0.25, 0.04 * (len(here) - 1))  # points of one number of bits stand side by side
+    side = min(0.25, 0.04 * (len(here) - 1))  # points of different methods at the same bits stand side by side
     shifts = dict(zip(here, np.linspace(-side, side, len(here))))
     places = {text: float(number) for number, text in enumerate([*bits, 'float'])}
     with matplotlib.rc_context(PLOT):
@@ -103,7 +103,7 @@ def _draw_method(
 
 
 def _finish(figure: Figure, axis: Axes, title: str, against: str) -> None:
-    """Labels, grid, and a legend below the plot that has its own room."""
+    """Labels, a grid, and a legend below the plot."""
     axis.set_ylabel(title)
     axis.set_xlabel(against)
     axis.margins(0.08, 0.12)
@@ -115,13 +115,15 @@ def _finish(figure: Figure, axis: Axes, title: str, against: str) -> None:
         axis.xaxis.set_minor_formatter(NullFormatter())
     labels = axis.get_legend_handles_labels()[1]
     lengths = sorted(map(len, labels), reverse=True)
-    columns = next(n for n in (3, 2, 1) if sum(lengths[:n]) <= 76 - 10 * n or n == 1)  # letters that fit side by side
+    columns = next(
+        n for n in (3, 2, 1) if sum(lengths[:n]) <= 76 - 10 * n or n == 1
+    )  # as many as their letters fit side by side
     figure.set_figheight(3.2 + 0.2 * math.ceil(len(labels) / columns))
     figure.legend(loc='outside lower left', ncols=columns, frameon=False, fontsize=8.5)
 
 
 def _model_names(rows: Rows, groups: Sequence[int]) -> list[str]:
-    """What a legend adds to tell the models of a plot apart: nothing, ', name', or ', name (size)'."""
+    """What a legend adds to a method to name its model: '' if there is one, else ', name' or ', name (size)'."""
     if len(groups) == 1:
         return ['']
     first = [next(row for number, row in rows if number == group) for group in groups]
@@ -132,18 +134,18 @@ def _model_names(rows: Rows, groups: Sequence[int]) -> list[str]:
 
 
 def sizes(row: Mapping[str, str]) -> tuple[float, float]:
-    """Megabytes before and after."""
+    """Megabytes of the float and of the quantized model."""
     before, after = row['size in MB'].split(' → ')
     return float(before), float(after)
 
 
 def bits_key(bits: str) -> tuple[int, ...]:
-    """By which 'W4A4' is sorted."""
+    """The sort key of bits: (4, 4) for 'W4A4'."""
     return tuple(map(int, re.findall(r'\d+', bits)))
 
 
 def curve_plot(curves: Mapping[str, Points], title: str, name: str) -> Markup:
-    """One quantity over the training, a line for each layer; the layer's name shows where the mouse points at it."""
+    """One quantity over the training, a line for each layer; the mouse shows the name of a layer."""
     with matplotlib.rc_context(PLOT):
         figure = Figure(figsize=(3.4, 2.3), layout='constrained')
         axis = figure.subplots()
@@ -179,13 +181,13 @@ def sparkline(points: Points) -> Markup:
 
 
 def thin(points: Points) -> Points:
-    """At most POINTS of them, evenly, with the first and the last."""
+    """At most POINTS of the points, evenly spaced, with the first and the last."""
     chosen = np.linspace(0, len(points) - 1, min(len(points), POINTS)).round().astype(int)
     return [points[number] for number in chosen]
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    """A figure as an SVG element of a page, with ids that no figure of another name has."""
+    """A figure as an SVG element of a page. Its ids depend on `name`, so that those of two figures differ."""
     text = io.StringIO()
     with matplotlib.rc_context({'svg.hashsalt': name}):
         nobody = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
@@ -198,5 +200,5 @@ def _svg(figure: Figure, name: str) -> Markup:
 
 
 def _shorter(attribute: str) -> str:
-    """Coordinates with two digits behind the point, on one line."""
+    """An attribute of coordinates on one line, with two decimals."""
     return re.sub(r'(\.\d\d)\d+', r'\1', ' ' + ' '.join(attribute.split()))

@@ -1,4 +1,4 @@
-"""The table of layers: bits, groups, range, or why a layer stayed float; and the totals."""
+"""The table of layers: bits, groups and range of each layer, or why it stayed float; and the totals of a model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Totals:
-    """Sizes of a model, without auxiliary heads, which are not deployed."""
+    """Sizes of the deployed model: without auxiliary heads."""
 
     parameters: int
     quantized: int
-    """Parameters stored with few bits."""
+    """How many of the parameters are stored with few bits."""
     float_bytes: int
-    """All parameters and BN statistics as float32."""
+    """Size with all parameters and BN statistics in float32."""
     bytes: int
-    """Quantized weights at their bits, a float32 step per group, the rest as float32."""
+    """Size with quantized weights at their bits, one float32 step for each group, and the rest in float32."""
     bit_operations: int
-    """MACs x weight bits x input bits of all layers, for one image; 32 bits for float."""
+    """Sum over the layers of MACs x weight bits x input bits for one image; float counts as 32 bits."""
 
 
 def totals(model: nn.Module, report: Report) -> Totals:
@@ -46,7 +46,7 @@ def totals(model: nn.Module, report: Report) -> Totals:
         if name != 'num_batches_tracked'
     )
     quantized, saved = 0, 0.0
-    counted = set()  # two layers may share a Parameter
+    counted = set()  # a Parameter that two layers share counts once
     for place, layer in layers.items():
         if deployed(place) and layer.bits[0] != FLOAT_BITS and id(layer.weight) not in counted:
             counted.add(id(layer.weight))

@@ -23,9 +23,9 @@ class Distribution:
     values: np.ndarray
     """(N,) float32."""
     low: float
-    """Lower end of the range, the mean over groups."""
+    """Lower end of the range; the mean over the values, as groups have ranges of their own."""
     threshold: float
-    """T, the mean over groups."""
+    """T; the mean over the values, as groups have thresholds of their own."""
     damage: Damage
 
     def scalars(self) -> dict[str, float]:
@@ -34,9 +34,9 @@ class Distribution:
 
 
 def distribution_sheet(distributions: Sequence[Distribution], columns: int = 6) -> np.ndarray:
-    """One picture with a histogram each; dashed lines are the ends of the range. Returns (H, W, 3) uint8, RGB.
+    """One picture with a histogram of each; dashed lines are the ends of the range. Returns (H, W, 3) uint8, RGB.
 
-    All histograms are in one axes whose units are cells of the sheet: axes of their own would be ten times slower.
+    All are drawn into one Axes whose units are cells of the sheet: an Axes for each would be ten times slower.
     """
     rows = math.ceil(len(distributions) / columns)
     figure = Figure(figsize=(2.4 * columns, 1.7 * rows), dpi=72)

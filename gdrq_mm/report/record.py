@@ -25,7 +25,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 """Where the project's pyproject.toml lies, if this is a checkout."""
 
 RUNTIMES = ('onnxruntime', 'openvino')
-"""What runs exported graphs, by the names of the packages; the others are run by torch."""
+"""Packages that run exported graphs; any other record is of a model that torch ran."""
 
 PACKAGES = (
     'gdrq-mm',
@@ -44,7 +44,7 @@ MAIN_METRICS = {
     'det': {'coco/bbox_mAP': ('box AP', 100), 'pascal_voc/mAP': ('VOC mAP', 100)},
     'seg': {'mIoU': ('mIoU', 1)},
 }
-"""Task -> keys of the metrics that tables show, with a title and the factor that makes it a percentage."""
+"""Task -> metrics that tables show: key -> title, and the factor that makes it a percentage."""
 
 NONE = type(None)
 NUMBER = (int, float)
@@ -89,7 +89,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
-        UserError: not JSON, not a record, a record of another version, or without what a comparison needs.
+        UserError: it is not JSON, not a record of this version, or lacks what a comparison needs.
     """
     try:
         record = json.loads(Path(path).read_text())
@@ -133,10 +133,10 @@ def _mismatch(value: Any, expected: Any, place: str = '') -> str:
 
 
 def find_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """The records of files and of folders, at any depth, each with its `path`.
+    """The records in files and in folders at any depth, each with its `path`.
 
     Raises:
-        UserError: a path does not exist, a folder has no record, a file is none.
+        UserError: a path does not exist, a folder has no record, or a file is not a record.
     """
     records = []
     for path in map(Path, paths):
@@ -150,7 +150,7 @@ def find_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def _looks_like_one(file: Path) -> bool:
-    """Other JSON files lie in work directories: mmengine's scalars, predictions."""
+    """Whether a file may be a record: a work directory has other JSON files, such as mmengine's scalars."""
     return file.name == 'record.json' or b'"record_version"' in file.read_bytes()[:200]
 
 
@@ -174,7 +174,7 @@ def git_revision(folder: Path = PROJECT) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """When, with what and on what something was measured."""
+    """When something was measured, with which versions and commit, and on which hardware."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
     return dict(date=now, versions=versions(), hardware=hardware(), git=git_revision())
 

@@ -1,4 +1,4 @@
-"""What training left in a work directory: the curves and pictures that StatisticsHook wrote through LocalVisBackend."""
+"""The training log in a work directory: curves and pictures that StatisticsHook wrote through LocalVisBackend."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ QUANTITIES = dict(
     quantized_loss='quantized loss',
     distance_to_uniform='distance to uniform',
 )
-"""What is written for each layer -> title."""
+"""What StatisticsHook writes for each layer -> title."""
 SCALAR = re.compile(rf'quant/(.+)/({"|".join(QUANTITIES)})')
 SHEET = re.compile(r'distributions_(\d+)\.png')
 
 
 @dataclass
 class TrainLog:
-    """The statistics of one training, which may have been resumed."""
+    """The statistics of one training, over all its resumed runs."""
 
     steps: dict[int, dict[tuple[str, str], float]] = field(default_factory=dict)
     """Iteration -> layer and quantity -> value."""
     sheets: dict[int, Path] = field(default_factory=dict)
     """Iteration -> picture of all distributions."""
     sources: dict[int, str] = field(default_factory=dict)
-    """Iteration -> folder, below the work directory, that it was read from."""
+    """Iteration -> folder in the work directory that its values were read from."""
     damaged: int = 0
-    """Lines that could not be read."""
+    """How many lines could not be read."""
 
     def curves(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """Layer -> quantity -> iterations and values."""
@@ -48,7 +48,7 @@ def read_log(work_dir: Path) -> TrainLog | None:
     for folder in folders:
         steps, damaged = _read_scalars(folder / 'scalars.json')
         sheets = {int(m[1]): f for f in (folder / 'vis_image').glob('*.png') if (m := SHEET.fullmatch(f.name))}
-        # A resumed run goes on where the one before was; a run from the start replaces it.
+        # What an earlier folder has from this iteration on was computed again: drop it.
         begin = min([*steps, *sheets], default=math.inf)
         log.steps = {step: values for step, values in log.steps.items() if step < begin} | steps
         log.sheets = {step: file for step, file in log.sheets.items() if step < begin} | sheets
@@ -59,7 +59,7 @@ def read_log(work_dir: Path) -> TrainLog | None:
 
 
 def _read_scalars(file: Path) -> tuple[dict[int, dict[tuple[str, str], float]], int]:
-    """The statistics by iteration, and how many of their lines are damaged: a killed training may leave half a line."""
+    """The statistics by iteration, and the number of damaged lines: a killed training may leave half a line."""
     steps: dict[int, dict[tuple[str, str], float]] = {}
     damaged = 0
     if not file.is_file():
