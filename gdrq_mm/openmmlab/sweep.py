@@ -38,7 +38,7 @@ from ..core.errors import UserError
 from ..report.record import read_record
 from .cli import read_config
 
-TOOLS = Path(__file__).resolve().parent.parent / 'tools'
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 KEYS = dict(work_dir=str, records=str, runs=list)
 RUN_KEYS = dict(
     name=str, config=str, float_config=str, methods=list, bits=list, seeds=list, variants=dict, options=dict, amp=bool
