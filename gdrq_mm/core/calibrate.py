@@ -79,14 +79,14 @@ def _start_thresholds(model: nn.Module) -> None:
         all_reduce(extremes, 'max')
         _share_samples(list(activations.values()))
         for quantizer, row in zip(activations.values(), torch.cat([sums, extremes], 1)):
-            quantizer.calibrate(row)
+            quantizer.start(row)
             quantizer.set_state(stage=Stage.QUANTIZE if quantizer.calibrated else Stage.FLOAT)
     seen = torch.tensor([layer.seen for layer in layers.values()], dtype=torch.int32)
     all_reduce(seen, 'max')
     for layer, reached in zip(layers.values(), seen.tolist()):
         if layer.weight_quant is not None:
             if reached:
-                layer.weight_quant.calibrate(layer.filters())
+                layer.weight_quant.start(layer.filters())
             layer.weight_quant.set_state(stage=Stage.QUANTIZE if reached else Stage.FLOAT)
 
 

@@ -45,6 +45,26 @@ def step_size(threshold: Tensor, lo: int, hi: int) -> Tensor:
     return threshold / max(-lo, hi)
 
 
+def decide_range(low: float, high: float) -> str:
+    """The range of an activation with these extremes (rule: ours).
+
+    No negative value: 'unsigned' (ReLU). Zeros only: 'signed' (a residual branch that starts at zero).
+    A short negative tail, at least -0.3 and at most half of the maximum:
+    'zero_point' (SiLU ends at -0.278, GELU at -0.170). Otherwise 'signed'.
+    """
+    if low >= 0:
+        return 'unsigned' if high > 0 else 'signed'
+    return 'zero_point' if low >= -0.3 and -low <= high / 2 else 'signed'
+
+
+def zero_point_of(threshold: float, low: float, bits: int) -> int:
+    """Zero point z of an unsigned range that reaches from about `low` to T: at least 1, at most half the codes."""
+    levels, low = 2**bits - 1, min(low, 0.0)
+    if threshold <= 0:
+        return 1
+    return min(max(round(levels * -low / (threshold - low)), 1), levels // 2)
+
+
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged (straight-through estimator)."""
     return x + (torch.round(x) - x).detach()
@@ -129,6 +149,11 @@ def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | N
     return torch.clamp(x, low, threshold)
 
 
+def nonzero_start(start: Tensor, weight: Tensor) -> Tensor:
+    """Where learned thresholds start; those of groups of zeros at 1 / sqrt(n), as layers do: 0 never learns (ours)."""
+    return torch.where(start > 0, start, weight[0].numel() ** -0.5)
+
+
 # ---- uniform fake quantization ------------------------------------------------------------------------------------
 
 
@@ -190,6 +215,25 @@ def search_threshold(weight: Tensor, lo: int, hi: int, sizes: Tensor, p: float =
         better = loss < best_loss
         best, best_loss = torch.where(better, threshold, best), torch.where(better, loss, best_loss)
     return best
+
+
+def search_activation_threshold(
+    x: Tensor, low: Tensor, high: Tensor, kind: str, bits: int, candidates: int = 64
+) -> Tensor:
+    """The T of least squared error on x, of evenly spaced ones up to max|x| (grid: ours), a scalar.
+
+    Args:
+        low, high: min(x, 0) and max(x, 0), scalars.
+        kind: 'unsigned', 'signed' or 'zero_point', where each T has its own zero point.
+    """
+    x, top = x.double(), float(torch.maximum(-low, high))
+    best = torch.inf, top
+    for threshold in (top * i / candidates for i in range(candidates, 0, -1)):
+        zero_point = zero_point_of(threshold, float(low), bits) if kind == 'zero_point' else 0
+        lo, hi = code_range(bits, kind == 'signed', zero_point=zero_point)
+        step = step_size(x.new_tensor(threshold), lo, hi)
+        best = min(best, (float((fake_quantize(x, step, lo, hi) - x).square().sum()), threshold))
+    return high.new_tensor(best[1])
 
 
 def distance_to_uniform(x: Tensor) -> Tensor:

@@ -26,9 +26,7 @@ def make_weight_quantizer(cfg: Weight, filters: Tensor) -> WeightQuantizer | Non
     """The quantizer of a layer's filters, (C_out, ...), or None for float."""
     if cfg.bits == FLOAT_BITS:
         return None
-    method: Any = WEIGHT_METHODS[cfg.method]
-    place = dict(kernel=tuple(filters.shape[2:])) if method.by_place else {}
-    return method(cfg.bits, len(filters), cfg.groups, **place, **cfg.options)
+    return WEIGHT_METHODS[cfg.method](cfg.bits, filters.shape, cfg.groups, **cfg.options)
 
 
 def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
@@ -76,6 +74,7 @@ class QuantLayer:
         self.activation_settings = activation
         self.weight_quant = make_weight_quantizer(weight, self.filters())
         self.own_input_quant: InputQuant | None = make_activation_quantizer(activation)
+        self.register_state_dict_post_hook(_settle)  # type: ignore[attr-defined]
 
     @property
     def pyramid_levels(self) -> int:
@@ -144,6 +143,12 @@ class QuantLayer:
                 'activation.per_level does not go with activation checkpointing (with_cp)'
             )
         self.pyramid_level += 1
+
+
+def _settle(layer: Any, *_: Any) -> None:
+    """A hook of state_dict(), whose tensors share their memory with the buffers: T of the weights as they are now."""
+    if layer.weight_quant is not None:
+        layer.weight_quant.settle(layer.filters())
 
 
 def _init(self: Any, torch_class: type, args: Any, quantization: Mapping[str, Any] | None, kwargs: Any) -> None:

@@ -33,6 +33,8 @@ def after_step(model: nn.Module, step: int | None = None) -> None:
         statistics = collected(moving)
         all_reduce(statistics, 'sum')
         move_thresholds(moving, statistics)
+    for quantizer in activation_quantizers(model).values():
+        quantizer.after_step(step)
 
 
 @torch.no_grad()
@@ -42,16 +44,13 @@ def set_stage(model: nn.Module, stage: Stage) -> Stage | None:
     Returns:
         The stage before; None if the model has no quantizer.
     """
-    for layer in quant_layers(model).values():
-        quant = layer.weight_quant
-        if stage == Stage.FREEZE and quant is not None and quant.calibrated and quant.stage != Stage.FREEZE:
-            quant.threshold.copy_(quant.threshold_of(layer.filters()))
-    for quant in activation_quantizers(model).values():
-        if stage == Stage.FREEZE and quant.calibrated and quant.stage != Stage.FREEZE:
-            quant.freeze()
+    filters = {layer.weight_quant: layer.filters for layer in quant_layers(model).values()}
     before = None
-    for module in model.modules():
-        if isinstance(module, Quantizer) and module.stage != Stage.FLOAT:
-            before = module.stage
-            module.set_state(stage=stage)
+    for quantizer in model.modules():
+        if isinstance(quantizer, Quantizer) and quantizer.stage != Stage.FLOAT:
+            before = quantizer.stage
+            if stage == Stage.FREEZE:
+                quantizer.freeze(*([filters[quantizer]()] if quantizer in filters else []))
+            else:
+                quantizer.set_state(stage=stage)
     return before

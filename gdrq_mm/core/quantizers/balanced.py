@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .dorefa import DoReFaWeight
+from .dorefa import DoReFaActivation, DoReFaWeight
+from .registry import register
 
 
+@register('balanced', title='Balanced', activations=DoReFaActivation)
 class BalancedWeight(DoReFaWeight):
     """Weights by rank, on DoReFa's levels and with its constant."""
 

@@ -12,49 +12,50 @@ which are not the paper's) take the method 'minmax'.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import ActivationQuantizer, WeightQuantizer
+from .activation import ActivationQuantizer, Statistics
+from .registry import register
+from .weight import WeightQuantizer
 
 
+@register('dorefa', title='DoReFa')
 class DoReFaWeight(WeightQuantizer):
     """Weights by Eq. 9, with the maximum of each group."""
 
     allowed_bits = range(2, 8)
 
-    def __init__(self, bits: int, channels: int, groups: int | str | None = None) -> None:
-        super().__init__(bits, channels, groups)
+    def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None) -> None:
+        super().__init__(bits, shape, groups)
         self.set_state(lo=1 - 2**bits, hi=2**bits - 1)
 
     def squashed(self, weight: Tensor) -> Tensor:
         """tanh(w) / max|tanh(w)|, in [-1, 1]."""
         squashed = torch.tanh(weight)
         top = F.per_group(squashed.flatten(1).abs().amax(1), self.sizes, 'max')
-        return squashed / F.per_channel(torch.where(top > 0, top, 1), self.sizes, weight.dim())
+        return squashed / self.spread(torch.where(top > 0, top, 1))
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         return 2 * ((self.squashed(weight) / 2 + 0.5) * self.hi).round() - self.hi
 
-    def calibrate(self, weight: Tensor) -> None:
+    def start_threshold(self, weight: Tensor) -> Tensor:
         levels = self.round(weight, weight) / self.hi
-        size = F.mean_abs(weight, self.sizes) / F.mean_abs(levels, self.sizes)
-        self.threshold.copy_(size)
-        self.set_state(calibrated=True)
-
-    def threshold_of(self, weight: Tensor) -> Tensor:
-        return self.threshold
+        return F.mean_abs(weight, self.sizes) / F.mean_abs(levels, self.sizes)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         surrogate = self.squashed(weight) * (step * self.hi)
         return F.straight_through(surrogate, self.round(weight, step) * step)
 
 
+@register('dorefa')
 class DoReFaActivation(ActivationQuantizer):
     """Activations by Eq. 11."""
 
     allowed_bits = range(2, 8)
 
-    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return torch.ones_like(high) if self.kind == 'unsigned' else super().start_threshold(mean, low, high)
+    def start_threshold(self, seen: Statistics) -> Tensor:
+        return torch.ones_like(seen.high) if self.kind == 'unsigned' else seen.largest

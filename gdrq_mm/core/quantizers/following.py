@@ -7,29 +7,33 @@ one by one, the hundreds of inputs of a detector would take as many small operat
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from .base import ActivationQuantizer
+from ..typed import Bounds
+from .activation import ActivationQuantizer
 
 
 class FollowingQuantizer(ActivationQuantizer):
     """T <- T + m * (k * s / n - T), with what `measure` gave, summed over the forwards and ranks of a step.
 
-    A method overrides `measure` and registers a scalar buffer `k`.
-
-    Args:
-        momentum: m.
+    A method overrides `measure`, has an option `momentum`, and registers a scalar buffer `k`.
     """
 
-    k: Tensor
     follows = True
 
-    def __init__(self, bits: int, range: str = 'auto', momentum: float = 0.01) -> None:
-        super().__init__(bits, range)
-        self.momentum = momentum
+    k: Tensor
+
+    @dataclass(frozen=True)
+    class Options:
+        momentum: Annotated[float, Bounds(0, 1)] = 0.01
+        """m of the running average."""
+
+    def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
+        super().__init__(bits, range, **options)
         self.sum: Any = 0.0
         """Since the last move: the sum of all s, a scalar."""
         self.count: Any = 0
@@ -57,7 +61,7 @@ def move_thresholds(quantizers: Collection[FollowingQuantizer], statistics: Tens
     total, count = statistics.unbind(1)
     thresholds = [q.threshold for q in quantizers]
     before, k = torch.stack(thresholds), torch.stack([q.k for q in quantizers])
-    momentum = _vector([q.momentum for q in quantizers], before.device)
+    momentum = _vector([q.options.momentum for q in quantizers], before.device)
     moved = before + momentum * (k * total / count.clamp(min=1) - before)
     torch._foreach_copy_(thresholds, list(torch.where(count > 0, moved, before).unbind()))
     for quantizer in quantizers:

@@ -13,13 +13,16 @@ level, those with a zero point the half-wave step. 8-bit layers take the method 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import Check, number
-from .gdrq import GDRQActivation
+from .activation import Statistics
+from .following import FollowingQuantizer
+from .minmax import MinMaxWeight
+from .registry import register
 
 HALF_WAVE = {2: 0.5388, 3: 0.3217, 4: 0.1842, 5: 0.1030, 6: 0.0566, 7: 0.0307, 8: 0.0165}
 """Step of least squared error by bits for max(x, 0) of a standard normal x; a test computes it anew."""
@@ -27,28 +30,29 @@ FULL_WAVE = {2: 1.224, 3: 0.6508, 4: 0.3534, 5: 0.1932, 6: 0.1055, 7: 0.0573, 8:
 """The same for x itself with the codes -(2^(n-1) - 1) to 2^(n-1) - 1."""
 
 
-class HWGQActivation(GDRQActivation):
-    """Activations with T = (2^n - 1) * step * sigma, which is k * mean(|x|), so that T follows as in GDRQ.
-
-    Args:
-        momentum: of the running average.
-    """
+@register('hwgq', title='HWGQ', weights=MinMaxWeight)
+class HWGQActivation(FollowingQuantizer):
+    """Activations with the step of their sigma; its T = hi * step is k * mean(|x|), so T follows as in GDRQ."""
 
     allowed_bits = range(2, 8)
     uneven = 'HWGQ rounds small positive inputs up, not to the nearest level'
 
-    @classmethod
-    def options(cls) -> dict[str, Check]:
-        return dict(momentum=number(0, 1))
+    def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
+        super().__init__(bits, range, **options)
+        self.register_buffer('k', torch.zeros(()))
 
-    def __init__(self, bits: int, range: str = 'auto', momentum: float = 0.01) -> None:
-        super().__init__(bits, range, momentum=momentum)
-
-    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def start_threshold(self, seen: Statistics) -> Tensor:
         signed = self.kind == 'signed'
         sigma = math.sqrt(math.pi / 2) if signed else math.sqrt(2 * math.pi)  # times mean(|x|)
         self.k.fill_((FULL_WAVE if signed else HALF_WAVE)[self.bits] * self.hi * sigma)
-        return self.k * mean
+        return self.k * seen.mean
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Any]:
+        return F.sum_abs(x), x.numel()
+
+    def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
+        step = self.step()
+        return F.clip(x, (self.hi * step).to(x.dtype), low=(self.lo * step).to(x.dtype))
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         out = super().quantize(x, step)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import ActivationQuantizer, WeightQuantizer
+from .activation import ActivationQuantizer, Statistics
+from .registry import register
+from .weight import WeightQuantizer
 
 
 def log2_codes(x: Tensor, top: Tensor, lo: int, hi: int) -> Tensor:
@@ -34,14 +36,14 @@ def power_of_two(x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.exp2(torch.log2(x.clamp(min=1e-30)).round()), 0)
 
 
+@register('log2')
 class Log2Weight(WeightQuantizer):
     """Weights with sign and exponent."""
 
     uneven = 'logarithmic levels are powers of two'
-
     allowed_bits = range(2, 6)
 
-    def threshold_of(self, weight: Tensor) -> Tensor:
+    def current_threshold(self, weight: Tensor) -> Tensor:
         return power_of_two(F.max_abs(weight, self.sizes))
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
@@ -51,18 +53,18 @@ class Log2Weight(WeightQuantizer):
         return F.straight_through(weight, log2_levels(self.round(weight, step), step * self.hi, self.hi))
 
 
+@register('log2')
 class Log2Activation(ActivationQuantizer):
     """Activations with exponent, and sign if they need one."""
 
     uneven = 'logarithmic levels are powers of two'
-
     allowed_bits = range(2, 6)
 
     def set_range(self, kind: str, zero_point: int = 1) -> None:
         super().set_range('signed' if kind == 'zero_point' else kind)
 
-    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return power_of_two(super().start_threshold(mean, low, high))
+    def start_threshold(self, seen: Statistics) -> Tensor:
+        return power_of_two(seen.largest)
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         top = step * self.hi

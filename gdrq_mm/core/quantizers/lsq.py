@@ -6,89 +6,89 @@ Eq. 1 to 3: Q(v) = s * round(clip(v / s, -Qn, Qp)) with dQ/ds = -Qn, Qp, or roun
 layer or the features of one image (of one region in the layers of a box head).
 Deviations: a step for each group of filters if `groups` says so; activations start from all calibration batches, not
 from the first training batch; inputs below zero get signed codes without the lowest, -2^(n-1), those with a short
-negative tail a zero point that stays what calibration found. Steps take no weight decay (ours).
+negative tail a zero point that stays what calibration found, and Qp is then the largest code. Steps take no weight
+decay (ours).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import ActivationQuantizer, Check, WeightQuantizer, nonzero_start, number, one_of
+from ..typed import Bounds
+from .activation import ActivationQuantizer, Statistics
+from .gdrq import default_weight_k
+from .registry import register
+from .weight import WeightQuantizer
 
 
-def lsq_scale(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
-    """Gradient scale 1 / sqrt(N * Qp) with the N of each group, shaped to broadcast against the weight."""
-    scale = (quantizer.sizes * weight[0].numel() * quantizer.hi) ** -0.5
-    return F.per_channel(scale, quantizer.sizes, weight.dim())
+@dataclass(frozen=True)
+class LearnedStepOptions:
+    """Options of weights with a learned step."""
+
+    narrow_range: bool = False
+    """Leave out the code -2^(n-1); the paper has it."""
+    lr_mult: Annotated[float, Bounds(0, 1000)] = 1.0
+    """Learning rate of the step, as a multiple of that of the weights."""
 
 
+@register('lsq', title='LSQ')
 class LSQWeight(WeightQuantizer):
-    """Weights with a learned step in each group.
+    """Weights with a learned step in each group."""
 
-    Args:
-        narrow_range: leave out the code -2^(n-1); the paper has it.
-        lr_mult: learning rate of the step, as a multiple of that of the weights.
-    """
+    @dataclass(frozen=True)
+    class Options(LearnedStepOptions):
+        start: Literal['lsq', 'scale_clip'] = 'lsq'
+        """Where the step starts: as in the paper, or at the T of Scale-Clip with GDRQ's default k (ours)."""
 
-    @classmethod
-    def options(cls) -> dict[str, Check]:
-        return dict(narrow_range=one_of(True, False), lr_mult=number(0, 1000))
-
-    def __init__(
-        self,
-        bits: int,
-        channels: int,
-        groups: int | str | None = None,
-        narrow_range: bool = False,
-        lr_mult: float = 1.0,
-    ) -> None:
-        super().__init__(bits, channels, groups, narrow_range)
-        self.lr_mult = lr_mult
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.learned_step = nn.Parameter(torch.ones(self.groups))
 
-    def start_step(self, weight: Tensor) -> Tensor:
-        """The step of each group before training, (G,)."""
-        return 2 * F.mean_abs(weight, self.sizes) / self.hi**0.5
-
-    def calibrate(self, weight: Tensor) -> None:
+    def start(self, weight: Tensor) -> None:
         top = max(-self.lo, self.hi)
-        self.learned_step.data.copy_(nonzero_start(self.start_step(weight) * top, weight) / top)
-        super().calibrate(weight)
+        self.learned_step.data.copy_(F.nonzero_start(self.start_threshold(weight), weight) / top)
+        self.threshold.copy_(self.current_threshold(weight).detach())
+        self.set_state(calibrated=True)
 
-    def threshold_of(self, weight: Tensor) -> Tensor:
+    def start_threshold(self, weight: Tensor) -> Tensor:
+        if self.options.start == 'scale_clip':
+            return F.scale_clip_threshold(weight, default_weight_k(self.bits, self.lo, self.hi), self.sizes)
+        return 2 * F.mean_abs(weight, self.sizes) / self.hi**0.5 * max(-self.lo, self.hi)
+
+    def current_threshold(self, *weight: Tensor) -> Tensor:
         return self.learned_step.abs() * max(-self.lo, self.hi)  # abs: a step that crosses 0 goes on learning
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
-        return self.learn(weight, step, lsq_scale(self, weight))
+        return self.learn(weight, step, self.spread((self.sizes * weight[0].numel() * self.hi) ** -0.5))
 
 
+@register('lsq')
 class LSQActivation(ActivationQuantizer):
-    """Activations with a learned step.
+    """Activations with a learned step."""
 
-    Args:
-        lr_mult: learning rate of the step, as a multiple of that of the weights.
-    """
+    @dataclass(frozen=True)
+    class Options:
+        lr_mult: Annotated[float, Bounds(0, 1000)] = 1.0
+        """Learning rate of the step, as a multiple of that of the weights."""
 
-    @classmethod
-    def options(cls) -> dict[str, Check]:
-        return dict(lr_mult=number(0, 1000))
-
-    def __init__(self, bits: int, range: str = 'auto', lr_mult: float = 1.0) -> None:
-        super().__init__(bits, range)
-        self.lr_mult = lr_mult
+    def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
+        super().__init__(bits, range, **options)
         self.learned_step = nn.Parameter(torch.ones(()))
 
-    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return 2 * mean / self.hi**0.5 * max(-self.lo, self.hi)
-
-    def calibrate(self, observed: Tensor) -> None:
-        super().calibrate(observed)
+    def start(self, observed: Tensor) -> None:
+        super().start(observed)
         if self.calibrated:
             self.learned_step.data.copy_(F.step_size(self.threshold, self.lo, self.hi))
 
-    def current_threshold(self) -> Tensor:
+    def start_threshold(self, seen: Statistics) -> Tensor:
+        return 2 * seen.mean / self.hi**0.5 * max(-self.lo, self.hi)
+
+    def current_threshold(self, *weight: Tensor) -> Tensor:
         return self.learned_step.abs() * max(-self.lo, self.hi)
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:

@@ -17,63 +17,77 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .activation import Statistics
 from .base import Stage
-from .lsq import LSQActivation, LSQWeight
+from .lsq import LearnedStepOptions, LSQActivation, LSQWeight
+from .registry import register
 
 
+@register('lsq_plus', title='LSQ+')
 class LSQPlusWeight(LSQWeight):
     """Weights with a learned step that starts from the third standard deviation."""
 
-    def start_step(self, weight: Tensor) -> Tensor:
+    Options = LearnedStepOptions  # type: ignore[assignment]  # without another start
+
+    def start_threshold(self, weight: Tensor) -> Tensor:
         flat = weight.detach().float().flatten(1)
         count = self.sizes * flat.shape[1]
         mean = F.per_group(flat.sum(1), self.sizes) / count
         square = F.per_group(flat.square().sum(1), self.sizes) / count
         sigma = (square - mean.square()).clamp(min=0).sqrt()
-        return torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / 2 ** (self.bits - 1)
+        step = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / 2 ** (self.bits - 1)
+        return step * max(-self.lo, self.hi)
 
 
+@register('lsq_plus')
 class LSQPlusActivation(LSQActivation):
     """Activations with a learned step and, beside a zero point, a learned offset."""
 
     keeps_samples = True
 
-    def __init__(self, bits: int, range: str = 'auto', lr_mult: float = 1.0) -> None:
-        super().__init__(bits, range, lr_mult)
+    def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
+        super().__init__(bits, range, **options)
         self.beta = nn.Parameter(torch.zeros(()))
 
-    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return self.search_start(low, high)
-
-    def calibrate(self, observed: Tensor) -> None:
-        super().calibrate(observed)
+    def start(self, observed: Tensor) -> None:
+        super().start(observed)
         if self.kind == 'zero_point':
             self.beta.data.copy_(self.lo * self.learned_step.detach())
 
-    def settle(self) -> None:
-        """Take the codes that the offset stands for now."""
-        if self.calibrated and self.kind == 'zero_point' and self.stage != Stage.FREEZE:
-            levels = 2**self.bits - 1
-            zero_point = int((-self.beta / self.learned_step.abs()).round().clamp(1, levels // 2))
-            self.set_state(lo=-zero_point, hi=levels - zero_point)
+    def start_threshold(self, seen: Statistics) -> Tensor:
+        assert self.samples is not None
+        return F.search_activation_threshold(self.samples, seen.low, seen.high, self.kind, self.bits)
 
-    def freeze(self) -> None:
-        self.settle()
-        super().freeze()
+    def zero_point(self) -> Tensor:
+        """The code that the offset stands for now, a scalar; `lo` is the number that `settle` last read from it."""
+        return (-self.beta / self.learned_step.abs()).detach().round().clamp(1, (2**self.bits - 1) // 2)
 
-    def train(self, mode: bool = True) -> Any:
-        """Between training and evaluation the whole number that `lo` and `hi` hold is brought up to date."""
-        self.settle()
-        return super().train(mode)
+    def learns_offset(self) -> bool:
+        """Whether beta is in use and not frozen."""
+        return self.calibrated and self.kind == 'zero_point' and self.stage != Stage.FREEZE
+
+    def settle(self, *weight: Tensor) -> None:
+        if self.learns_offset() and (zero_point := int(self.zero_point())) != -self.lo:
+            self.set_range('zero_point', zero_point)
+        super().settle()
+
+    def after_step(self, step: int) -> None:
+        if self.learns_offset():  # reads a number, so a GPU waits: with a zero point alone
+            self.settle()
+
+    def step(self) -> Tensor:
+        if not self.learns_offset():
+            return super().step()
+        top = 2**self.bits - 1 - self.zero_point()
+        return self.learned_step.abs() * top / top  # with the zero point of this moment, also where EMA changed it
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
-        if self.stage == Stage.FREEZE or self.kind != 'zero_point':
+        if not self.learns_offset():
             return super().quantize(x, step + 0 * self.beta)  # DistributedDataParallel waits for its gradient
         levels = 2**self.bits - 1
         scale = (x[0].numel() * levels) ** -0.5
-        learned, beta = self.learned_step.abs(), self.beta
+        learned, beta, zero_point = self.learned_step.abs(), self.beta, self.zero_point()
         step = F.straight_through(learned * scale, learned)  # scaled gradients
-        zero_point = (-beta / learned).detach().round().clamp(1, levels // 2)
         low = F.straight_through(beta * scale, -zero_point * learned)
         high = F.straight_through(low + levels * step, (levels - zero_point) * learned)
         wide = x.float()

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import Check, Stage, WeightQuantizer, number
+from .base import Stage
 from .following import FollowingQuantizer
+from .registry import register
+from .weight import WeightQuantizer
 
 
+@register('minmax', title='min-max')
 class MinMaxWeight(WeightQuantizer):
     """Weights with T = max|w| of each group, by default of each filter."""
 
     default_groups = 'channel'
 
-    def threshold_of(self, weight: Tensor) -> Tensor:
+    def current_threshold(self, weight: Tensor) -> Tensor:
         return F.max_abs(weight, self.sizes)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
@@ -33,19 +36,12 @@ class MinMaxWeight(WeightQuantizer):
         return F.fake_quantize(weight, step, self.lo, self.hi, gradient)
 
 
+@register('minmax')
 class MinMaxActivation(FollowingQuantizer):
-    """Activations with a running largest |x|, T <- T + m * (max|x| - T).
+    """Activations with a running largest |x|, T <- T + m * (max|x| - T); m is 0.01 as in torch.ao."""
 
-    Args:
-        momentum: m; 0.01 as in torch.ao.
-    """
-
-    @classmethod
-    def options(cls) -> dict[str, Check]:
-        return dict(momentum=number(0, 1))
-
-    def __init__(self, bits: int, range: str = 'auto', momentum: float = 0.01) -> None:
-        super().__init__(bits, range, momentum)
+    def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
+        super().__init__(bits, range, **options)
         self.register_buffer('k', torch.ones(()), persistent=False)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Any]:

@@ -11,35 +11,39 @@ found.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, Any
+
 import torch
 from torch import Tensor, nn
 
-from .base import ActivationQuantizer, Check, number
+from ..typed import Bounds
+from .activation import ActivationQuantizer
+from .dorefa import DoReFaWeight
+from .registry import register
 
 
+@register('pact', title='PACT', weights=DoReFaWeight)
 class PACTActivation(ActivationQuantizer):
-    """Activations with a learned threshold.
+    """Activations with a learned threshold."""
 
-    Args:
-        lr_mult: learning rate of alpha, as a multiple of that of the weights.
-        decay_mult: its weight decay, as a multiple of that of the weights.
-    """
+    @dataclass(frozen=True)
+    class Options:
+        lr_mult: Annotated[float, Bounds(0, 1000)] = 1.0
+        """Learning rate of alpha, as a multiple of that of the weights."""
+        decay_mult: Annotated[float, Bounds(0, 1000)] = 1.0
+        """Weight decay of alpha, as a multiple of that of the weights."""
 
-    @classmethod
-    def options(cls) -> dict[str, Check]:
-        return dict(lr_mult=number(0, 1000), decay_mult=number(0, 1000))
-
-    def __init__(self, bits: int, range: str = 'auto', lr_mult: float = 1.0, decay_mult: float = 1.0) -> None:
-        super().__init__(bits, range)
-        self.lr_mult, self.decay_mult = lr_mult, decay_mult
+    def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
+        super().__init__(bits, range, **options)
         self.alpha = nn.Parameter(torch.ones(()))
 
-    def calibrate(self, observed: Tensor) -> None:
-        super().calibrate(observed)
+    def start(self, observed: Tensor) -> None:
+        super().start(observed)
         if self.calibrated:
             self.alpha.data.copy_(self.threshold)
 
-    def current_threshold(self) -> Tensor:
+    def current_threshold(self, *weight: Tensor) -> Tensor:
         return self.alpha.abs()  # abs: an alpha that crosses 0 goes on learning
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:

@@ -11,26 +11,27 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional as F
-from .base import ActivationQuantizer, WeightQuantizer
+from .activation import ActivationQuantizer, Statistics
+from .registry import register
+from .weight import WeightQuantizer
 
 
+@register('ptq', title='PTQ')
 class PTQWeight(WeightQuantizer):
     """Weights with the T of least squared error in each group, by default in each filter."""
 
     default_groups = 'channel'
 
-    def calibrate(self, weight: Tensor) -> None:
-        self.threshold.copy_(F.search_threshold(weight, self.lo, self.hi, self.sizes))
-        self.set_state(calibrated=True)
-
-    def threshold_of(self, weight: Tensor) -> Tensor:
-        return self.threshold
+    def start_threshold(self, weight: Tensor) -> Tensor:
+        return F.search_threshold(weight, self.lo, self.hi, self.sizes)
 
 
+@register('ptq')
 class PTQActivation(ActivationQuantizer):
     """Activations with the T of least squared error on samples of the calibration batches."""
 
     keeps_samples = True
 
-    def start_threshold(self, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return self.search_start(low, high)
+    def start_threshold(self, seen: Statistics) -> Tensor:
+        assert self.samples is not None
+        return F.search_activation_threshold(self.samples, seen.low, seen.high, self.kind, self.bits)

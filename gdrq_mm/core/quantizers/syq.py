@@ -4,64 +4,60 @@ Faraone et al., "SYQ: Learning Symmetric Quantization For Efficient Deep Neural 
 arXiv:1807.00301. w_q = alpha_p * q, where q is sign(w), or with two bits 0 where |w| <= 0.05 * max|w| of the layer,
 and alpha_p is learned for each place p of the kernel ("pixel-wise"), starting at the mean |w| there. The gradient of
 q is straight through, so that of a weight is alpha_p times that of w_q. The paper quantizes activations to fixed
-levels, as DoReFa does.
-Deviations: `groups` has no effect; row-wise and layer-wise scales are left out.
+levels: fixed point with the step 2^-f.
+Deviations: activations are DoReFa's, whose fixed levels reach to 1; `groups` has no effect; row-wise and layer-wise
+scales are left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import Check, Stage, WeightQuantizer, nonzero_start, number
+from ..typed import Bounds
+from .base import Stage
+from .dorefa import DoReFaActivation
+from .registry import register
+from .weight import WeightQuantizer
 
 
+@register('syq', title='SYQ', activations=DoReFaActivation)
 class SYQWeight(WeightQuantizer):
-    """Weights -alpha_p, 0 and alpha_p.
-
-    Args:
-        kernel: size of the kernel, such as (3, 3), () for a linear layer.
-        lr_mult: learning rate of alpha, as a multiple of that of the weights.
-    """
+    """Weights -alpha_p, 0 and alpha_p."""
 
     uneven = 'SYQ has a scale for each place of the kernel'
-
     allowed_bits = range(1, 3)
-    by_place = True
 
-    @classmethod
-    def options(cls) -> dict[str, Check]:
-        return dict(lr_mult=number(0, 1000))
+    @dataclass(frozen=True)
+    class Options:
+        lr_mult: Annotated[float, Bounds(0, 1000)] = 1.0
+        """Learning rate of alpha, as a multiple of that of the weights."""
 
-    def __init__(
-        self,
-        bits: int,
-        channels: int,
-        groups: int | str | None = None,
-        kernel: Sequence[int] = (),
-        lr_mult: float = 1.0,
-    ) -> None:
-        super().__init__(bits, channels, 1)
+    def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None, **options: Any) -> None:
+        super().__init__(bits, shape, 1, **options)
         self.set_state(lo=-1, hi=1)
-        self.kernel, self.lr_mult = tuple(kernel), lr_mult
-        self.alpha = nn.Parameter(torch.ones(math.prod(kernel)))
-        self.register_buffer('threshold', torch.zeros(math.prod(kernel)))
+        places = math.prod(shape[2:])
+        self.alpha = nn.Parameter(torch.ones(places))
+        self.register_buffer('threshold', torch.zeros(places))
 
-    def calibrate(self, weight: Tensor) -> None:
-        mean = weight.float().abs().flatten(2).mean((0, 1)) if self.kernel else weight.abs().mean()
+    def start(self, weight: Tensor) -> None:
+        mean = weight.float().abs().flatten(2).mean((0, 1)) if len(self.shape) > 2 else weight.abs().mean()
         # a sign has no zero: with one bit a place of zeros keeps the scale 0
-        self.alpha.data.copy_(mean if self.bits == 1 else nonzero_start(mean, weight))
-        super().calibrate(weight)
+        self.alpha.data.copy_(mean if self.bits == 1 else F.nonzero_start(mean, weight))
+        super().start(weight)
 
-    def threshold_of(self, weight: Tensor) -> Tensor:
+    def current_threshold(self, *weight: Tensor) -> Tensor:
         return self.alpha.abs()
 
-    def step(self, weight: Tensor) -> Tensor:
-        return self.current_threshold(weight).view(1, 1, *self.kernel)
+    def spread(self, values: Tensor) -> Tensor:
+        """A value of each place of the kernel, shaped to broadcast against the weight."""
+        return values.view(1, 1, *self.shape[2:])
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         sign = torch.where(weight >= 0, 1.0, -1.0)
@@ -69,5 +65,5 @@ class SYQWeight(WeightQuantizer):
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         if self.stage == Stage.FREEZE:
-            step = F.straight_through(0 * self.alpha.view_as(step), step)  # DDP waits for its gradient
+            step = F.straight_through(0 * self.spread(self.alpha), step)  # DDP waits for its gradient
         return step * F.straight_through(weight, self.round(weight, step))

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import WeightQuantizer
+from .minmax import MinMaxActivation
+from .registry import register
+from .weight import WeightQuantizer
 
 
+@register('twn', title='TWN', activations=MinMaxActivation)
 class TWNWeight(WeightQuantizer):
     """Weights -alpha, 0 and alpha."""
 
     allowed_bits = range(2, 3)
 
     def _delta(self, weight: Tensor) -> Tensor:
-        return F.per_channel(0.7 * F.mean_abs(weight, self.sizes), self.sizes, weight.dim())
+        return self.spread(0.7 * F.mean_abs(weight, self.sizes))
 
-    def threshold_of(self, weight: Tensor) -> Tensor:
+    def current_threshold(self, weight: Tensor) -> Tensor:
         weight = weight.detach().float()
         large = (weight.abs() > self._delta(weight)).float()
         total = F.per_group((weight.abs() * large).flatten(1).sum(1), self.sizes)

@@ -11,24 +11,29 @@ Deviations: sign(0) is 1, as the bit has two values. Filters may share alpha, if
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import WeightQuantizer
+from .minmax import MinMaxActivation
+from .registry import register
+from .weight import WeightQuantizer
 
 
+@register('xnor', title='XNOR', activations=MinMaxActivation)
 class XNORWeight(WeightQuantizer):
     """Weights -alpha and alpha."""
 
     allowed_bits = range(1, 2)
     default_groups = 'channel'
 
-    def __init__(self, bits: int, channels: int, groups: int | str | None = None) -> None:
-        super().__init__(bits, channels, groups)
+    def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None) -> None:
+        super().__init__(bits, shape, groups)
         self.set_state(lo=-1, hi=1)
 
-    def threshold_of(self, weight: Tensor) -> Tensor:
+    def current_threshold(self, weight: Tensor) -> Tensor:
         return F.mean_abs(weight, self.sizes)
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:

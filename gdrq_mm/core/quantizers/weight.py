@@ -1,0 +1,100 @@
+"""The base class of weight quantizers: groups of filters with a threshold each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from ..errors import UserError
+from .base import Quantizer, Stage, uncalibrated
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes filters in groups; signed codes.
+
+    Args:
+        bits: 2 to 8.
+        shape: of the filters, (C_out, ...).
+        groups: thresholds; a number of contiguous groups (at most C_out are used), or 'channel'; None: the method's
+            `default_groups`.
+        options: the method's own; with `narrow_range=False` there is the code -2^(n-1) too.
+    """
+
+    default_groups: int | str = 1
+    """Groups where the config names none: those of the paper."""
+
+    sizes: Tensor
+    """Number of filters in each group, (G,)."""
+
+    def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None, **options: Any) -> None:
+        super().__init__(bits, **options)
+        self.shape = tuple(shape)
+        groups = self.default_groups if groups is None else groups
+        count = shape[0] if groups == 'channel' else min(int(groups), shape[0])
+        lo, hi = F.code_range(bits, True, getattr(self.options, 'narrow_range', True))
+        self.set_state(lo=lo, hi=hi)
+        self.register_buffer('sizes', torch.tensor(F.group_sizes(shape[0], count)), persistent=False)
+        self.register_buffer('threshold', torch.zeros(count))
+
+    @property
+    def groups(self) -> int:
+        """Number of thresholds."""
+        return len(self.sizes)
+
+    def start(self, weight: Tensor) -> None:
+        """Set what must be known before training, from the loaded weight."""
+        self.threshold.copy_(self.start_threshold(weight).detach())  # a first training forward is not under no_grad
+        self.set_state(calibrated=True)
+
+    def start_threshold(self, weight: Tensor) -> Tensor:
+        """T of each group before training: (C, ...) gives (G,)."""
+        return self.current_threshold(weight)
+
+    def step(self, weight: Tensor) -> Tensor:
+        """Step of each filter, shaped to broadcast against the weight: (C, 1, ...)."""
+        threshold = self.threshold if self.stage == Stage.FREEZE else self.current_threshold(weight)
+        return self.spread(F.step_size(threshold, self.lo, self.hi))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """A value of each group, (G,), shaped to broadcast against the weight: (C, 1, ...)."""
+        return F.per_channel(values, self.sizes, len(self.shape))
+
+    def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Fake quantization with a step that broadcasts against the weight."""
+        return F.fake_quantize(weight, step, self.lo, self.hi)
+
+    def round(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Codes of a weight, as floats: the nearest ones, in [lo, hi]."""
+        return (weight / torch.where(step > 0, step, 1)).round().clamp(self.lo, self.hi)
+
+    def reshape(self, weight: Tensor, threshold: Tensor) -> Tensor:
+        """The reshape stage: the weight in float, clipped or not."""
+        return weight
+
+    def after_step(self, weight: Tensor, step: int) -> Tensor | None:
+        """Called once after optimizer step `step`, before EMA. Returns the filters to store, or None to keep them."""
+        return None
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Integer weights, (C, ...) int8: `codes * step` is what `forward` returns, unless the method is `uneven`."""
+        return self.round(weight, self.step(weight)).to(torch.int8)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Filters (C, ...) to filters of the same shape."""
+        if self.stage in (Stage.OBSERVE, Stage.FLOAT):
+            return weight
+        if not self.calibrated:
+            if not self.training:
+                raise UserError(uncalibrated(self.name))
+            self.start(weight.detach())
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.stage == Stage.RESHAPE:
+                return self.reshape(weight, self.spread(self.current_threshold(weight)))
+            return self.quantize(weight, self.step(weight))
+
+    def extra_repr(self) -> str:
+        return f'bits={self.bits}, groups={self.groups}'
