@@ -220,6 +220,20 @@ def best_threshold(x, kind, bits, candidates=64):
     return grid[np.argmin([((uniform(x, t, kind, bits, x.min()) - x) ** 2).sum() for t in grid])]
 
 
+def largest_level(step_of, kind, bits, low):
+    """T = Qp * s of a method whose paper gives the step s, for the largest code Qp.
+
+    With a zero point (ours) Qp depends on it, and it on T: it is the smallest one that is that of its own T.
+    """
+    zero_points = range(1, 2 ** (bits - 1)) if kind == 'zero_point' else [0]
+    for zero_point in zero_points:
+        qp = reference.code_range(bits, kind == 'signed', zero_point=zero_point)[1]
+        threshold = qp * step_of(qp)
+        if kind != 'zero_point' or zero_point_of(threshold, low, bits) <= zero_point:
+            return threshold
+    raise AssertionError('at most half of the codes are below zero')
+
+
 def start_threshold(method, x, kind, bits, wave=None):
     """T of an activation method from the values of calibration.
 
@@ -227,16 +241,15 @@ def start_threshold(method, x, kind, bits, wave=None):
         wave: HWGQ's step for unit variance.
     """
     top, mean = np.abs(x).max(), np.abs(x).mean()
-    hi = codes_of(kind, bits)[1]  # with a zero point: that of the smallest
     if method == 'dorefa':
         return 1.0 if kind == 'unsigned' else top
-    if method == 'lsq':
-        return 2 * mean / math.sqrt(hi) * hi
+    if method == 'lsq':  # section 2.1
+        return largest_level(lambda qp: 2 * mean / math.sqrt(qp), kind, bits, x.min())
     if method in ('lsq_plus', 'ptq'):
         return best_threshold(x, kind, bits)
     if method == 'hwgq':
         sigma = mean * (math.sqrt(math.pi / 2) if kind == 'signed' else math.sqrt(2 * math.pi))
-        return wave * sigma * hi
+        return largest_level(lambda qp: wave * sigma, kind, bits, x.min())
     if method == 'log2':
         return power_of_two(top)
     return top  # pact, minmax

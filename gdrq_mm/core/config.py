@@ -28,7 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from .errors import UserError
 from .quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
-from .typed import Bounds, check_fields, mapping, near
+from .typed import Bounds, check_fields, near
 
 FLOAT_BITS = 32
 Fraction = Annotated[float, Bounds(0, 1, closed=True)]
@@ -199,7 +199,9 @@ class Quantization:
             for pattern in patterns:
                 if not fnmatch.filter(names, pattern):
                     nearest = ', '.join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
-                    raise UserError(f'quantization.{where}: the pattern {pattern!r} matches no layer; nearest: {nearest}')
+                    raise UserError(
+                        f'quantization.{where}: the pattern {pattern!r} matches no layer; nearest: {nearest}'
+                    )
 
     def for_layer(self, name: str, first_or_last: bool = False) -> tuple[Weight, Activation]:
         """Settings of one layer: the common ones, 8 bits if it is first or last, then the overrides."""

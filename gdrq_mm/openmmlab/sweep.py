@@ -33,7 +33,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..core.config import Quantization
+from ..core.config import Quantization, near
 from ..core.errors import UserError
 from ..report.record import read_record
 from .cli import read_config

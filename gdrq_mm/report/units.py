@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
+from ..core.config import near
 from ..core.errors import UserError
 from ..core.layers import QuantLayer
 from ..core.modules import activation_quantizers, quant_layers

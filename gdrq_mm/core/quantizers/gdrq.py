@@ -104,7 +104,10 @@ class GDRQWeight(WeightQuantizer):
 
 @register('gdrq')
 class GDRQActivation(FollowingQuantizer):
-    """Activations by Scale-Clip with a running threshold, T <- T + m * (k * mean(|x|) - T) (docs/method.md, section 2)."""
+    """Activations by Scale-Clip with a running threshold (docs/method.md, section 2).
+
+    T <- T + m * (k * mean(|x|) - T), once an optimizer step.
+    """
 
     @dataclass(frozen=True)
     class Options:

@@ -1,0 +1,79 @@
+"""Quantizers that are calibrated, and what several files of this folder do with them."""
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch.nn.functional import silu
+
+from gdrq_mm.core.quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, Stage
+from gdrq_mm.core.quantizers.following import collected, move_thresholds
+
+VALUES = st.floats(-10, 10, width=32, allow_subnormal=False)
+KINDS = {'unsigned': torch.relu, 'signed': lambda x: x, 'zero_point': silu}
+"""What gives activations of each kind."""
+ACTIVATIONS = [name for name in ACTIVATION_METHODS if name != 'gdrq']
+
+
+def weight_quantizer(method, weight, bits=4, groups=None, stage=Stage.QUANTIZE, **options):
+    """Started from `weight`, in training mode."""
+    quantizer = WEIGHT_METHODS[method](bits, weight.shape, groups, **options)
+    quantizer.start(weight.detach())
+    quantizer.set_state(stage=stage)
+    return quantizer
+
+
+def activation_quantizer(method, *batches, bits=4, stage=Stage.QUANTIZE, **options):
+    """Calibrated on `batches`, in training mode."""
+    quantizer = ACTIVATION_METHODS[method](bits, **options)
+    quantizer.set_state(stage=Stage.OBSERVE)
+    for batch in batches:
+        quantizer(batch.detach())
+    quantizer.start(quantizer.observed())
+    quantizer.set_state(stage=stage)
+    return quantizer
+
+
+def inputs(kind, *shape):
+    return KINDS[kind](torch.randn(shape or (2, 8, 9, 7)))
+
+
+def double(x):
+    return x.detach().double().numpy()
+
+
+def frozen(quantizer, *weight):
+    quantizer.freeze(*weight)
+    return quantizer
+
+
+def move(*quantizers):
+    """Move thresholds that follow, as after an optimizer step."""
+    move_thresholds(quantizers, collected(quantizers))
+
+
+def gradients(quantizer, values):
+    """The output, a random upstream gradient, and that of the values; those of Parameters are in their .grad."""
+    values = values.detach().clone().requires_grad_()
+    out = quantizer(values)
+    upstream = torch.randn(out.shape)
+    out.backward(upstream)
+    return double(out), double(upstream), double(values.grad)
+
+
+def levels_of(out, groups):
+    """The largest number of different values in a group."""
+    parts = np.array_split(double(out), len(out) if groups == 'channel' else groups)
+    return max(len(np.unique(part)) for part in parts)
+
+
+def few_bits(method):
+    """4 bits, or the most that the method has for weights."""
+    return min(4, WEIGHT_METHODS[method].allowed_bits[-1])
+
+
+def everywhere(weight, activation, **weight_options):
+    """A quantization dict with these methods in all layers, the first and the last one too."""
+    sides = dict(
+        weight=dict(method=weight, bits=few_bits(weight), **weight_options), activation=dict(method=activation, bits=4)
+    )
+    return dict(**sides, overrides={'*': sides})

@@ -1,0 +1,219 @@
+"""GDRQ's weights against the NumPy reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gdrq_mm.core.quantizers import Stage
+from gdrq_mm.core.quantizers.gdrq import SEARCH_INTERVAL, WEIGHT_K, GDRQWeight
+from tests import reference
+from tests.core import builders
+from tests.core.builders import VALUES, activation_quantizer, double
+
+LAW = settings(deadline=None, max_examples=60)
+WEIGHTS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=5), elements=VALUES)
+SOURCES = ['scale_clip', 'search']
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def weight_quantizer(weight, bits=4, groups=1, **options):
+    """GDRQ's, started from `weight`."""
+    return builders.weight_quantizer('gdrq', weight, bits, groups, **options)
+
+
+def thresholds_of(weight, k, groups):
+    groups = len(weight) if groups == 'channel' else min(groups, len(weight))
+    return reference.scale_clip_threshold(double(weight), k, groups)
+
+
+# ---- weights: forward -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('groups', [1, 4, 'channel', 50])
+@pytest.mark.parametrize('narrow', [True, False])
+def test_quantized_weights_equal_the_reference(bits, groups, narrow):
+    weight = torch.randn(10, 3, 3, 3)
+    quantizer = weight_quantizer(weight, bits, groups, k=2.5, narrow_range=narrow).eval()
+    expected = reference.quantize_groups(double(weight), thresholds_of(weight, 2.5, groups), bits, narrow)
+    np.testing.assert_allclose(quantizer(weight), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('groups, count', [(1, 1), (4, 4), ('channel', 10), (50, 10)])
+def test_there_are_at_most_as_many_thresholds_as_filters(groups, count):
+    quantizer = GDRQWeight(4, (10, 3), groups)
+    assert quantizer.groups == count and quantizer.threshold.shape == (count,)
+
+
+def test_one_group_equals_per_tensor():
+    weight = torch.randn(6, 2, 3, 3)
+    per_tensor = weight_quantizer(weight.reshape(1, -1), groups='channel')(weight.reshape(1, -1))
+    assert torch.equal(weight_quantizer(weight, groups=1)(weight), per_tensor.reshape(weight.shape))
+
+
+def test_a_group_depends_on_its_own_filters_only():
+    weight = torch.randn(6, 2, 3, 3)
+    other = weight.clone()
+    other[3:] *= 10
+    quantizer = weight_quantizer(weight, groups=2)
+    assert torch.equal(quantizer(weight)[:3], quantizer(other)[:3])
+
+
+@pytest.mark.parametrize('bits', range(2, 9))
+def test_k_depends_on_the_bits_unless_it_is_given(bits):
+    assert GDRQWeight(bits, (4, 3)).k == WEIGHT_K[bits] and GDRQWeight(bits, (4, 3), k=1.25).k == 1.25
+
+
+@pytest.mark.parametrize('bits', range(2, 9))
+def test_the_full_range_has_the_step_of_the_narrow_one(bits):
+    weight = torch.randn(4, 3, 3, 3)
+    narrow, full = (weight_quantizer(weight, bits, narrow_range=narrow).step(weight) for narrow in (True, False))
+    assert torch.allclose(narrow, full, rtol=1e-6)
+
+
+def test_a_dead_group_gives_zero_and_finite_gradients():
+    weight = torch.randn(4, 3, 3, 3)
+    weight[2:] = 0
+    weight.requires_grad_()
+    out = weight_quantizer(weight, groups=2)(weight)
+    out.sum().backward()
+    assert torch.equal(out[2:], torch.zeros(2, 3, 3, 3)) and torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize('source', SOURCES)
+@LAW
+@given(weight=WEIGHTS, bits=st.integers(2, 8), groups=st.integers(1, 5), narrow=st.booleans())
+def test_codes_times_step_is_what_evaluation_returns(source, weight, bits, groups, narrow):
+    weight = torch.from_numpy(weight)
+    quantizer = weight_quantizer(weight, bits, groups, threshold=source, narrow_range=narrow).eval()
+    with torch.no_grad():
+        codes, step, out = quantizer.codes(weight), quantizer.step(weight), quantizer(weight)
+    assert codes.dtype == torch.int8 and codes.min() >= quantizer.lo and codes.max() <= quantizer.hi
+    assert torch.equal(codes * step, out)
+
+
+@pytest.mark.parametrize('source', SOURCES)
+def test_training_and_evaluation_see_the_same_weights(source):
+    weight = torch.randn(8, 3, 3, 3)
+    quantizer = weight_quantizer(weight, groups=4, threshold=source)
+    assert torch.equal(quantizer.train()(weight), quantizer.eval()(weight))
+
+
+def test_the_input_is_left_as_it_was():
+    weight, x = torch.randn(4, 3, 3, 3), torch.randn(2, 3, 4, 4)
+    kept = weight.clone(), x.clone()
+    weight_quantizer(weight)(weight)
+    activation_quantizer('gdrq', x)(x)
+    assert torch.equal(weight, kept[0]) and torch.equal(x, kept[1])
+
+
+# ---- weights: gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('stage', [Stage.QUANTIZE, Stage.FREEZE])
+@pytest.mark.parametrize('narrow', [True, False])
+def test_masked_gradient_is_exact_and_the_threshold_takes_none(stage, narrow):
+    weight = torch.randn(8, 3, 3, 3, requires_grad=True)
+    upstream = torch.randn(8, 3, 3, 3)
+    quantizer = weight_quantizer(weight, 3, groups=2, k=1.5, narrow_range=narrow, stage=stage)
+    quantizer(weight).backward(upstream)
+    thresholds = thresholds_of(weight, 1.5, 2)
+    halves = [reference.inside_range(double(weight)[4 * g : 4 * g + 4], thresholds[g], 3, True, narrow) for g in (0, 1)]
+    assert torch.equal(weight.grad, upstream * torch.from_numpy(np.concatenate(halves)).float())
+    assert 0 < np.mean(halves) < 1
+
+
+@pytest.mark.parametrize('stage', [Stage.RESHAPE, Stage.QUANTIZE])
+def test_straight_through_gradient_passes_everywhere(stage):
+    weight = torch.randn(8, 3, 3, 3, requires_grad=True)
+    upstream = torch.randn(8, 3, 3, 3)
+    weight_quantizer(weight, k=1.5, gradient='straight_through', stage=stage)(weight).backward(upstream)
+    assert torch.equal(weight.grad, upstream)
+
+
+# ---- weights: reshape and projection --------------------------------------------------------------------------------
+
+
+def test_reshape_clips_without_rounding():
+    weight = torch.randn(8, 3, 3, 3, requires_grad=True)
+    out = weight_quantizer(weight, 2, k=1.5, stage=Stage.RESHAPE)(weight)
+    out.sum().backward()
+    threshold = thresholds_of(weight, 1.5, 1)[0]
+    np.testing.assert_allclose(double(out), np.clip(double(weight), -threshold, threshold), rtol=1e-6)
+    assert torch.equal(weight.grad, (weight.detach().abs() <= threshold).float())
+    assert len(torch.unique(out)) > 100
+
+
+def test_reshape_leaves_the_forward_pass_to_projection():
+    weight = torch.randn(8, 3, 3, 3)
+    assert weight_quantizer(weight, clip='project', stage=Stage.RESHAPE)(weight) is weight
+
+
+@pytest.mark.parametrize('stage', [Stage.RESHAPE, Stage.QUANTIZE])
+def test_projection_clips_the_stored_weights_to_the_threshold_of_their_group(stage):
+    weight = torch.randn(7, 3, 3, 3)
+    quantizer = weight_quantizer(weight, groups=3, k=1.5, clip='project', stage=stage)
+    limit = thresholds_of(weight, 1.5, 3)[reference.groups_of(7, 3)][:, None, None, None]
+    expected = np.clip(double(weight), -limit, limit)
+    np.testing.assert_allclose(quantizer.after_step(weight, 0), expected, rtol=1e-6)
+
+
+def test_clipping_on_the_way_in_leaves_the_stored_weights_alone():
+    weight = torch.randn(8, 3, 3, 3)
+    assert weight_quantizer(weight, clip='forward').after_step(weight, 0) is None
+
+
+@pytest.mark.parametrize('stage', [Stage.OBSERVE, Stage.FREEZE, Stage.FLOAT])
+def test_projection_stops_outside_reshape_and_quantize(stage):
+    weight = torch.randn(8, 3, 3, 3)
+    quantizer = weight_quantizer(weight, clip='project', stage=stage)
+    before = quantizer.threshold.clone()
+    assert quantizer.after_step(2 * weight, 0) is None and torch.equal(quantizer.threshold, before)
+
+
+@pytest.mark.parametrize('k, sigmas', [(2.0, 1.47), (1.5, 0.89), (0.8, 0.0)])
+def test_repeated_projection_of_a_gaussian_converges(k, sigmas):
+    weight = 3 * torch.randn(1, 100_000)  # sigma 3
+    quantizer = weight_quantizer(weight, k=k, clip='project', stage=Stage.RESHAPE)
+    for step in range(60):
+        weight = quantizer.after_step(weight, step)
+    assert float(quantizer.threshold) / 3 == pytest.approx(sigmas, abs=0.01)
+    assert float(weight.abs().max()) == pytest.approx(float(quantizer.threshold), rel=1e-4)
+
+
+def test_the_threshold_follows_the_weights_until_it_is_frozen():
+    weight = torch.randn(8, 3, 3, 3)
+    quantizer = weight_quantizer(weight, k=2.0)
+    assert torch.equal(quantizer(2 * weight), 2 * quantizer(weight))
+    quantizer.freeze(weight)
+    assert float(quantizer(2 * weight).max()) == pytest.approx(thresholds_of(weight, 2.0, 1)[0], rel=1e-5)
+
+
+# ---- weights: searched thresholds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('bits', [2, 4])
+def test_search_finds_the_threshold_of_least_loss_in_each_group(bits):
+    weight = torch.randn(9, 4, 3, 3)
+    quantizer = weight_quantizer(weight, bits, groups=2, threshold='search')
+    for g, filters in enumerate((double(weight)[:5], double(weight)[5:])):
+        best = reference.search_threshold(filters, bits, 64)
+        assert float(quantizer.threshold[g]) == pytest.approx(best, rel=1e-5)
+
+
+def test_search_runs_again_once_in_an_interval():
+    weight = torch.randn(8, 3, 3, 3)
+    quantizer = weight_quantizer(weight, threshold='search')
+    first = quantizer.threshold.clone()
+    for step in range(SEARCH_INTERVAL - 1):
+        quantizer.after_step(2 * weight, step)
+    assert torch.equal(quantizer.threshold, first)
+    quantizer.after_step(2 * weight, SEARCH_INTERVAL - 1)
+    assert torch.equal(quantizer.threshold, 2 * first)
