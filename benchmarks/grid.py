@@ -32,6 +32,12 @@ trials = {  # two for each method beside its defaults, which are its paper's whe
         'groups4': {'quantization.weight.groups': 4},
     },
 }
+# GDRQ's weights with a step that learns: LSQ in 4 groups, from the T of Scale-Clip.
+learned = {
+    'quantization.weight.method': 'lsq',
+    'quantization.weight.groups': 4,
+    'quantization.weight.lsq.start': 'scale_clip',
+}
 ablation = {
     'project': {'quantization.weight.gdrq.clip': 'project'},
     'straight_through': {'quantization.weight.gdrq.gradient': 'straight_through'},
@@ -40,7 +46,7 @@ ablation = {
     'channel': {'quantization.weight.groups': 'channel'},
     'search': {'quantization.weight.gdrq.threshold': 'search'},
     'channel_search': {'quantization.weight.groups': 'channel', 'quantization.weight.gdrq.threshold': 'search'},
-    'learned': {'quantization.weight.gdrq.threshold': 'learned'},
+    'learned': {**learned, 'quantization.weight.lsq.narrow_range': True},
     'weight_k15': {'quantization.weight.gdrq.k': 1.5},  # the default is 2
     'weight_k25': {'quantization.weight.gdrq.k': 2.5},
     'activation_k9': {'quantization.activation.gdrq.k': 9},  # the default is 12
@@ -86,7 +92,7 @@ runs = [
             'groups16_straight_through': {**ablation['groups16'], **ablation['straight_through']},
             # Four levels of 2 bits, as LSQ's paper has them. T is that of the code -2, so this k is the default's step.
             'full_range_k4': full_range,
-            'learned_full_range_k4': {**full_range, 'quantization.weight.gdrq.threshold': 'learned'},
+            'learned_full_range_k4': learned,
             'lsq_plus_weight': {'quantization.weight.method': 'lsq_plus'},
             'lsq_plus_activation': {'quantization.activation.method': 'lsq_plus'},
         },

@@ -28,7 +28,6 @@ from torch import Tensor
 from gdrq_mm.core import functional as F
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
-from gdrq_mm.core.quantizers.base import decide_range
 from gdrq_mm.core.quantizers.gdrq import ACTIVATION_K, WEIGHT_K, GDRQActivation
 from gdrq_mm.openmmlab.cli import check_writable, main
 from gdrq_mm.report.record import git_revision, versions
@@ -138,14 +137,14 @@ def activation_row(kind: str, name: str, x: Tensor, bits: int) -> dict[str, Any]
 
     def error(k: float) -> float:
         quantizer = GDRQActivation(bits, kind, k=k)
-        quantizer.calibrate(observed)
+        quantizer.start(observed)
         return float(F.quantized_loss(x, quantizer.quantize(x, quantizer.step()), p=2))
 
     k, least = minimum(error, float(x.abs().max() / x.abs().mean()))
     default = ACTIVATION_K[kind][bits]
     return dict(
         range=kind,
-        decided=decide_range(float(x.min()), float(x.max())),
+        decided=F.decide_range(float(x.min()), float(x.max())),
         distribution=name,
         bits=bits,
         k=k,

@@ -13,13 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from ..core.errors import UserError
+from ..core.quantizers import TITLES
 from .record import MAIN_METRICS, RUNTIMES
 
 TASK_NAMES = {'cls': 'classification', 'det': 'detection', 'seg': 'segmentation'}
-METHOD_NAMES = {
-    **{name: name.upper() for name in ('gdrq', 'pact', 'lsq', 'ptq', 'hwgq', 'twn', 'ttq', 'syq', 'xnor')},
-    **dict(dorefa='DoReFa', lsq_plus='LSQ+', minmax='min-max', balanced='Balanced', log2='log2'),
-}
 COLUMNS = (
     'task',
     'model',
@@ -84,7 +81,7 @@ def backend_of(record: Record) -> str:
 def method_of(record: Record) -> str:
     """The method of a quantized record and its settings that are not the default, such as 'GDRQ (clip=project)'."""
     model = record['model']
-    names = '/'.join(dict.fromkeys(METHOD_NAMES.get(m, m) for m in model['methods']))
+    names = '/'.join(dict.fromkeys(TITLES.get(m, m) for m in model['methods']))
     names = 'PACT' if model['methods'] == ['dorefa', 'pact'] else names  # the paper combines them so
     options = {key: value for key, value in model['options'].items() if key != 'calibration_batches'}
     if not model['deployable']:

@@ -192,6 +192,18 @@ def test_a_quantized_network_learns(name):
         assert float(cross_entropy(model.eval()(x), labels)) < 0.7 * losses[0]
 
 
+def test_after_a_step_the_codes_are_those_of_the_learned_offset():
+    """What is merged and exported reads them."""
+    model = nn.Sequential(nn.SiLU(), nn.Conv2d(3, 4, 3))
+    quantize_model(model, Quantization.from_dict(everywhere('lsq_plus', 'lsq_plus')))
+    calibrate(model, [torch.randn(4, 3, 8, 8)])
+    quantizer = model[1].input_quant
+    before = quantizer.lo, quantizer.hi
+    quantizer.beta.data -= 2 * quantizer.learned_step.data
+    after_step(model)
+    assert (quantizer.lo, quantizer.hi) == (before[0] - 2, before[1] - 2)
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_a_layer_of_a_handwritten_model_trains_and_freezes(method):
     """Its thresholds start in the first training forward, within the graph of that."""

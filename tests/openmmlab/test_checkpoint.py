@@ -196,7 +196,7 @@ def network(**quantization):
     return model
 
 
-LEARNED = dict(weight=dict(bits=3, gdrq=dict(threshold='learned')))
+LEARNED = dict(weight=dict(bits=3, method='lsq'))
 
 
 def test_a_checkpoint_fits_by_name_and_shape():

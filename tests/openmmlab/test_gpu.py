@@ -54,10 +54,9 @@ def weights_of(method, x):
     """Threshold, output and gradient of a weight quantizer on the device of x."""
     cls = WEIGHT_METHODS[method]
     bits = 4 if 4 in cls.allowed_bits else min(cls.allowed_bits)
-    options = dict(kernel=tuple(x.shape[2:])) if cls.by_place else {}
-    quantizer = cls(bits, len(x), None, **options).to(x.device)
+    quantizer = cls(bits, x.shape).to(x.device)
     x = x.clone().requires_grad_()
-    quantizer.calibrate(x.detach())
+    quantizer.start(x.detach())
     quantizer.set_state(stage=Stage.QUANTIZE)
     out = quantizer(x)
     out.square().sum().backward()
@@ -69,7 +68,7 @@ def activations_of(method, x):
     quantizer = ACTIVATION_METHODS[method](4 if 4 in ACTIVATION_METHODS[method].allowed_bits else 2).to(x.device)
     quantizer.set_state(stage=Stage.OBSERVE)
     quantizer(x)
-    quantizer.calibrate(quantizer.observed())
+    quantizer.start(quantizer.observed())
     quantizer.set_state(stage=Stage.QUANTIZE)
     x = x.clone().requires_grad_()
     out = quantizer(x)

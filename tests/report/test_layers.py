@@ -62,7 +62,7 @@ def test_totals_of_a_float_model():
 
 def test_totals_do_not_count_learned_thresholds():
     model = tiny()
-    report = quantize(model, image((1, 3, 8, 8)), weight=dict(gdrq=dict(threshold='learned')))
+    report = quantize(model, image((1, 3, 8, 8)), weight=dict(method='lsq', groups=4))
     assert totals(model, report).parameters == 898
 
 

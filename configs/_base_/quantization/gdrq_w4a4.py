@@ -1,10 +1,3 @@
 # GDRQ with 4-bit weights, 4 groups a layer, and 4-bit activations; every key is explained in gdrq_mm/core/config.py.
 runner_type = 'gdrq_mm.openmmlab.QuantRunner'
-quantization = dict(
-    method='gdrq',
-    weight=dict(bits=4),
-    activation=dict(bits=4, range='auto'),
-    first_last_bits=8,
-    deployable=True,
-    schedule=dict(reshape=0.0, freeze=1.0),
-)
+quantization = dict(method='gdrq', weight=dict(bits=4), activation=dict(bits=4), deployable=True)
