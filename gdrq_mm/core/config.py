@@ -27,43 +27,43 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from .errors import UserError
-from .quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
+from .quantizers import ACTIVATION_METHODS, METHODS, OF_BITS, WEIGHT_METHODS
 from .typed import Bounds, check_fields, near
 
 FLOAT_BITS = 32
 Fraction = Annotated[float, Bounds(0, 1, closed=True)]
 
 
+@dataclass(frozen=True)
 class Side:
     """What the settings of weights and of activations have in common."""
+
+    method: str = 'gdrq'
+    """Name of a method, see docs/methods.md."""
+    bits: int = 4
+    """2 to 8, or 32 for float; some methods have fewer choices, 'xnor' has 1."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own options (written under the method's name)."""
 
     methods: ClassVar[Mapping[str, Any]]
     """The methods of this side."""
     of_method: ClassVar[Mapping[str, Any]] = {}
     """Settings that go with the method, and the value that leaves them to another one."""
 
-    method: str
-    bits: int
-    options: Mapping[str, Any]
-
     def with_bits(self: AnySide, bits: int) -> AnySide:
         """The same with other bits; options that suit the old bits only are left out.
 
         A method that is not made for these bits is replaced by 'minmax'.
         """
-        method, changes = self.methods[self.method], dict(bits=bits)
+        method = self.methods[self.method]
         if bits not in method.allowed_bits:
-            return self.replace(**changes, method='minmax', options={}, **self.of_method)
-        of_bits = {f.name for f in dataclasses.fields(method.Options) if f.metadata.get('of_bits')}
-        left_out = of_bits if bits != self.bits else set()
-        return self.replace(**changes, options={k: v for k, v in self.options.items() if k not in left_out})
+            return dataclasses.replace(self, method='minmax', bits=bits, options={}, **self.of_method)
+        left_out = {f.name for f in dataclasses.fields(method.Options) if f.metadata == OF_BITS and bits != self.bits}
+        options = {name: value for name, value in self.options.items() if name not in left_out}
+        return dataclasses.replace(self, bits=bits, options=options)
 
     def merged(self: AnySide, cfg: Any, path: str, layer: str = '') -> AnySide:
-        """These settings with those of a dict over them.
-
-        Raises:
-            UserError: see Quantization.from_dict.
-        """
+        """These settings with those of a dict over them; a wrong one is a UserError."""
         cfg = check_fields(type(self), cfg, path, layer, also=['method', 'bits', *self.methods], hidden=['options'])
         method, bits = cfg.get('method', self.method), cfg.get('bits', self.bits)
         check_method(method, self.methods, f'{path}.method', layer)
@@ -73,11 +73,7 @@ class Side:
             given = check_fields(each.Options, cfg.get(name, {}), f'{path}.{name}', layer)
             if name == method:
                 options.update(given)
-        return self.replace(**{k: v for k, v in cfg.items() if k not in self.methods}, options=options)
-
-    def replace(self: AnySide, **changes: Any) -> AnySide:
-        """A copy with these changes."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(self, **{k: v for k, v in cfg.items() if k not in self.methods}, options=options)
 
 
 AnySide = TypeVar('AnySide', bound=Side)
@@ -90,15 +86,9 @@ class Weight(Side):
     methods = WEIGHT_METHODS
     of_method = dict(groups=None)
 
-    method: str = 'gdrq'
-    """Name of a method, see docs/methods.md."""
-    bits: int = 4
-    """2 to 8, or 32 for float; some methods have fewer choices, 'xnor' has 1."""
     groups: Annotated[int, Bounds(1, closed=True)] | Literal['channel'] | None = None
     """Number of groups of filters with a threshold each; 'channel' is one a filter; None is what the method's paper
     has, 4 for GDRQ. At most the filters are used."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """The method's own options (written under the method's name)."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +97,8 @@ class Activation(Side):
 
     methods = ACTIVATION_METHODS
 
-    method: str = 'gdrq'
-    """Name of a method, see docs/methods.md."""
-    bits: int = 4
-    """2 to 8, or 32 for float."""
     range: Literal['auto', 'unsigned', 'signed', 'zero_point'] = 'auto'
     """'unsigned', 'signed', 'zero_point' (unsigned with a zero point), or 'auto': decided once, from calibration."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """The method's own options (written under the method's name)."""
     per_level: bool = False
     """A threshold for each pyramid level in the layers that a head calls once a level (Chen et al., AQD, CVPR 2021)."""
 

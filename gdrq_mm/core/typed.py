@@ -47,20 +47,15 @@ def check_fields(
     """
     hints = get_type_hints(cls, include_extras=True)
     fields = [f.name for f in dataclasses.fields(cls) if f.name not in hidden]
-    also, given = list(also), mapping(given, path)
+    also = list(also)
+    if not isinstance(given, Mapping):
+        raise UserError(f'{path}={given!r} is not a dict')
     for key, value in given.items():
         if key not in fields and key not in also:
             raise UserError(f"{path} has no key '{key}'{near(key, [*fields, *also])}")
         if key not in also and not fits(hints[key], value):
             raise UserError(f'{path}.{key}={value!r} is not {describe(hints[key])}{layer}')
     return given
-
-
-def mapping(value: Any, path: str) -> Mapping[str, Any]:
-    """The value, if it is a dict."""
-    if not isinstance(value, Mapping):
-        raise UserError(f'{path}={value!r} is not a dict')
-    return value
 
 
 def near(word: Any, choices: Iterable[str]) -> str:

@@ -42,8 +42,8 @@ def other_method(monkeypatch):
 def test_an_empty_dict_gives_the_documented_defaults():
     cfg = Quantization.from_dict({})
     assert cfg == Quantization()
-    assert cfg.weight == Weight('gdrq', 4, None, {})
-    assert cfg.activation == Activation('gdrq', 4, 'auto', {})
+    assert cfg.weight == Weight('gdrq', 4, {}, None)
+    assert cfg.activation == Activation('gdrq', 4, {}, 'auto')
     assert (cfg.first_last_bits, cfg.deployable, cfg.calibration_batches) == (8, True, 8)
     assert cfg.schedule == Schedule(0.0, 1.0)
     assert cfg.skip == () and cfg.overrides == {}
@@ -64,8 +64,8 @@ def test_every_value_arrives():
             overrides={'*.conv2': dict(weight=dict(bits=8))},
         )
     )
-    assert cfg.weight == Weight('gdrq', 2, 'channel', dict(k=2.5, clip='project'))
-    assert cfg.activation == Activation('gdrq', 3, 'signed', dict(momentum=0.5, mean='nonzero'), True)
+    assert cfg.weight == Weight('gdrq', 2, dict(k=2.5, clip='project'), 'channel')
+    assert cfg.activation == Activation('gdrq', 3, dict(momentum=0.5, mean='nonzero'), 'signed', True)
     assert (cfg.first_last_bits, cfg.deployable, cfg.calibration_batches) == (32, False, 3)
     assert cfg.schedule == Schedule(0.25, 0.75)
     assert cfg.skip == ('*.fc',) and cfg.overrides == {'*.conv2': dict(weight=dict(bits=8))}
@@ -315,7 +315,7 @@ def test_an_override_changes_only_what_it_names():
         )
     )
     weight, activation = cfg.for_layer('backbone.layer1.0.conv2')
-    assert weight == Weight('gdrq', 2, 4, dict(k=3.0, clip='project')) and activation == cfg.activation
+    assert weight == Weight('gdrq', 2, dict(k=3.0, clip='project'), 4) and activation == cfg.activation
     assert cfg.for_layer('backbone.conv1')[0].options == dict(k=2.0, clip='project')
 
 

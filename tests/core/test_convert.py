@@ -360,7 +360,7 @@ def test_a_k_for_few_bits_is_not_used_for_the_operands():
     model = Net(Block())
     quantize(model, activation=dict(bits=3, gdrq=dict(k=1.0, mean='nonzero')))
     quantizer = model.blocks[0].bn2.output_quant
-    assert quantizer.given_k is None and quantizer.mean_of == 'nonzero'
+    assert quantizer.options.k is None and quantizer.options.mean == 'nonzero'
 
 
 def test_a_copied_model_quantizes_its_own_operands():

@@ -17,16 +17,12 @@ SAMPLES = 1 << 13
 
 
 class Statistics(NamedTuple):
-    """What calibration saw of a tensor: scalars, float32."""
+    """What calibration saw of a tensor: mean(|x|), also without zeros, min(x, 0) and max(x, 0), scalars."""
 
     mean: Tensor
-    """mean(|x|)."""
     nonzero_mean: Tensor
-    """mean(|x|) of the elements that are not zero."""
     low: Tensor
-    """min(x, 0)."""
     high: Tensor
-    """max(x, 0)."""
 
     @property
     def largest(self) -> Tensor:
@@ -83,21 +79,17 @@ class ActivationQuantizer(Quantizer):
         means, low = (total / count, total / max(nonzero, 1)), min(-negative, 0.0)
         seen = Statistics(*(self.threshold.new_tensor(v) for v in (*means, low, max(high, 0.0))))
         self.set_range(F.decide_range(-negative, high) if self.range == 'auto' else self.range)
-        start = self._started(seen)
+        start = self.start_threshold(seen)
         if self.kind == 'zero_point':
             # T may depend on hi, hence on the zero point, which depends on T: the first one that fits its own T
             while (zero_point := F.zero_point_of(float(start), low, self.bits)) > -self.lo:
                 self.set_range('zero_point', zero_point)
-                start = self._started(seen)
+                start = self.start_threshold(seen)
+        if not self.follows and not start > 0:  # zeros only, such as a residual branch at first: 0 would stay for good
+            start = torch.ones_like(start)
         self.threshold.copy_(start)
         self.set_state(calibrated=True)
         self.samples = None
-
-    def _started(self, seen: Statistics) -> Tensor:
-        start = self.start_threshold(seen)
-        if not self.follows and not start > 0:  # zeros only, such as a residual branch at first: 0 would stay for good
-            start = torch.ones_like(start)
-        return start
 
     def start_threshold(self, seen: Statistics) -> Tensor:
         """T from calibration, for the codes lo to hi; by default the largest |x|."""
@@ -115,6 +107,10 @@ class ActivationQuantizer(Quantizer):
         if self.lo == 0:
             return 'unsigned'
         return 'signed' if -self.lo >= self.hi else 'zero_point'
+
+    def current_threshold(self) -> Tensor:
+        """T now, a scalar; by default it stays. Not called when thresholds are frozen."""
+        return self.threshold
 
     def step(self) -> Tensor:
         """The step d, a scalar."""

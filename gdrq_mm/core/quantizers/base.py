@@ -14,6 +14,7 @@ and where it needs them `round` (codes of weights), `reshape` and `after_step`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -60,6 +61,7 @@ class Quantizer(nn.Module):
     state: Tensor
     threshold: Tensor
     """T in use: up to date whenever it is saved, and what is used while thresholds are frozen."""
+    current_threshold: Callable[..., Tensor]
     options: Any
 
     @dataclass(frozen=True)
@@ -106,13 +108,6 @@ class Quantizer(nn.Module):
             setattr(self, name, value)
         state = [int(self.stage), int(self.calibrated), self.lo, self.hi, self.bits]
         self.state.copy_(torch.tensor(state, dtype=torch.int32))
-
-    def current_threshold(self, *weight: Tensor) -> Tensor:
-        """T as it is now, not called when thresholds are frozen: (C, ...) gives (G,), for activations () gives ().
-
-        By default T stays where it started.
-        """
-        return self.threshold
 
     @torch.no_grad()
     def settle(self, *weight: Tensor) -> None:

@@ -80,8 +80,8 @@ class GDRQWeight(WeightQuantizer):
             return F.search_threshold(weight, self.lo, self.hi, self.sizes)
         return F.scale_clip_threshold(weight, self.k, self.sizes)
 
-    def current_threshold(self, *weight: Tensor) -> Tensor:
-        return self.threshold if self.options.threshold == 'search' else self.start_threshold(*weight)
+    def current_threshold(self, weight: Tensor) -> Tensor:
+        return self.threshold if self.options.threshold == 'search' else self.start_threshold(weight)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         return F.fake_quantize(weight, step, self.lo, self.hi, self.options.gradient)

@@ -60,7 +60,7 @@ class LSQWeight(WeightQuantizer):
             return F.scale_clip_threshold(weight, default_weight_k(self.bits, self.lo, self.hi), self.sizes)
         return 2 * F.mean_abs(weight, self.sizes) / self.hi**0.5 * max(-self.lo, self.hi)
 
-    def current_threshold(self, *weight: Tensor) -> Tensor:
+    def current_threshold(self, weight: Tensor) -> Tensor:
         return self.learned_step.abs() * max(-self.lo, self.hi)  # abs: a step that crosses 0 goes on learning
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class LSQActivation(ActivationQuantizer):
     def start_threshold(self, seen: Statistics) -> Tensor:
         return 2 * seen.mean / self.hi**0.5 * max(-self.lo, self.hi)
 
-    def current_threshold(self, *weight: Tensor) -> Tensor:
+    def current_threshold(self) -> Tensor:
         return self.learned_step.abs() * max(-self.lo, self.hi)
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:

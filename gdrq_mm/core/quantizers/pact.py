@@ -43,7 +43,7 @@ class PACTActivation(ActivationQuantizer):
         if self.calibrated:
             self.alpha.data.copy_(self.threshold)
 
-    def current_threshold(self, *weight: Tensor) -> Tensor:
+    def current_threshold(self) -> Tensor:
         return self.alpha.abs()  # abs: an alpha that crosses 0 goes on learning
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:

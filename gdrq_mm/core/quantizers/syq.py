@@ -52,7 +52,7 @@ class SYQWeight(WeightQuantizer):
         self.alpha.data.copy_(mean if self.bits == 1 else F.nonzero_start(mean, weight))
         super().start(weight)
 
-    def current_threshold(self, *weight: Tensor) -> Tensor:
+    def current_threshold(self, weight: Tensor) -> Tensor:
         return self.alpha.abs()
 
     def spread(self, values: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class TTQWeight(WeightQuantizer):
         """W_p and W_n, (2, G)."""
         return torch.stack([self.positive.abs(), self.negative.abs()])
 
-    def current_threshold(self, *weight: Tensor) -> Tensor:
+    def current_threshold(self, weight: Tensor) -> Tensor:
         return self.scales().detach().amax(0)
 
     @torch.no_grad()

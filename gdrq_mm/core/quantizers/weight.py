@@ -54,6 +54,10 @@ class WeightQuantizer(Quantizer):
         """T of each group before training: (C, ...) gives (G,)."""
         return self.current_threshold(weight)
 
+    def current_threshold(self, weight: Tensor) -> Tensor:
+        """T of each group now, (C, ...) gives (G,); by default it stays. Not called when thresholds are frozen."""
+        return self.threshold
+
     def step(self, weight: Tensor) -> Tensor:
         """Step of each filter, shaped to broadcast against the weight: (C, 1, ...)."""
         threshold = self.threshold if self.stage == Stage.FREEZE else self.current_threshold(weight)
