@@ -77,7 +77,7 @@ def lines_of(file, codes):
 
 
 def test_from_config_to_arithmetic():
-    """Counted is every function of config, typed, convert, layers, quantizers, functional, kernels and step that runs.
+    """Counted is each function of config, typed, convert, layers, quantizers, functional, kernels, step that runs.
 
     It counts once, with its docstring, and so do the fields of settings, options and statistics. They run in the validation of the dict, the conversion of the model, calibration, a training step with its
     gradients, what moves after it, and an evaluation. Not counted are OTHER_SUBJECTS, constants of modules, class
