@@ -197,7 +197,9 @@ def settings(chance):
     cfg = copy.deepcopy(BASE)
     for side, methods in (('weight', WEIGHT_METHODS), ('activation', ACTIVATION_METHODS)):
         cfg[side]['method'] = chance.choice(list(methods))
-        cfg[side][cfg[side]['method']] = {name: odd(chance) for name in methods[cfg[side]['method']].options()}
+        cfg[side][cfg[side]['method']] = {
+            name: odd(chance) for name in methods[cfg[side]['method']].Options.__dataclass_fields__
+        }
         if chance.random() < 0.8:
             del cfg[side][cfg[side]['method']]
     cfg['method'] = chance.choice(list(METHODS))

@@ -79,10 +79,10 @@ def lines_of(file, codes):
 def test_from_config_to_arithmetic():
     """Counted is each function of config, typed, convert, layers, quantizers, functional, kernels, step that runs.
 
-    It counts once, with its docstring, and so do the fields of settings, options and statistics. They run in the validation of the dict, the conversion of the model, calibration, a training step with its
-    gradients, what moves after it, and an evaluation. Not counted are OTHER_SUBJECTS, constants of modules, class
-    attributes of modules (types of buffers), and what GDRQ W4A4 does not run: search, projection, freezing, other
-    methods, messages of errors.
+    It counts once, with its docstring, and so do the fields of settings, options and statistics. What runs: validation
+    of the dict, conversion of the model, calibration, a training step with its gradients, what moves after it, and an
+    evaluation. Not counted are OTHER_SUBJECTS, the layer table, constants of modules, class attributes of torch modules
+    (types of buffers), and what GDRQ W4A4 does not run: search, projection, freezing, other methods, error messages.
     """
     by_file: dict = {}
     for code in codes_that_run(run_through):
