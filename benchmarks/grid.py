@@ -109,4 +109,4 @@ runs = [
         for part in (cifar10, digits_det, digits_seg)
     ),
 ]
-del methods, cifar10, digits, digits_det, digits_seg, ablation, full_range, trials
+del methods, cifar10, digits, digits_det, digits_seg, ablation, full_range, learned, trials
