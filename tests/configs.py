@@ -4,7 +4,7 @@ import re
 
 from mmengine.config import Config
 
-from gdrq_mm.openmmlab.cli import mend_bases
+from gdrq_mm.openmmlab.compat import mend_bases
 from tests.helpers import ROOT
 
 CONFIGS = ROOT / 'configs'

@@ -12,7 +12,6 @@ from torch.utils.data._utils import signal_handling
 from yapf.yapflib import yapf_api
 
 from gdrq_mm.data import digits
-from gdrq_mm.openmmlab import cli
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import ENV
 from tests.runs import COUNTS, SCENES, checkpoint_of, tiny_config
@@ -26,15 +25,6 @@ yapf_api.FormatCode = lambda text, style_config: _formatted(text, tuple(style_co
 # A data loader with workers installs a handler of SIGCHLD for good, which then runs whenever a later test's child ends;
 # where OpenVINO had left a signal stack that is not mapped (see deploy/runtime.py), that ended the process.
 signal_handling._set_SIGCHLD_handler = lambda: None
-
-
-def leave(end):
-    """The end of a tool that a test runs in its own process, which goes on."""
-    if end:
-        sys.exit(end)
-
-
-cli.leave = leave
 
 
 def pytest_collection_finish():

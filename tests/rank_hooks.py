@@ -119,6 +119,9 @@ class Spoil(Hook):
     def weight(self, runner, layer, data_batch):
         layer.weight.data.copy_(spoilt(layer.weight.data))
 
+    def statistics(self, runner, layer, data_batch):
+        layer.running_mean.copy_(spoilt(layer.running_mean))
+
     def output(self, runner, layer, data_batch):
         layer.register_forward_hook(lambda module, args, output: spoilt(output))
 
@@ -176,6 +179,6 @@ class Hold(Hook):
         note.touch()
         (stop,) = (hook for hook in runner.hooks if isinstance(hook, StopHook))
         end = time.monotonic() + 150
-        while not stop.signal:
+        while not stop.listener.signal:
             assert time.monotonic() < end, 'no signal came'
             time.sleep(0.05)

@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+import re
+import runpy
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
+from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.cli import read_config
 from gdrq_mm.openmmlab.tasks import dataset_of
 from tests.helpers import ROOT
@@ -111,3 +114,24 @@ def train(runner, function=None):
 def checkpoint_of(runner, name='epoch_1.pth'):
     """Path of a checkpoint of a run."""
     return str(Path(runner.work_dir) / name)
+
+
+def scores_of(runner):
+    """A list that evaluation fills with what the classifier puts out, a tensor a batch."""
+    found = []
+    runner.model.head.fc.register_forward_hook(lambda m, args, out: None if m.training else found.append(out.clone()))
+    return found
+
+
+def contents(runner, name):
+    """What a checkpoint must hold to the last bit."""
+    checkpoint = read_checkpoint(checkpoint_of(runner, name))
+    parts = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
+    progress = {key: checkpoint['meta'][key] for key in ('epoch', 'iter', 'seed')}
+    return {**{part: checkpoint[part] for part in parts if part in checkpoint}, 'progress': progress}
+
+
+def tool_function(name):
+    """The function of a tool of tools/ that does its work by sys.argv, to call it in this process."""
+    (function,) = re.findall(r'^    main\((\w+)\)$', (ROOT / 'tools' / name).read_text(), re.MULTILINE)
+    return runpy.run_path(str(ROOT / 'tools' / name))[function]

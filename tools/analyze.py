@@ -14,11 +14,12 @@ from rich.console import Console
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import file_digest, write_whole
 from gdrq_mm.openmmlab.analysis import analyze, load, prepare, weights_of
-from gdrq_mm.openmmlab.checkpoints import check_fits, read_checkpoint, state_of
+from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, main
 from gdrq_mm.openmmlab.describe import model_name
 from gdrq_mm.openmmlab.models import bare_model
 from gdrq_mm.openmmlab.tasks import task_of
+from gdrq_mm.openmmlab.weights import check_fits, state_of
 from gdrq_mm.report.analysis import analysis_dict, analysis_table, cost_picture, weight_sheet
 from gdrq_mm.report.record import git_revision, hardware, versions
 

@@ -47,7 +47,10 @@ def run() -> None:
         if cfg.pop('quantization', None) is None:
             raise UserError(f'--beside: {args.config} has no quantization: there is nothing to compare')
         picture = side_by_side([[predicted(args, cfg, args.beside), picture]], ['float', 'quantized'])
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out {out} cannot be written: {error.strerror}') from None
     if not cv2.imwrite(str(out), picture[..., ::-1]):
         raise UserError(f'--out {out} cannot be written')
     print(out)

@@ -37,7 +37,10 @@ def prepare() -> None:
     build, source = BUILDERS[args.dataset]
     if args.source is None:
         raise UserError(f'{args.dataset} needs --source PATH: {source}')
-    print(build(args.source, out))
+    try:
+        print(build(args.source, out))
+    except OSError as error:
+        raise UserError(str(error)) from error
 
 
 if __name__ == '__main__':

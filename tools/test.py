@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 
-from gdrq_mm.core.errors import UserError, building
+from gdrq_mm.core.errors import UserError
 from gdrq_mm.deploy.runtime import RUNTIMES
 from gdrq_mm.openmmlab.bundle import use_runtime
 from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
@@ -45,14 +45,13 @@ def test() -> None:
     check_writable(record.parent)
     if record.is_dir():
         raise UserError(f'--record {record} is a folder: the run record cannot be written')
-    with building('the config', 'cannot be used'):
-        prepare_test(cfg, args.checkpoint)
-        if args.show or args.show_dir:
-            show_predictions(cfg, args.show, args.show_dir, args.wait_time)
-        if args.tta:
-            use_tta(cfg)
-        if args.out:
-            dump_before_build(cfg, args.out)
+    prepare_test(cfg, args.checkpoint)
+    if args.show or args.show_dir:
+        show_predictions(cfg, args.show, args.show_dir, args.wait_time)
+    if args.tta:
+        use_tta(cfg)
+    if args.out:
+        dump_before_build(cfg, args.out)
     runner = build_runner(cfg, args)
     if args.out:
         dump_after_build(cfg, runner, args.out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from gdrq_mm.core.errors import building
+from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.amp import use_amp
 from gdrq_mm.openmmlab.checkpoints import find_resumable
 from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, load_config, main
@@ -36,13 +36,10 @@ def parse_args() -> argparse.Namespace:
 def train() -> None:
     args = parse_args()
     cfg = load_config(args)
-    with building('the config', 'cannot be used'):
-        adapt(cfg, args)
+    adapt(cfg, args)
     reason = ''
     if args.resume == 'auto':
-        with building('default_hooks.checkpoint', 'cannot be used'):
-            folder = checkpoint_folder(cfg)
-        found, reason = find_resumable(cfg.work_dir, folder, args.unsafe_load)
+        found, reason = find_resumable(cfg.work_dir, checkpoint_folder(cfg), args.unsafe_load)
         if found:  # else start anew, from the config's load_from
             cfg.resume, cfg.load_from = True, found
     elif args.resume is not None:
@@ -66,7 +63,10 @@ def adapt(cfg: Config, args: argparse.Namespace) -> None:
 
 def checkpoint_folder(cfg: Config) -> Path:
     """Where mmengine's CheckpointHook writes."""
-    out_dir = (cfg.get('default_hooks') or {}).get('checkpoint', {}).get('out_dir')
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if not isinstance(hook, dict):
+        raise UserError(f'default_hooks.checkpoint={hook!r} is not a dict')
+    out_dir = hook.get('out_dir')
     return Path(out_dir, Path(cfg.work_dir).name) if out_dir else Path(cfg.work_dir)
 
 

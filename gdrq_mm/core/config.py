@@ -249,3 +249,54 @@ def _schedule(cfg: Any, path: str) -> Schedule:
     if schedule.reshape > schedule.freeze:
         raise UserError(f'{path}: reshape={schedule.reshape} ends after freeze={schedule.freeze} begins')
     return schedule
+
+
+TRAINING_ONLY = frozenset(
+    {'schedule', 'calibration_batches', 'momentum', 'mean', 'gradient', 'clip', 'lr_mult', 'decay_mult'}
+)
+"""Settings that only training reads: a trained model computes the same whatever they are."""
+
+
+def first_difference(theirs: Any, ours: Any, training: bool) -> str:
+    """The first difference of the `quantization` dict of a checkpoint and that of a config; '' if there is none.
+
+    A default that is spelled out is no difference.
+
+    Args:
+        theirs, ours: each a dict, or None for a float model.
+        training: compare TRAINING_ONLY too.
+    """
+    if theirs is None or ours is None:
+        return '' if theirs is ours else f'the model of the {"checkpoint" if theirs is None else "config"} is float'
+    one, other = (_settings(Quantization.from_dict(cfg)) for cfg in (theirs, ours))
+    for path in {**one, **other}:
+        pair = one.get(path), other.get(path)
+        left, right = pair if training else map(_needed, pair)
+        if left != right and (training or TRAINING_ONLY.isdisjoint(path.split('.'))):
+            return f'{path} is {left!r} in the checkpoint and {right!r} in the config'
+    return ''
+
+
+def _needed(value: Any) -> Any:
+    """A value, such as that of `overrides`, without what only training reads."""
+    return {k: _needed(v) for k, v in value.items() if k not in TRAINING_ONLY} if isinstance(value, Mapping) else value
+
+
+def _settings(quantization: Quantization) -> dict[str, Any]:
+    """Path of a setting -> its value, with the defaults of the methods; overrides as they are written."""
+    found: dict[str, Any] = {}
+    for side, methods in (('weight', WEIGHT_METHODS), ('activation', ACTIVATION_METHODS)):
+        part = getattr(quantization, side)
+        path, method = f'quantization.{side}', methods[part.method]
+        found[f'{path}.method'] = part.method
+        found |= {f'{path}.{name}': getattr(part, name) for name in _names(part) if name not in ('method', 'options')}
+        for option in dataclasses.fields(method.Options):
+            found[f'{path}.{part.method}.{option.name}'] = part.options.get(option.name, option.default)
+    if quantization.weight.groups is None:
+        found['quantization.weight.groups'] = WEIGHT_METHODS[quantization.weight.method].default_groups
+    names = [name for name in _names(quantization) if name not in ('weight', 'activation')]
+    return found | {f'quantization.{name}': getattr(quantization, name) for name in names}
+
+
+def _names(part: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(part)]

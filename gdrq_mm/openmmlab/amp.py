@@ -30,8 +30,10 @@ def use_amp(cfg: Config) -> None:
     """Let a config train in mixed precision: float16 on a GPU, bfloat16 without one.
 
     Raises:
-        UserError: a detector without a GPU.
+        UserError: a detector without a GPU, or no optimizer.
     """
+    if not isinstance(cfg.get('optim_wrapper'), dict):
+        raise UserError(f'--amp: optim_wrapper={cfg.get("optim_wrapper")!r} of the config is not a dict')
     if torch.cuda.is_available():
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')

@@ -26,12 +26,13 @@ from ..report.analysis import Analysis, Metric, Row, Weights, worst_first
 from ..report.damage import Damage, Meter, measure, quantized_weight, watch
 from ..report.record import MAIN_METRICS
 from ..report.units import Unit, choose, only, units_of
-from .checkpoints import read_checkpoint, state_of, without_quantizers
+from .checkpoints import read_checkpoint
 from .cli import prepare_test
 from .models import bare_model
 from .runner import QuantRunner
 from .seeding import kept_random_state, seed_all
 from .tasks import task_of
+from .weights import state_of, without_quantizers
 
 SAMPLES = 1 << 16
 """How many values of an input are kept for the distance to uniform, over all batches (ours)."""

@@ -13,16 +13,16 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
-from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import PixelData
 
-from ..core.errors import UserError, building
+from ..core.errors import UserError
 from ..deploy.packed import is_packed, load_packed
-from .checkpoints import check_finite, check_fits, other_quantization, read_checkpoint, state_of
+from .checkpoints import read_checkpoint
 from .cli import read_config
 from .compat import check_environment
-from .models import drop_pretrained, prepare_model, read_quantization
+from .models import drop_pretrained, prepare_model, quantization_of, read_quantization
 from .tasks import task_of
+from .weights import load_weights, meta_of, plan_of
 
 NOISE = (240, 320)
 """Size of the picture from which an inference model learns what feeds what; pipelines resize it as they like."""
@@ -64,8 +64,7 @@ def init_model(
     drop_pretrained(cfg.model)
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with building(f'model={cfg.model.get("type")!r}'):
-        model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.cfg = model._config = cfg
     if task == 'cls':  # how mmpretrain finds its inferencer
         model._metainfo = SimpleNamespace(results=[SimpleNamespace(task='Image Classification')])
@@ -73,11 +72,15 @@ def init_model(
     if checkpoint is not None and is_packed(checkpoint):
         _load_packed(model, checkpoint)
     else:
+        content = None if checkpoint is None else read_checkpoint(str(checkpoint), 'cpu', unsafe_load)
+        plan = None if content is None else plan_of(model, content, str(checkpoint))
         noise = np.random.default_rng(0).integers(0, 256, (*NOISE, 3), np.uint8)
-        model.plan = prepare_model(model, cfg, lambda: infer(model, noise)).plan
+        model.plan = prepare_model(model, cfg, lambda: infer(model, noise), plan).plan
         model.eval()
-        if checkpoint is not None:
-            _load(model, str(checkpoint), unsafe_load)
+        if content is not None:
+            load_weights(model, content, str(checkpoint), quantization_of(cfg))
+            meta = meta_of(content).get('dataset_meta') or {}
+            model.dataset_meta = model._dataset_meta = {key.lower(): value for key, value in meta.items()}
     if not model.dataset_meta.get('classes'):
         model.dataset_meta.update(cfg.test_dataloader.dataset.get('metainfo') or {})
     return model.to(device or get_device())
@@ -89,18 +92,6 @@ def _load_packed(model: Any, path: str | Path) -> None:
         raise UserError(f'packed file {path} holds a quantized model, the config has no quantization')
     _, model.dataset_meta = load_packed(model, path, quantization)
     model._dataset_meta = model.dataset_meta
-
-
-def _load(model: Any, checkpoint: str, unsafe_load: bool) -> None:
-    content = read_checkpoint(checkpoint, 'cpu', unsafe_load)
-    check_fits(model, content, checkpoint, share=1.0)
-    mismatch = other_quantization(model, content)
-    if mismatch:
-        raise UserError(f'checkpoint {checkpoint} was trained with another quantization config: {mismatch}')
-    load_state_dict(model, state_of(content))
-    check_finite(model, checkpoint)
-    meta = content.get('meta', {}).get('dataset_meta') or {}
-    model.dataset_meta = model._dataset_meta = {key.lower(): value for key, value in meta.items()}
 
 
 def infer(model: Any, image: str | Path | np.ndarray) -> Any:

@@ -8,20 +8,17 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 from mmengine.fileio import get as fetch
 from mmengine.logging.history_buffer import HistoryBuffer
 
 from ..core.errors import UserError
-from ..core.quantizers import Quantizer, learned_parameters
-
-_QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant)\.')
-"""Matches the names of what quantizers keep in a state dict."""
 
 POINTER = 'last_checkpoint'
 """mmengine's file in a work directory that holds the path of the newest checkpoint."""
@@ -119,7 +116,7 @@ def find_resumable(work_dir: str | Path, out_dir: str | Path | None = None, unsa
     named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
     if named:
         try:
-            if _iterations(read_checkpoint(named, unsafe=unsafe)) is not None:
+            if iterations_of(read_checkpoint(named, unsafe=unsafe)) is not None:
                 return named, ''
             reason = f'{named} does not hold the state of a training'
         except UserError as error:
@@ -133,7 +130,7 @@ def find_resumable(work_dir: str | Path, out_dir: str | Path | None = None, unsa
         except UserError:
             damaged.append(path.name)
             continue
-        iterations = _iterations(checkpoint)
+        iterations = iterations_of(checkpoint)
         if iterations is not None and 'optimizer' in checkpoint:  # those of the best score have none
             whole.append((iterations, str(path)))
     if whole:
@@ -146,18 +143,12 @@ def find_resumable(work_dir: str | Path, out_dir: str | Path | None = None, unsa
     )
 
 
-def _iterations(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
+def iterations_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """Iterations and epochs of the training whose state a checkpoint holds; None if it holds weights only."""
     meta = checkpoint.get('meta')
     found = tuple(meta.get(key) for key in ('iter', 'epoch')) if isinstance(meta, dict) else ()
     whole = 'message_hub' in checkpoint and len(found) == 2 and all(isinstance(n, int) for n in found)
     return found if whole else None  # type: ignore[return-value]
-
-
-def check_resumable(checkpoint: dict[str, Any], filename: str) -> None:
-    """Raise UserError if a checkpoint does not hold the state of a training."""
-    if _iterations(checkpoint) is None:
-        raise UserError(f'checkpoint {filename} holds weights only and cannot be resumed; name it in load_from instead')
 
 
 def last_written(work_dir: str | Path) -> str:
@@ -167,68 +158,30 @@ def last_written(work_dir: str | Path) -> str:
     return f'the last good checkpoint is {named}' if named else 'no checkpoint had been written yet'
 
 
-def state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The state dict in a checkpoint, names without a 'module.' prefix."""
-    return {k.removeprefix('module.'): v for k, v in checkpoint.get('state_dict', checkpoint).items()}
+@contextmanager
+def written_whole(out_dir: str, filename: str, work_dir: str | Path) -> Iterator[str]:
+    """Gives a temporary file name for a checkpoint; what was written there is moved into place at the end.
 
+    So the file is whole or not there. An address is written in place.
 
-def check_fits(model: nn.Module, checkpoint: dict[str, Any], filename: str, share: float) -> None:
-    """Raise UserError if less than `share` of the model's parameters are in the checkpoint, with their shape.
-
-    Parameters of quantizers do not count: a float checkpoint has none.
+    Raises:
+        UserError: it cannot be written, as on a full disk; older checkpoints are as they were.
     """
-    state = state_of(checkpoint)
-    learned = learned_parameters(model)
-    parameters = {n: p for n, p in model.named_parameters() if n not in learned}
-    wrong = [n for n, p in parameters.items() if n not in state or getattr(state[n], 'shape', None) != p.shape]
-    if len(parameters) - len(wrong) < share * len(parameters):
-        raise UserError(
-            f'checkpoint {filename} is of another model: {len(parameters) - len(wrong)} of {len(parameters)} '
-            f'parameters match by name and shape; the first that does not is {wrong[0]}'
-        )
-
-
-def check_finite(model: nn.Module, filename: str) -> None:
-    """Raise UserError if a parameter that was loaded is NaN or infinite: the training had diverged."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f'checkpoint {filename} has NaN or infinite values in {name}: its training diverged')
-
-
-def other_quantization(model: nn.Module, checkpoint: dict[str, Any]) -> str:
-    """Why the thresholds of a quantized checkpoint do not belong to this model; '' if they do or if it has none.
-
-    One that QuantRunner wrote holds the rules of its quantizers; others are compared by names, bits and shapes.
-    """
-    state = state_of(checkpoint)
-    theirs = {name for name in state if _QUANTIZER_ENTRY.search(name)}
-    if not theirs:
-        return ''
-    prefixes = [(name, m) for name, m in model.named_modules() if isinstance(m, Quantizer)]
-    ours = {f'{name}.{key}': value for name, m in prefixes for key, value in m.state_dict().items()}
-    if not ours:
-        return 'this config quantizes nothing'
-    for name in sorted(theirs ^ set(ours)):
-        return f'{name} is in the {"checkpoint" if name in theirs else "config"} only'
-    meta = checkpoint.get('meta')
-    rules = meta.get('quantizers') if isinstance(meta, dict) else None
-    for name, m in prefixes:
-        bits = int(state[f'{name}.state'][-1])
-        if bits != m.bits:
-            return f'{name} has {bits} bits in the checkpoint and {m.bits} in the config'
-        rule = rules.get(name, m.rule) if isinstance(rules, dict) else m.rule
-        if rule != m.rule:
-            return f'{name} is {rule} in the checkpoint and {m.rule} in the config'
-    for name, value in ours.items():
-        if state[name].shape != value.shape:
-            return f'{name} has shape {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} in the config'
-    return ''
-
-
-def without_quantizers(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint as if it came from the float model."""
-    state = {k: v for k, v in state_of(checkpoint).items() if not _QUANTIZER_ENTRY.search(k)}
-    return {**checkpoint, 'state_dict': state}
+    if '://' in out_dir:
+        yield filename
+        return
+    temporary, path = f'.{filename}.tmp', os.path.join(out_dir, filename)
+    source = os.path.join(out_dir, temporary)
+    try:
+        yield temporary
+        with open(source, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(source, path)
+    except OSError as error:
+        raise UserError(f'checkpoint {path} cannot be written: {error.strerror}; {last_written(work_dir)}') from error
+    finally:
+        with suppress(OSError):  # a folder may have become read-only
+            Path(source).unlink(missing_ok=True)
 
 
 def _neighbours(filename: str) -> str:

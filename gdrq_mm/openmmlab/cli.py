@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mmengine.config import Config, DictAction
-from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..core.errors import Stopped, UserError, building
-from .compat import check_environment, mute_debug_prints
-from .distributed import leave
+from ..core.errors import Stopped, UserError
+from .compat import check_environment, mend_bases
+from .mistakes import config_mistake
+from .processes import leave
+from .runner import QuantRunner
 
 LAUNCHERS = {
     'pytorch': ('RANK', 'torchrun (tools/dist_train.sh, tools/dist_test.sh)'),
@@ -82,7 +84,6 @@ def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Co
     if not path.is_file():
         raise UserError(f'config {path} does not exist{_near_files(path)}')
     mend_bases()
-    mute_debug_prints()
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python code: anything can go wrong in it
@@ -96,31 +97,21 @@ def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Co
     return cfg
 
 
-def mend_bases() -> None:
-    """Make `_base_ = 'mmseg::...'` and `_base_ = 'gdrq_mm::...'` work.
-
-    mmengine 0.10.12 maps the former to a package name that is no longer used, and accepts no other packages.
-    """
-    MODULE2PACKAGE.update(mmseg='mmseg', gdrq_mm='gdrq_mm')
-
-
 def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
     """The runner that the config asks for."""
     check_environment()
     name = cfg.get('runner_type', 'gdrq_mm.openmmlab.QuantRunner')
-    with building(f'runner_type={name!r}'):
-        runner_class = RUNNERS.get(name)
-    if runner_class is None:
+    runner_class: Any = RUNNERS.get(name) if isinstance(name, str) else name
+    if not (isinstance(runner_class, type) and issubclass(runner_class, Runner)):
         raise UserError(f'runner_type={name!r} is not a registered runner, nor the full path of one')
-    if hasattr(runner_class, 'unsafe_load'):
-        runner_class.unsafe_load = args.unsafe_load
-    elif 'quantization' in cfg:
+    if 'quantization' in cfg and not issubclass(runner_class, QuantRunner):
         raise UserError(
             f'runner_type={name!r} does not quantize: it would ignore the quantization config; '
             'take gdrq_mm.openmmlab.QuantRunner'
         )
-    with building('the config'):
-        return runner_class.from_cfg(cfg)
+    if args.unsafe_load:
+        cfg.unsafe_load = True
+    return runner_class.from_cfg(cfg)  # type: ignore[attr-defined]
 
 
 def prepare_test(cfg: Config, checkpoint: str) -> None:
@@ -146,21 +137,29 @@ def check_writable(folder: Path) -> None:
 def check_data(cfg: Config) -> None:
     """Say which command prepares the data that is missing."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        with building(name, 'cannot be read'):
-            roots = list(_data_roots((cfg.get(name) or {}).get('dataset') or {}))
-        for root in map(str, roots):
+        loader = cfg.get(name) or {}
+        if not isinstance(loader, dict):
+            raise UserError(f'{name}={loader!r} is not a dict')
+        for root in _data_roots(loader.get('dataset') or {}, f'{name}.dataset'):
             if '://' not in root and not Path(root).is_dir():
                 known = next((PREPARED[part] for part in Path(root).parts if part in PREPARED), None)
                 how = f'; prepare it with: python tools/prepare_data.py {known}' if known else ''
                 raise UserError(f'{name}: the data folder {root} does not exist{how}')
 
 
-def _data_roots(dataset: dict[str, Any]) -> Iterator[str]:
+def _data_roots(dataset: Any, path: str) -> Iterator[str]:
     """Those of a data set's config, and of the data sets that it wraps."""
+    if not isinstance(dataset, dict):
+        raise UserError(f'{path}={dataset!r} is not a dict')
     if dataset.get('data_root'):
-        yield dataset['data_root']
-    for inner in (*dataset.get('datasets', ()), *filter(None, [dataset.get('dataset')])):
-        yield from _data_roots(inner)
+        yield str(dataset['data_root'])
+    inner = dataset.get('datasets') or []
+    if not isinstance(inner, (list, tuple)):
+        raise UserError(f'{path}.datasets={inner!r} is not a list')
+    if dataset.get('dataset'):
+        yield from _data_roots(dataset['dataset'], f'{path}.dataset')
+    for number, each in enumerate(inner):
+        yield from _data_roots(each, f'{path}.datasets[{number}]')
 
 
 PREPARED = {
@@ -172,8 +171,6 @@ PREPARED = {
 
 
 def _near_files(path: Path) -> str:
-    import difflib
-
     folder = path.parent if path.parent.is_dir() else Path('configs')
     names = [str(p) for p in folder.rglob('*.py') if not any(part.startswith('.') for part in p.parts)]
     close = difflib.get_close_matches(str(path), names, n=3, cutoff=0.5)
@@ -186,21 +183,26 @@ def main(command: Callable[[], None]) -> NoReturn:
 
 
 def ending(command: Callable[[], None]) -> str | int:
-    """Run a tool; a UserError, a missing file, an interruption or a stop ends it with one line.
+    """Run a tool; a UserError, a mistake in the config, an interruption or a stop ends it with one line.
+
+    Any other exception shows its traceback.
 
     Returns:
         What sys.exit takes: an exit code, or a last line.
     """
     try:
         command()
+    except UserError as error:
+        return f'error: {error}'
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         return 'interrupted'
     except Exception as error:
-        if isinstance(error, (UserError, OSError)) and not os.environ.get('GDRQ_DEBUG'):
-            return f'error: {error}'
+        mistake = config_mistake(error)
+        if mistake:
+            return f'error: the config cannot be used: {mistake}'
         sys.excepthook(*sys.exc_info())
         return 1
     return os.EX_OK

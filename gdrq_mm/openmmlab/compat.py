@@ -1,38 +1,51 @@
-"""Checks of what is installed."""
+"""What works around OpenMMLab and torch, each with the version it is for.
+
+tests/openmmlab/test_compat.py fails where one is no longer needed. Three are larger and have files of their own, with
+tests there too: batch normalization that is synchronized without a GPU (distributed.py), old checkpoints that go when
+the new one is there (hooks/checkpoint.py), and the signal stack that OpenVINO leaves (deploy/runtime.py).
+"""
 
 from __future__ import annotations
 
-import logging
+import datetime
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import mmengine.logging
+import torch
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.dist import is_distributed
 
 from ..core.errors import UserError
 
 UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
 
-_print_log = mmengine.logging.print_log
+PRIVATE = {
+    'mmengine.runner.Runner': ('_train_loop', '_hooks', '_load_from', '_resume', '_has_loaded', '_randomness_cfg'),
+    'mmengine.optim.OptimWrapper': ('_accumulative_counts', '_inner_count'),
+    'mmengine.visualization.Visualizer': ('_vis_backends',),
+    'mmengine.hooks.CheckpointHook': ('_save_checkpoint_with_step', '_save_best_checkpoint'),
+}
+"""Private names of onedl-mmengine 0.10.12 that the package uses, as there is no public way; a test looks for each."""
 
 
-def mute_debug_prints() -> None:
-    """Keep back what libraries print at debug level: without a logger, mmengine 0.10.12's print_log ignores the level.
+def mend_bases() -> None:
+    """Make `_base_ = 'mmseg::...'` and `_base_ = 'gdrq_mm::...'` work.
 
-    "Could not import OneDL", of a data format that nobody here uses, looks like a broken installation.
+    onedl-mmengine 0.10.12 maps the former to mmsegmentation, a package that the onedl one does not have, and accepts no
+    package that it does not list. Not reported upstream.
     """
-
-    def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
-        if logger is not None or level >= logging.INFO:
-            _print_log(msg, logger, level)
-
-    mmengine.logging.print_log = print_log
+    MODULE2PACKAGE.update(mmseg='mmseg', gdrq_mm='gdrq_mm')
 
 
 def check_environment() -> None:
     """Refuse upstream OpenMMLab packages beside the onedl ones, which write the same import names, and transformers 5.
 
-    mmpretrain 1.3.6 imports its multimodal models wherever transformers is installed; version 5 lacks what they take
-    from it ("NoneType takes no arguments").
+    onedl-mmpretrain 1.3.6 imports its multimodal models wherever transformers is installed; version 5 lacks what they
+    take from it ("NoneType takes no arguments"). Not reported upstream.
 
     Raises:
         UserError: names the packages to remove.
@@ -57,3 +70,61 @@ def _installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+TOLD_BY = {
+    'pytorch': {},
+    'slurm': dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID'),
+    'mpi': {
+        'RANK': 'OMPI_COMM_WORLD_RANK',
+        'WORLD_SIZE': 'OMPI_COMM_WORLD_SIZE',
+        'LOCAL_RANK': 'OMPI_COMM_WORLD_LOCAL_RANK',
+    },
+}
+"""Launcher -> variable of torch.distributed -> the variable in which the launcher tells it."""
+
+
+def init_without_gpu(launcher: str, options: dict[str, Any]) -> None:
+    """Start the process group by gloo where there is no GPU; mmengine's setup_env then leaves it as it is.
+
+    onedl-mmengine 0.10.12 calls torch.cuda.set_device in each process of a launcher. Not reported upstream.
+
+    Args:
+        launcher: 'pytorch', 'slurm' or 'mpi'; nothing is done for 'none'.
+        options: `env_cfg.dist_cfg` of the config.
+    """
+    if torch.cuda.is_available() or launcher not in TOLD_BY or is_distributed():
+        return
+    options = {key: value for key, value in options.items() if key != 'init_backend'}
+    os.environ.update({ours: os.environ[theirs] for ours, theirs in TOLD_BY[launcher].items()})
+    if 'port' in options:
+        os.environ['MASTER_PORT'] = str(options.pop('port'))
+    if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
+        hosts = ('scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST'])
+        os.environ['MASTER_ADDR'] = subprocess.check_output(hosts, text=True).split()[0]
+    if options.get('timeout') is not None:
+        options['timeout'] = datetime.timedelta(seconds=options['timeout'])
+    torch.distributed.init_process_group(**{**options, 'backend': 'gloo'})
+
+
+@contextmanager
+def weights_only(allowed: list[Any]) -> Iterator[None]:
+    """Let torch.load unpickle tensors and plain data only, whoever calls it.
+
+    Where a file of `init_cfg=dict(type='Pretrained')` holds more, onedl-mmengine 0.10.12 loads it once more without
+    that limit, which runs what it holds (https://github.com/open-mmlab/mmengine/pull/1650 asks for it).
+
+    Args:
+        allowed: classes and functions that a file may name, beside torch's own.
+    """
+    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    before = os.environ.get(name)
+    os.environ[name] = '1'
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -12,9 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.nn as nn
 from mmengine.config import Config
 
+from ..core.config import FLOAT_BITS, Quantization
+from ..core.convert import Report
 from ..core.files import file_digest
+from ..core.quantizers import Quantizer, Stage
+from ..report.layers import totals
 from ..report.record import VERSION, git_revision, hardware, versions
 from .tasks import dataset_of, task_of
 
@@ -49,6 +55,20 @@ def make_record(
         git=git_revision(),
         versions=versions(),
         hardware=hardware(),
+    )
+
+
+def describe_model(model: nn.Module, config: Quantization | None, report: Report) -> dict[str, Any]:
+    """What a run record says of a bare model: methods, bits, stage, sizes."""
+    stages = {m.stage for m in model.modules() if isinstance(m, Quantizer)} - {Stage.FLOAT}
+    return dict(
+        methods=[config.weight.method, config.activation.method] if config else ['float', 'float'],
+        options=config.choices() if config else {},
+        bits=[config.weight.bits, config.activation.bits] if config else [FLOAT_BITS, FLOAT_BITS],
+        first_last_bits=config.first_last_bits if config else FLOAT_BITS,
+        deployable=config.deployable if config else None,
+        stage=max(stages).name.lower() if stages else 'float',
+        **dataclasses.asdict(totals(model, report)),
     )
 
 

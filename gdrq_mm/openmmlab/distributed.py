@@ -1,58 +1,21 @@
-"""Several processes, above all without a GPU: what mmengine 0.10.12 and torch have for CUDA devices only."""
+"""The model of several processes: wrapped, and with batch normalization that is synchronized without a GPU too."""
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed.nn.functional as dist
 import torch.nn as nn
+from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmengine.model import convert_sync_batchnorm
+from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
-from ..core.errors import building
-
-
-@contextmanager
-def no_device() -> Iterator[None]:
-    """mmengine selects a CUDA device for each process of a launcher; here there is none to select."""
-    select = torch.cuda.set_device
-    torch.cuda.set_device = lambda device: None
-    try:
-        yield
-    finally:
-        torch.cuda.set_device = select
-
-
-def leave(end: str | int) -> NoReturn:
-    """End this process as sys.exit does, with a last line or an exit code, and its data workers in any case.
-
-    Data workers get no time to stop: a signal to them can be lost, as they shield themselves (hooks/stop.py), and one
-    may hang. Then the process ends without the interpreter's and C++'s clean-up: threads of gloo, OpenMP or a runtime
-    may live as long as what they work for, and what destroys them then can abort a process that has done its work, or
-    wait for ever.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a data worker is killed
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    if isinstance(end, str):
-        print(end, file=sys.stderr)
-        end = 1
-    if end == os.EX_OK and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    atexit._run_exitfuncs()  # loggers
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(end)
+from ..core.errors import UserError
 
 
 class CPUSyncBatchNorm(_BatchNorm):
@@ -97,13 +60,39 @@ SYNCED = (nn.SyncBatchNorm, CPUSyncBatchNorm)
 """Batch normalizations whose statistics are the same in all processes."""
 
 
+SYNC_BN = ('torch', 'mmcv')
+"""What `sync_bn` of a config may be, beside None."""
+
+
 def synchronized(model: nn.Module, sync_bn: str | None) -> nn.Module:
-    """A model for several processes: with `sync_bn` all BN is synchronized; without a GPU by CPUSyncBatchNorm."""
-    if sync_bn:
-        with building(f'sync_bn={sync_bn!r}'):
-            model = convert_sync_batchnorm(model, sync_bn)
+    """A model for several processes: with `sync_bn` all BN is synchronized; without a GPU by CPUSyncBatchNorm.
+
+    Raises:
+        UserError: `sync_bn` is not known.
+    """
+    if sync_bn is not None:
+        if sync_bn not in SYNC_BN:
+            raise UserError(f'sync_bn={sync_bn!r} is not one of {", ".join(SYNC_BN)}')
+        model = convert_sync_batchnorm(model, sync_bn)
     if not torch.cuda.is_available():
         for module in model.modules():
             if isinstance(module, nn.SyncBatchNorm):
                 module.__class__ = CPUSyncBatchNorm  # type: ignore[assignment]
     return model
+
+
+def wrapper_config(cfg: Config, wrapper: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The `model_wrapper_cfg` for the processes of this machine, with or without GPUs.
+
+    Raises:
+        UserError: it is no DistributedDataParallel. FSDP cuts weights into pieces, but thresholds are of whole filters.
+    """
+    name = (wrapper or {}).get('type', 'MMDistributedDataParallel')
+    kind = MODEL_WRAPPERS.get(name) if isinstance(name, str) else name
+    if not (isinstance(kind, type) and issubclass(kind, DistributedDataParallel)):
+        raise UserError(f'model_wrapper_cfg.type={name!r} is not supported; take MMDistributedDataParallel')
+    if torch.cuda.is_available():
+        return wrapper
+    unused = cfg.get('find_unused_parameters', False)
+    wrapper = wrapper or dict(broadcast_buffers=False, find_unused_parameters=unused)
+    return {**wrapper, 'device_ids': None}  # mmengine's default are CUDA devices

@@ -1,5 +1,6 @@
-"""Bad data ends in one message that names the file: before training if that is cheap, else when the sample is loaded.
+"""Data loaders: built once, seeded, and with checks.
 
+Bad data ends in one message that names the file: before training if that is cheap, else when the sample is loaded.
 Before: what annotation files say, and whether pictures and masks exist. When loaded: whether picture and mask can be
 decoded, are of one size, and the labels of the mask are classes.
 """
@@ -14,12 +15,70 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import cv2
+import torch.nn as nn
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel
+from mmengine.runner import EpochBasedTrainLoop
+from torch.utils.data import DataLoader
 
 from ..core.errors import UserError
+from ..core.modules import mute_leaves
 from ..data.checks import check_annotations, read_annotations, wrong_mask
 from ..data.layout import refuse_missing
+from .models import bare_model
+from .processes import shield_workers
+from .seeding import kept_random_state, reseed_dataloader, skip_batches
+
+
+def loader_of(runner: Any, name: str) -> DataLoader:
+    """A data loader of a runner's config by its attribute, such as '_train_dataloader'; built once, for the loop too.
+
+    Raises:
+        UserError: a file or folder of its data set does not exist, or what is in it is wrong.
+    """
+    loader = getattr(runner, name)
+    if isinstance(loader, dict):
+        diff = runner._randomness_cfg.get('diff_rank_seed', False)
+        try:
+            loader = runner.build_dataloader(loader, seed=runner.seed, diff_rank_seed=diff)
+        except FileNotFoundError as error:
+            raise UserError(f'{name[1:]}: the data set cannot be read: {error}') from None
+        setattr(runner, name, loader)
+    return loader
+
+
+def predict_sample(runner: Any, model: nn.Module) -> None:
+    """One prediction on the first sample of the first data loader that a runner's config has: val, test or train."""
+    for name in ('_val_dataloader', '_test_dataloader', '_train_dataloader'):
+        if getattr(runner, name, None) is None:
+            continue
+        loader = loader_of(runner, name)
+        with kept_random_state():
+            batch = loader.collate_fn([loader.dataset[0]])
+            if name == '_train_dataloader':
+                mute_leaves(model.train())
+                data = model.data_preprocessor(batch, training=False)  # type: ignore[operator]
+                model(**data, mode='loss')
+            else:
+                if isinstance(model, BaseTTAModel):  # its loader gives a list with an entry for each augmentation
+                    batch = {key: value[0] for key, value in batch.items()}
+                bare_model(model).test_step(batch)
+        return
+
+
+def check_loader(loader: DataLoader, cfg: Config) -> None:
+    """Shield the workers of a data loader from signals, and check its data set."""
+    shield_workers(loader)
+    check_dataset(loader.dataset, ignored_labels(cfg.model))
+
+
+def go_on(loop: Any, seed: int) -> None:
+    """Let a resumed training loop draw by the seed of the checkpoint, and start in the middle of an epoch too."""
+    reseed_dataloader(loop.dataloader, seed)
+    if isinstance(loop, EpochBasedTrainLoop) and loop.iter > loop.epoch * len(loop.dataloader):
+        skip_batches(loop.dataloader, loop.iter - loop.epoch * len(loop.dataloader))
 
 
 class DataError(UserError):

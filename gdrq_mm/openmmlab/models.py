@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 
 from ..core.config import Quantization
 from ..core.convert import Report, float_report, quantize_model
-from ..core.errors import UserError, building
+from ..core.errors import UserError
+from ..core.quantizers import learned_parameters
 from ..core.topology import Plan, record
 from .heads import TRAINING_ONLY, last_layers
 
@@ -26,16 +29,43 @@ def bare_model(model: nn.Module) -> Any:
 
 
 def record_plan(model: nn.Module, predict: Callable[[], Any]) -> Plan:
-    """The plan of a bare model from one prediction, with what is known of the libraries' heads."""
+    """The plan of a bare model from one prediction, with what is known of the libraries' heads.
+
+    Boxes of any score count meanwhile: an untrained detector is sure of nothing, and would not reach its mask head.
+    """
     training_only = [name for name, _ in model.named_children() if name in TRAINING_ONLY]
-    return record(model, predict, whole=False, last=last_layers(model), training_only=training_only)
+    with _any_score(model):
+        return record(model, predict, whole=False, last=last_layers(model), training_only=training_only)
 
 
-def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any]) -> Report:
+@contextmanager
+def _any_score(model: nn.Module) -> Iterator[None]:
+    """Set each `score_thr` in the `test_cfg` of the model and its heads to 0, and back at the end."""
+    found: list[tuple[Any, Any]] = []
+
+    def lower(cfg: Any) -> None:
+        if isinstance(cfg, dict):
+            if isinstance(cfg.get('score_thr'), (int, float)):
+                found.append((cfg, cfg['score_thr']))
+                cfg['score_thr'] = 0.0
+            for value in cfg.values():
+                lower(value)
+
+    for module in model.modules():
+        lower(getattr(module, 'test_cfg', None))
+    try:
+        yield
+    finally:
+        for cfg, value in reversed(found):  # heads share their dicts with the model: the first value is the config's
+            cfg['score_thr'] = value
+
+
+def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any], plan: Plan | None = None) -> Report:
     """Give a model of a config its memory format and its quantized layers, in place.
 
     Args:
         predict: one prediction of the model, from which is learned what feeds what.
+        plan: that of a checkpoint, where there is one; then nothing is predicted.
     """
     memory_format = cfg.get('memory_format', 'contiguous')
     if memory_format not in ('contiguous', 'channels_last'):
@@ -43,8 +73,7 @@ def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any]) -> 
     if memory_format == 'channels_last':
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     bare, quantization = bare_model(model), read_quantization(cfg)
-    with building('the model'):
-        plan = record_plan(bare, predict)
+    plan = plan or record_plan(bare, predict)
     if quantization is None:
         return float_report(bare, plan)
     report = quantize_model(bare, quantization, plan)
@@ -63,6 +92,26 @@ def read_quantization(cfg: Config) -> Quantization | None:
         for name in difflib.get_close_matches(setting, set(cfg) - {setting}, n=1, cutoff=0.85):
             raise UserError(f"{name} is not a setting; did you mean '{setting}'? (else rename it)")
     return Quantization.from_dict(cfg.quantization) if 'quantization' in cfg else None
+
+
+def quantization_of(cfg: Config) -> dict[str, Any] | None:
+    """The `quantization` dict of a config as plain data, as checkpoints hold it."""
+    return cfg.quantization.to_dict() if 'quantization' in cfg else None
+
+
+def with_learned(optim_wrapper: Any, model: nn.Module) -> Any:
+    """An `optim_wrapper` config in which what quantizers learn has the learning rate and decay of its method."""
+    learned = learned_parameters(model)
+    if not (learned and isinstance(optim_wrapper, dict) and 'optimizer' in optim_wrapper):
+        return optim_wrapper
+    optim_wrapper = copy.deepcopy(optim_wrapper)
+    given = optim_wrapper.get('paramwise_cfg') or {}
+    keys = {n: dict(lr_mult=q.lr_mult, decay_mult=q.decay_mult) for n, q in learned.items()}
+    if optim_wrapper['optimizer'].get('weight_decay') is None:  # then mmengine refuses a multiple of it
+        keys = {n: dict(lr_mult=q.lr_mult) for n, q in learned.items()}
+    # ConfigDict stores copies: what its setdefault returns is not what it holds
+    optim_wrapper['paramwise_cfg'] = {**given, 'custom_keys': {**given.get('custom_keys', {}), **keys}}
+    return optim_wrapper
 
 
 def drop_pretrained(cfg: Any) -> None:

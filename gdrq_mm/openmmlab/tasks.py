@@ -45,6 +45,8 @@ def use_tta(cfg: Config) -> None:
     """
     task = task_of(cfg)
     dataset = dataset_of(cfg.test_dataloader)
+    if not isinstance(dataset.get('pipeline'), list):
+        raise UserError(f'--tta: the pipeline of the test data is {dataset.get("pipeline")!r}, not a list')
     if task == 'cls' and cfg.default_hooks.get('visualization', {}).get('enable'):
         raise UserError(
             "--tta cannot be combined with --show or --show-dir: mmpretrain's hook draws single inputs only"

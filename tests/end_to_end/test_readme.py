@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.data import digits
 from gdrq_mm.report.compare import TASK_NAMES, main_metric
+from tests.runs import tool_function
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text()
@@ -72,7 +72,7 @@ def test_quickstart_prints_a_row_for_each_task(tmp_path, monkeypatch, capsys):
     """One epoch of few pictures is too short to learn much; the rows have to hold what the records say."""
     monkeypatch.setattr(digits, 'COUNTS', {'cls': {'train': 320, 'test': 100}, 'scenes': {'train': 40, 'test': 20}})
     monkeypatch.setattr(sys, 'argv', ['quickstart.py', '--work-dir', str(tmp_path / 'work'), '--epochs', '1'])
-    runpy.run_path(str(ROOT / 'tools/quickstart.py'), run_name='__main__')
+    tool_function('quickstart.py')()
     shown = capsys.readouterr().out
     records = [json.loads(path.read_text()) for path in (tmp_path / 'work').glob('*/record.json')]
     assert len(records) == 6

@@ -18,7 +18,8 @@ from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
-from gdrq_mm.openmmlab.checkpoints import check_fits, other_quantization, read_checkpoint, without_quantizers
+from gdrq_mm.openmmlab.checkpoints import read_checkpoint
+from gdrq_mm.openmmlab.weights import check_fits, other_quantization, without_quantizers
 from tests.helpers import same
 
 
@@ -236,7 +237,7 @@ FOUR = dict(weight=dict(bits=4, groups=2), activation=dict(bits=4), first_last_b
 def test_thresholds_of_another_quantization_are_recognized(theirs, ours, reason):
     state = network(**theirs).state_dict()
     for found in (state, dict(state_dict={f'module.{name}': value for name, value in state.items()})):
-        assert other_quantization(network(**ours), found) == reason
+        assert other_quantization(network(**ours), found, ours or None) == reason
 
 
 def test_a_checkpoint_without_its_quantizers_is_that_of_the_float_model():
@@ -247,7 +248,7 @@ def test_a_checkpoint_without_its_quantizers_is_that_of_the_float_model():
         model = network()
         model.load_state_dict(bare['state_dict'], strict=True)
         assert torch.equal(model[0].weight, quantized[0].weight)
-        assert other_quantization(model, bare) == ''
+        assert other_quantization(model, bare, None) == ''
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(b'old')
     code = (
-        'import resource, signal, sys; from gdrq_mm.openmmlab.checkpoints import write_whole\n'
+        'import resource, signal, sys; from gdrq_mm.core.files import write_whole\n'
         'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n'
         'write_whole(sys.argv[1], bytes(5000))'
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -18,24 +17,25 @@ from PIL import Image
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.data import bccd, camvid, standard
+from gdrq_mm.data.checks import check_annotations
 from gdrq_mm.openmmlab import loading
-from gdrq_mm.openmmlab.cli import mend_bases
+from gdrq_mm.openmmlab.cli import ending
+from gdrq_mm.openmmlab.compat import mend_bases
 from tests.helpers import ROOT
+from tests.runs import tool_function
 
 TRAIN, TEST, PREPARE = (str(ROOT / 'tools' / name) for name in ('train.py', 'test.py', 'prepare_data.py'))
 
 
 @pytest.fixture
 def error_of(tmp_path, monkeypatch):
-    """Runs a tool in tmp_path; returns the line that it ends with. Python prints it and exits with 1."""
+    """Runs a tool in tmp_path; returns the line that it ends with, of a process with exit code 1."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('LOCAL_RANK', '0')
 
     def error_of(*args):
         monkeypatch.setattr(sys, 'argv', [str(arg) for arg in args])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(sys.argv[0], run_name='__main__')
-        message = ended.value.code
+        message = ending(tool_function(Path(sys.argv[0]).name))
         assert isinstance(message, str) and message.startswith('error: ') and '\n' not in message
         return message
 
@@ -49,7 +49,7 @@ def prepare(tmp_path, monkeypatch):
 
     def prepare(name):
         monkeypatch.setattr(sys, 'argv', [PREPARE, name, '--source', 'source'])
-        runpy.run_path(PREPARE, run_name='__main__')
+        tool_function('prepare_data.py')()
 
     return prepare
 
@@ -378,6 +378,7 @@ def test_bad_data(error_of, digits_copy, task, path, damage, fragments):
     message = error_of(TRAIN, ROOT / 'configs' / CONFIGS[task], '--cfg-options', 'log_level=ERROR')
     holds(message, *named, *fragments)
     if '/test/' in str(path) or 'test.json' in str(path):
+        torch.save({}, 'x.pth')
         assert error_of(TEST, ROOT / 'configs' / CONFIGS[task], 'x.pth') == message
 
 
@@ -392,17 +393,25 @@ def test_a_worker_process_names_the_file_too(tmp_path, digits_copy, run):
     assert done.stderr.startswith(named) and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_boxes_without_an_area_are_counted(monkeypatch):
+def test_boxes_without_an_area_are_counted(digits_copy, monkeypatch):
+    """In the log, when the data set is built."""
     said = []
     monkeypatch.setattr(loading, 'print_log', lambda message, **kwargs: said.append(message))
+    boxes(dict(bbox=[5, 5, 0, 4]))(digits_copy / COCO)
+    init_default_scope('mmdet')
+    dataset = Config.fromfile(ROOT / 'configs' / CONFIGS['det']).train_dataloader.dataset
+    with loading.checked_reading('mmdet'):
+        DATASETS.build(dataset | dict(data_root=str(digits_copy / 'scenes')))
+    assert len(said) == 1
+    holds(said[0], 'annotations/train.json: 1 of ', 'boxes are left out', 'annotation 1')
+
+
+def test_boxes_that_are_left_out():
     content = coco_file('x.jpg')
-    loading.check_annotations(content, 'x.json')
-    assert said == []
+    assert check_annotations(content, 'x.json') == ''
     for number, box in enumerate(([1, 1, 0, 3], [1, 1, 3, 0], [8, 0, 2, 2], [0, -3, 4, 3], [7, 5, 2, 2]), 2):
         content['annotations'].append({**content['annotations'][0], 'id': number, 'bbox': box})
-    loading.check_annotations(content, 'x.json')
-    holds(said[0], 'x.json: 4 of 6 boxes', 'annotation 2, 3, 4, 5')
-    assert len(said) == 1
+    holds(check_annotations(content, 'x.json'), 'x.json: 4 of 6 boxes', 'annotation 2, 3, 4, 5')
 
 
 def test_a_bad_annotation_of_voc(tmp_path):

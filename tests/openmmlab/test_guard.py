@@ -10,18 +10,21 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.structures import InstanceData
 
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.openmmlab.hooks.guard import _tensors
+from gdrq_mm.openmmlab.origin import tensors_in
 from tests.helpers import same
 from tests.rank_hooks import Spoil, spoilt
 from tests.runs import At, checkpoint_of, train
 
 LAYER = r'backbone\.layer2\.0\.conv1'
 LOSS = 'loss=(nan|inf) at iteration 6: '
-AFTER = 'has values that are not finite after iteration 6'
+NEXT = 'loss=nan at iteration 7: '
 BATCH = r'the input batch has values that are not finite \(\S+\.png, \S+\.png, \S+\.png\)'
 CLIPPED = {'optim_wrapper.clip_grad': dict(max_norm=1.0)}
 CASES = {
-    'input': (rf'the input of backbone.conv1.own_input_quant {AFTER}: {BATCH}', {}),
+    'input': (
+        rf'{NEXT}the output of backbone\.conv1\.own_input_quant \(GDRQActivation\) is the first that is not finite',
+        {},
+    ),
     'number': (f'{LOSS}{BATCH}', {}),
     'weight': (f'{LOSS}{LAYER}.weight has values that are not finite', {}),
     'output': (rf'{LOSS}the output of {LAYER} \(QuantConv2d\) is the first that is not finite', {}),
@@ -32,7 +35,7 @@ CASES = {
         {'optim_wrapper.accumulative_counts': 2},
     ),
     'number, accumulated': (f'{LOSS}{BATCH}', {'optim_wrapper.accumulative_counts': 2}),
-    'rate': (f'{LAYER}.weight {AFTER}', {}),
+    'rate': (f'{NEXT}{LAYER}.weight has values that are not finite', {}),
 }
 
 
@@ -52,6 +55,17 @@ def test_the_message_says_where_it_began(make, case):
     assert [path.name for path in Path(runner.work_dir).glob('*.pth')] == ['epoch_1.pth']
     if what in ('number', 'gradient', 'output'):
         assert same(states[-1], dict(runner.model.named_parameters()))
+
+
+@pytest.mark.parametrize(('interval', 'when'), [(2, 'after iteration 7'), (10, 'at iteration 8')])
+def test_what_no_loss_shows_is_found_later_and_before_a_checkpoint(make, interval, when):
+    """Training normalizes by the batch, so it goes on with statistics that are not finite."""
+    runner = make(custom_hooks=[dict(type='FiniteLossHook', interval=interval)])
+    runner.register_hook(Spoil('statistics', name='backbone.layer2.0.bn1'))
+    message = rf'^backbone\.layer2\.0\.bn1\.running_mean has values that are not finite {when}; training stops'
+    with pytest.raises(UserError, match=message):
+        train(runner)
+    assert [path.name for path in Path(runner.work_dir).glob('*.pth')] == ['epoch_1.pth']
 
 
 def test_it_goes_on_from_the_last_checkpoint(make):
@@ -101,4 +115,4 @@ def test_tensors_are_found_wherever_a_batch_has_them():
     batch = dict(
         inputs=[torch.zeros(3, dtype=torch.uint8), torch.zeros(3)], data_samples=[boxes], name='x', size=(2, 3)
     )
-    assert [tuple(tensor.shape) for tensor in _tensors(batch)] == [(3,), (2, 4)]
+    assert [tuple(tensor.shape) for tensor in tensors_in(batch)] == [(3,), (2, 4)]

@@ -15,9 +15,8 @@ from gdrq_mm.core.topology import record
 from gdrq_mm.openmmlab.hooks import CalibrationHook
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import same
-from tests.openmmlab.test_models import YOLOX, batch_of, build, check_result, predict, settle
-from tests.openmmlab.test_runner import contents, scores_of
-from tests.runs import TEST_ONLY, checkpoint_of, tiny_config, train
+from tests.runs import TEST_ONLY, checkpoint_of, contents, scores_of, tiny_config, train
+from tests.stock import YOLOX, batch_of, build, check_result, predict, settle
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.report.layers import layer_table
 from tests import reference
 from tests.helpers import same
-from tests.runs import QUANTIZATION, TEST_ONLY, At, checkpoint_of, train
+from tests.runs import QUANTIZATION, TEST_ONLY, At, checkpoint_of, contents, scores_of, train
 
 STAGES = dict(reshape=0.3, freeze=0.6)
 """Of 16 iterations 5 reshape, 5 quantize, 6 freeze; the three checkpoints before the last have one stage each."""
@@ -34,21 +34,6 @@ def quantization(**changes):
 
 def quantizers_of(runner):
     return {name: m for name, m in runner.model.named_modules() if isinstance(m, Quantizer)}
-
-
-def scores_of(runner):
-    """A list that evaluation fills with what the classifier puts out, a tensor a batch."""
-    found = []
-    runner.model.head.fc.register_forward_hook(lambda m, args, out: None if m.training else found.append(out.clone()))
-    return found
-
-
-def contents(runner, name):
-    """What a checkpoint must hold to the last bit."""
-    checkpoint = read_checkpoint(checkpoint_of(runner, name))
-    parts = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
-    progress = {key: checkpoint['meta'][key] for key in ('epoch', 'iter', 'seed')}
-    return {**{part: checkpoint[part] for part in parts if part in checkpoint}, 'progress': progress}
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
@@ -308,22 +293,16 @@ def test_a_pretrained_backbone_runs_no_code(make, float_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ('weight', 'message'),
     [
-        (dict(bits=2, groups=4), r'backbone\.layer1.* has 4 bits in the checkpoint and 2 in the config'),
-        (
-            dict(bits=4, groups=2),
-            r'backbone\.conv1\.weight_quant\.threshold has shape \(4,\) in the checkpoint, \(2,\)',
-        ),
-        (
-            dict(bits=4, groups=4, gdrq=dict(k=2.5)),
-            r'weight_quant is GDRQWeight with k = 3\.5 in the checkpoint and GDRQWeight with k = 2\.5 in the config',
-        ),
+        (dict(bits=2, groups=4), r'quantization\.weight\.bits is 4 in the checkpoint and 2 in the config'),
+        (dict(bits=4, groups=2), r'quantization\.weight\.groups is 4 in the checkpoint and 2 in the config'),
+        (dict(bits=4, groups=4, gdrq=dict(k=2.5)), r'weight\.gdrq\.k is None in the checkpoint and 2\.5 in the config'),
         (
             dict(bits=4, groups=4, gdrq=dict(threshold='search')),
-            'is GDRQWeight with k = 7 in the checkpoint and GDRQWeight with a search threshold in the config',
+            r"weight\.gdrq\.threshold is 'scale_clip' in the checkpoint and 'search' in the config",
         ),
         (
             dict(bits=4, groups=4, method='minmax'),
-            'is GDRQWeight with k = 7 in the checkpoint and MinMaxWeight in the config',
+            r"weight\.method is 'gdrq' in the checkpoint and 'minmax' in the config",
         ),
     ],
 )
@@ -344,6 +323,16 @@ def test_thresholds_of_another_quantization_start_anew_in_training_and_are_refus
         runner = make('third', quantization=other, load_from=checkpoint, **use)
         with pytest.raises(UserError, match=message):
             runner.test() if use is TEST_ONLY else runner.train()
+
+
+def test_what_only_training_reads_may_differ_in_a_test_and_not_in_a_resume(make):
+    first = make('first', epochs=1)
+    train(first)
+    other = {**QUANTIZATION, 'schedule': dict(freeze=0.5), 'calibration_batches': 3}
+    make('test', quantization=other, load_from=checkpoint_of(first), **TEST_ONLY).test()
+    resumed = make('resumed', quantization=other, load_from=checkpoint_of(first), resume=True, epochs=2)
+    with pytest.raises(UserError, match=r'quantization\.schedule is .* in the checkpoint and .*freeze=0\.5'):
+        resumed.train()
 
 
 # ---- mmengine's features --------------------------------------------------------------------------------------------

@@ -1,5 +1,12 @@
 """Hooks of the quantized run: state, never structure. A file each."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.hooks import CheckpointHook, Hook
+
+from ...core.config import Quantization
 from .calibration import CalibrationHook
 from .checkpoint import WholeCheckpointHook
 from .guard import FiniteLossHook
@@ -18,4 +25,24 @@ __all__ = [
     'StopHook',
     'ThresholdHook',
     'WholeCheckpointHook',
+    'hooks_of',
+    'with_whole_checkpoints',
 ]
+
+
+def hooks_of(quantization: Quantization | None) -> list[Hook]:
+    """The hooks of a run, for a float model (None) or a quantized one."""
+    hooks: list[Hook] = [FiniteLossHook(), NormHook(), StopHook()]
+    if quantization is not None:
+        schedule = quantization.schedule
+        hooks += [CalibrationHook(quantization.calibration_batches), StageHook(schedule.reshape, schedule.freeze)]
+        hooks += [ThresholdHook(), StatisticsHook()]
+    return hooks
+
+
+def with_whole_checkpoints(default_hooks: Any) -> Any:
+    """The `default_hooks` of a config with WholeCheckpointHook where they have mmengine's CheckpointHook."""
+    hook = (default_hooks or {}).get('checkpoint', dict(type='CheckpointHook', interval=1))
+    if not isinstance(hook, dict) or hook.get('type') not in ('CheckpointHook', CheckpointHook):
+        return default_hooks
+    return {**(default_hooks or {}), 'checkpoint': {**hook, 'type': WholeCheckpointHook}}

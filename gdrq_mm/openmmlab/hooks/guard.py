@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,33 +11,35 @@ from mmengine.dist import all_gather_object, all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmengine.structures import BaseDataElement
-from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from ...core.errors import UserError
-from ...core.modules import moving_quantizers
-from ...core.quantizers.following import collected
 from ..checkpoints import last_written
 from ..models import bare_model
+from ..origin import not_finite, origin
+
+STATE = ('running_mean', 'running_var', 'threshold')
+"""Ends of the names of buffers that are looked at with the weights: BN statistics and thresholds."""
 
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """End training with one message when a loss, a gradient, a weight or an activation is NaN or infinite.
+    """End training with one message when a loss, a gradient or a weight is NaN or infinite.
 
-    Looked at with every optimizer step, by one norm over all gradients and one over all weights and statistics. A step
-    with such gradients is not taken, so the weights are still those that caused them. The message names the input, the
-    parameter, or the first layer whose output is not finite. All processes stop at the same step. A step that
-    GradScaler leaves out is none. Checkpoints written before stay as they are.
+    The loss and the gradients are looked at with every optimizer step. A step with such gradients is not taken, so the
+    weights are still those that caused them. Weights, BN statistics and thresholds are looked at every `interval`
+    steps, and before each checkpoint: what spoils them shows in the next loss, unless clipping hides it. The message
+    names the input, the parameter, or the first layer whose output is not finite. All processes stop at the same step.
+    A step that GradScaler leaves out is none. Checkpoints written before stay as they are.
 
     Example:
-        custom_hooks = [dict(type='FiniteLossHook')]   # QuantRunner adds it by itself
+        custom_hooks = [dict(type='FiniteLossHook', interval=10)]   # QuantRunner adds it by itself
     """
 
     priority = 'VERY_HIGH'
 
-    def __init__(self) -> None:
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+        self.steps = 0
         self.loss = self.gradients = ''
         self.batch: Any = None
 
@@ -50,7 +51,7 @@ class FiniteLossHook(Hook):
             if getattr(optimizer, 'found_inf', None) is not None:
                 return  # a fused optimizer leaves such a step out by itself: GradScaler has told it
             parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-            bad = _not_finite((names.get(id(p), 'a parameter'), p.grad) for p in parameters)
+            bad = not_finite((names.get(id(p), 'a parameter'), p.grad) for p in parameters)
             if bad:
                 # It flows back from layer to layer, so the last is where it began; clipping spreads it to all.
                 where = bad[-1] if len(bad) < len(parameters) else 'each parameter'
@@ -70,9 +71,10 @@ class FiniteLossHook(Hook):
             self.loss, self.batch = f'{", ".join(bad)} at iteration {runner.iter}', data_batch
         if not runner.optim_wrapper.should_update():  # the other processes ask each other at their steps only
             return
+        self.steps += 1
         model = bare_model(runner.model)
         other = self.gradients
-        if not (self.loss or other):
+        if not (self.loss or other) and self.steps % self.interval == 0:
             spoilt = _spoilt(model)
             other = spoilt and f'{spoilt} after iteration {runner.iter}'
         stop = torch.tensor(int(bool(self.loss or other)))
@@ -98,80 +100,7 @@ def _stop(runner: Runner, what: str) -> None:
 
 
 def _spoilt(model: nn.Module) -> str:
-    """The first parameter, BN statistic or input of a quantizer that is not finite; '' if there is none.
-
-    A quantized model can have a finite loss with infinite weights and activations: clipping hides them.
-    """
-    norms = ((n, b) for n, b in model.named_buffers() if n.endswith(('running_mean', 'running_var')))
-    following = moving_quantizers(model)
-    inputs = collected(following.values()) if following else torch.zeros(0)
-    bad = _not_finite([*model.named_parameters(), *norms, ('inputs', inputs)])
-    if bad == ['inputs']:
-        bad = _not_finite((f'the input of {name}', row) for name, row in zip(following, inputs))
+    """The first parameter, BN statistic or threshold that is not finite; '' if there is none."""
+    state = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(STATE))
+    bad = not_finite([*model.named_parameters(), *state])
     return f'{bad[0]} has values that are not finite' if bad else ''
-
-
-def _not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """Names of the tensors with values that are not finite; one norm over all of them if there are none."""
-    named = {name: tensor.detach() for name, tensor in tensors if tensor is not None}
-    if bool(get_total_norm(list(named.values())).isfinite()):
-        return []
-    return [name for name, tensor in named.items() if not bool(tensor.isfinite().all())]  # squares can overflow
-
-
-@torch.no_grad()
-def origin(model: nn.Module, batch: Any) -> str:
-    """Where values that are not finite come from, in the loss of a model on a batch; '' if there are none.
-
-    The forward pass is run once more, in training mode: BN statistics move. Random layers draw anew, so what came by
-    chance may not be found.
-    """
-    first: list[str] = []
-    names = {module: name for name, module in model.named_modules() if name}
-
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        if not first and not _finite(output):
-            first.append(f'the output of {names[module]} ({type(module).__name__}) is the first that is not finite')
-
-    handles = [module.register_forward_hook(look) for module in names]
-    try:
-        model(**model.data_preprocessor(batch, True), mode='loss')  # type: ignore[operator]
-    finally:
-        for handle in handles:
-            handle.remove()
-    weights = _not_finite(model.named_parameters())
-    if weights:
-        return f'{weights[0]} has values that are not finite'
-    if not _finite(batch):
-        return f'the input batch has values that are not finite{_files(batch)}'
-    return first[0] if first else ''
-
-
-def _finite(value: Any) -> bool:
-    return all(bool(t.isfinite().all()) for t in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors with floats in nested containers, data samples among them."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, BaseDataElement):
-        yield from _tensors(value.all_values())
-    elif isinstance(value, Mapping):
-        yield from _tensors(value.values())
-    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        for part in value:
-            yield from _tensors(part)
-    elif hasattr(value, 'tensor'):  # boxes of mmdet
-        yield from _tensors(value.tensor)
-
-
-def _files(batch: Any) -> str:
-    """Names the pictures whose values are not finite, if the batch knows them."""
-    if not (isinstance(batch, Mapping) and isinstance(batch.get('data_samples'), (list, tuple))):
-        return ''
-    pairs = zip(batch.get('inputs', ()), batch['data_samples'])
-    bad = [sample for picture, sample in pairs if not _finite([picture, sample])]
-    paths = [str(sample.img_path) for sample in bad if 'img_path' in sample]
-    return f' ({", ".join(paths[:3])})' if paths else ''

@@ -1,0 +1,124 @@
+"""mmengine's Runner with checkpoints that run no code, that are checked when they are loaded, and written whole."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from mmengine.dist import all_gather_object, master_only
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from ..core.convert import Report
+from ..core.errors import UserError
+from ..core.files import file_digest
+from ..core.topology import Plan
+from .checkpoints import ALLOWED, last_written, read_checkpoint, written_whole
+from .compat import weights_only
+from .hooks import StopHook
+from .loading import go_on
+from .models import bare_model, quantization_of
+from .weights import load_weights, meta_of, plan_of, renamed
+
+
+class CheckpointRunner(Runner):
+    """What QuantRunner does with checkpoints.
+
+    `unsafe_load = True` in the config unpickles whatever a checkpoint holds (tools: --unsafe-load).
+    """
+
+    report: Report
+    _train_loop: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.training: dict[str, Any] = {}
+        """What the checkpoint says of the run that wrote it: seed, epochs, iterations, and where it started from."""
+        self.needed_share = 0.5
+        """Share of the parameters that a checkpoint to start from must have: another head may start anew."""
+        self._read: dict[str, dict[str, Any]] = {}  # file name -> a checkpoint that waits to be loaded
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _unsafe(self) -> bool:
+        return bool(self.cfg.get('unsafe_load'))
+
+    @property
+    def _starts(self) -> bool:
+        """Whether a new training begins, from a checkpoint or not."""
+        return self._train_loop is not None and not self._resume
+
+    def known_plan(self, model: nn.Module) -> Plan | None:
+        """The plan of the checkpoint that is resumed or tested. A training that starts from one makes its own."""
+        file = self._load_from or (find_latest_checkpoint(self.work_dir) if self._resume else None)
+        if file is None or self._starts:
+            return None
+        self._read[file] = read_checkpoint(file, 'cpu', self._unsafe)
+        return plan_of(model, self._read[file], file)
+
+    def _init_model_weights(self) -> None:
+        """Initial weights; a pretrained file is not executed."""
+        if self._unsafe:
+            super()._init_model_weights()
+            return
+        try:
+            with weights_only(ALLOWED):
+                super()._init_model_weights()
+        except pickle.UnpicklingError as error:
+            files = re.findall(r"'checkpoint': '([^']*)'", str(self.cfg.model))
+            raise UserError(
+                f'init_cfg: checkpoint {" or ".join(files)} is damaged or holds more than tensors and data, and was '
+                f'not loaded: {str(error).splitlines()[0][:80]} (--unsafe-load runs what it holds)'
+            ) from None
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = ((r'^module.', ''),)
+    ) -> dict:
+        """Load weights; nothing in the file is executed, and a checkpoint of another model is refused."""
+        filename = str(filename)
+        checkpoint = self._read.pop(filename, None) or read_checkpoint(filename, map_location, self._unsafe)
+        state = renamed(checkpoint.get('state_dict', checkpoint), revise_keys)
+        checkpoint = {**(checkpoint if 'state_dict' in checkpoint else {}), 'state_dict': state}
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        use = 'start' if self._starts else 'resume' if self._resume else 'test'
+        share = self.needed_share if self._starts else 1.0
+        quantization = quantization_of(self.cfg)
+        left_out = load_weights(bare_model(self.model), checkpoint, filename, quantization, share, use, strict)
+        if left_out:
+            self.logger.info(f'Thresholds of {filename} are left out: {left_out}.')
+        meta = meta_of(checkpoint)
+        start = dict(file=Path(filename).name, sha256=file_digest(filename)) if self._starts else meta.get('start')
+        self.training = dict(start=start, **{key: meta.get(key) for key in ('seed', 'epoch', 'iter')})
+        self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
+        return checkpoint
+
+    @master_only
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint, which is whole or not there, with the plan and the `quantization` dict in its `meta`."""
+        ours = dict(quantization=quantization_of(self.cfg), plan=self.report.plan.to_dict())
+        kwargs['meta'] = {**(kwargs.get('meta') or {}), 'start': self.training.get('start'), **ours}
+        with written_whole(out_dir, filename, self.work_dir) as temporary:
+            super().save_checkpoint(out_dir, temporary, *args, **kwargs)
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """Resume; data loading goes on with the seed of the checkpoint, in the middle of an epoch too."""
+        super().resume(*args, **kwargs)
+        iterations = all_gather_object(self.iter)
+        if len(set(iterations)) > 1:
+            raise UserError(f'the processes resume from different checkpoints, after {iterations} iterations')
+        go_on(self.train_loop, self.seed)
+
+    def train(self) -> nn.Module:
+        """Train; a file that cannot be read or written on the way, as on a full disk, ends it with what is left."""
+        try:
+            return super().train()
+        except OSError as error:
+            if not self.iter:
+                raise
+            raise UserError(f'{str(error).splitlines()[0]}; {last_written(self.work_dir)}') from error
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, StopHook):
+                    hook.after_train(self)

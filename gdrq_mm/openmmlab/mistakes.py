@@ -1,0 +1,64 @@
+"""Mistakes in a config that show when mmengine builds something from it, told from bugs by where they were raised."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import traceback
+from types import FrameType
+
+from mmengine.registry import Registry, build_from_cfg
+
+_UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
+_NOT_FOUND = re.compile(r'Cannot find \S+ in registry')
+
+
+def config_mistake(error: BaseException) -> str:
+    """What is wrong with the config, '' if the exception may as well be a bug.
+
+    A mistake is a name that no registry has, or arguments that what it names does not take. A class that raises
+    anything itself is not looked into: its traceback is wanted.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or not isinstance(error, (KeyError, TypeError, RuntimeError)):
+        return ''
+    message, last = str(error.args[0]) if error.args else '', frames[-1]
+    if last.f_code is Registry.get.__code__:
+        return message
+    if last.f_code is build_from_cfg.__code__ and not isinstance(error, RuntimeError):
+        return _of_registry(last, message)
+    module = last.f_globals.get('__name__', '')
+    if isinstance(error, KeyError):
+        return message if module.startswith('mmcv.') and _NOT_FOUND.match(message) else ''
+    name = _UNEXPECTED.search(message)
+    if isinstance(error, TypeError) and name and (module.startswith('mmengine.') or _handed_on(name[1], frames)):
+        return message
+    return ''
+
+
+def _of_registry(frame: FrameType, message: str) -> str:
+    """The message for what `build_from_cfg` itself raised, before any code of the class ran."""
+    registry, kind, cls = (frame.f_locals.get(key) for key in ('registry', 'obj_type', 'obj_cls'))
+    if cls is not None:
+        return f'{kind if isinstance(kind, str) else cls.__name__}: {message}'
+    if not isinstance(registry, Registry) or not isinstance(kind, str):
+        return message
+    near = difflib.get_close_matches(kind, _names(registry), n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ' (a class of your own is imported by custom_imports)'
+    return f'{kind!r} is not in the registry {registry.scope}::{registry.name}{hint}'
+
+
+def _names(registry: Registry) -> list[str]:
+    """What can be written as `type`: the names of a registry and of those above it."""
+    found = list(registry.module_dict)
+    return found + _names(registry.parent) if registry.parent is not None else found
+
+
+def _handed_on(name: str, frames: list[FrameType]) -> bool:
+    """Whether a class took an argument of the config by **kwargs and handed it on to what does not take it."""
+    for frame in reversed(frames):
+        if frame.f_code is build_from_cfg.__code__:
+            cls, given = frame.f_locals.get('obj_cls'), frame.f_locals.get('args', {})
+            return name in given and callable(cls) and name not in inspect.signature(cls).parameters
+    return False

@@ -1,0 +1,170 @@
+"""From a checkpoint into a model: does it fit, is it of the same quantization, and by which plan was it quantized."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.runner.checkpoint import load_state_dict
+
+from ..core.config import first_difference
+from ..core.errors import UserError
+from ..core.quantizers import Quantizer, learned_parameters
+from ..core.topology import Plan
+from .checkpoints import iterations_of
+
+_QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant)\.')
+"""Matches the names of what quantizers keep in a state dict."""
+
+
+def meta_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself; empty for a plain state dict."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, dict) else {}
+
+
+def state_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict in a checkpoint, names without a 'module.' prefix."""
+    return renamed(checkpoint.get('state_dict', checkpoint), [(r'^module\.', '')])
+
+
+def renamed(state: Mapping[str, Any], patterns: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """A state dict with regular expressions replaced in its names; the versions of its modules stay with it."""
+    new = OrderedDict(state)
+    for pattern, replacement in patterns:
+        new = OrderedDict((re.sub(pattern, replacement, name), value) for name, value in new.items())
+    new._metadata = getattr(state, '_metadata', OrderedDict())  # type: ignore[attr-defined]  # where torch keeps them
+    return new
+
+
+def plan_of(model: nn.Module, checkpoint: Mapping[str, Any], filename: str) -> Plan | None:
+    """The plan by which the model of a checkpoint was quantized; None if the checkpoint has none, as old ones.
+
+    Raises:
+        UserError: it is not a plan, or it is that of another model.
+    """
+    content = meta_of(checkpoint).get('plan')
+    if content is None:
+        return None
+    try:
+        plan = Plan.from_dict(content)
+    except ValueError as error:
+        raise UserError(f'checkpoint {filename}: {error}') from None
+    known = {name for name, _ in model.named_modules()}
+    for name in (*plan.calls, *plan.inputs, *plan.norms, *plan.norms.values(), *plan.last, *plan.training_only):
+        if name not in known:
+            raise UserError(f'checkpoint {filename} is of another model: its plan has {name}, this model has not')
+    return plan
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    filename: str,
+    quantization: Mapping[str, Any] | None,
+    share: float = 1.0,
+    use: str = 'test',
+    strict: bool = False,
+) -> str:
+    """Load a checkpoint into a model after checking that it fits.
+
+    Args:
+        model: bare, and quantized if the config says so.
+        checkpoint: what :func:`read_checkpoint` returned; messages call it `filename`.
+        quantization: the `quantization` dict of the config; None if it has none.
+        share: of the parameters that have to be in the checkpoint.
+        use: 'test' for predictions, 'resume' to go on with its training, 'start' for a new training. A new training
+            finds its thresholds anew if the checkpoint has those of another quantization.
+
+    Returns:
+        Why thresholds were left out; '' if they were not.
+
+    Raises:
+        UserError: the checkpoint is of another model, of another quantization, or has values that are not finite.
+    """
+    check_fits(model, checkpoint, filename, share)
+    if use == 'resume':
+        check_resumable(checkpoint, filename)
+    mismatch = other_quantization(model, checkpoint, quantization, resume=use == 'resume')
+    if mismatch and use != 'start':
+        raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}')
+    load_state_dict(model, state_of(without_quantizers(checkpoint) if mismatch else checkpoint), strict)
+    check_finite(model, filename)
+    return mismatch
+
+
+def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], filename: str, share: float) -> None:
+    """Raise UserError if less than `share` of the model's parameters are in the checkpoint, with their shape.
+
+    Parameters of quantizers do not count: a float checkpoint has none.
+    """
+    state = state_of(checkpoint)
+    learned = learned_parameters(model)
+    parameters = {n: p for n, p in model.named_parameters() if n not in learned}
+    wrong = [n for n, p in parameters.items() if n not in state or getattr(state[n], 'shape', None) != p.shape]
+    if len(parameters) - len(wrong) < share * len(parameters):
+        raise UserError(
+            f'checkpoint {filename} is of another model: {len(parameters) - len(wrong)} of {len(parameters)} '
+            f'parameters match by name and shape; the first that does not is {wrong[0]}'
+        )
+
+
+def check_finite(model: nn.Module, filename: str) -> None:
+    """Raise UserError if a parameter that was loaded is NaN or infinite: the training had diverged."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f'checkpoint {filename} has NaN or infinite values in {name}: its training diverged')
+
+
+def check_resumable(checkpoint: Mapping[str, Any], filename: str) -> None:
+    """Raise UserError if a checkpoint does not hold the state of a training."""
+    if iterations_of(checkpoint) is None:
+        raise UserError(f'checkpoint {filename} holds weights only and cannot be resumed; name it in load_from instead')
+
+
+def other_quantization(
+    model: nn.Module, checkpoint: Mapping[str, Any], quantization: Mapping[str, Any] | None, resume: bool = False
+) -> str:
+    """Why the thresholds of a checkpoint do not belong to this model; '' if they do or if it has none.
+
+    The `quantization` dicts of both are compared, then the names, bits and shapes of what the quantizers keep. An old
+    checkpoint has no such dict.
+
+    Args:
+        resume: the dicts have to be equal. Else they may differ in what only training reads.
+    """
+    state, meta = state_of(checkpoint), meta_of(checkpoint)
+    theirs = {name for name in state if _QUANTIZER_ENTRY.search(name)}
+    if 'quantization' in meta and (theirs or resume):
+        difference = first_difference(meta['quantization'], quantization, training=resume)
+        if difference:
+            return difference
+    if not theirs:
+        return ''
+    # With all names of a layer that a model has several times: a state dict has them all.
+    prefixes = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer)]
+    ours = {f'{name}.{key}': value for name, m in prefixes for key, value in m.state_dict().items()}
+    if not ours:
+        return 'this config quantizes nothing'
+    for name in sorted(theirs ^ set(ours)):
+        return f'{name} is in the {"checkpoint" if name in theirs else "config"} only'
+    for name, m in prefixes:
+        bits = int(state[f'{name}.state'][-1])
+        if bits != m.bits:
+            return f'{name} has {bits} bits in the checkpoint and {m.bits} in the config'
+    for name, value in ours.items():
+        if state[name].shape != value.shape:
+            return f'{name} has shape {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} in the config'
+    return ''
+
+
+def without_quantizers(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint as if it came from the float model."""
+    state = state_of(checkpoint)
+    for name in [name for name in state if _QUANTIZER_ENTRY.search(name)]:
+        del state[name]
+    return {**checkpoint, 'state_dict': state}

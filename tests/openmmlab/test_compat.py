@@ -1,0 +1,132 @@
+"""Each workaround is still needed: a test here fails when OpenMMLab or torch has mended what it works around."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn as nn
+from mmengine.config import utils
+from mmengine.dist import init_dist
+from mmengine.hooks import CheckpointHook
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch.nn.parallel import DistributedDataParallel
+
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab.checkpoints import ALLOWED
+from gdrq_mm.openmmlab.compat import PRIVATE, TOLD_BY, weights_only
+from tests.helpers import ENV, ROOT
+from tests.tools import Payload
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='what is missing without a GPU')
+
+
+@pytest.mark.parametrize('place', PRIVATE)
+def test_the_private_names_are_there(place, make):
+    """Attributes are set by the constructors, so those of a real run are looked at."""
+    module, _, name = place.rpartition('.')
+    runner = make(epochs=1)
+    made = {'Runner': runner, 'Visualizer': runner.visualizer, 'CheckpointHook': CheckpointHook}
+    if name == 'OptimWrapper':
+        made[name] = runner.build_optim_wrapper(runner.optim_wrapper)
+    assert isinstance(made[name], getattr(import_module(module), name)) or made[name] is CheckpointHook
+    assert [each for each in PRIVATE[place] if not hasattr(made[name], each)] == []
+
+
+def test_importing_changes_nothing():
+    """No fork hook, no handler of a signal, no patch, no CUDA; what mend_bases changes it changes when it is called."""
+    program = """
+import os, signal
+hooks = []
+os.register_at_fork = lambda **given: hooks.extend(map(str, (h.__module__ for h in given.values())))
+import torch, mmengine.logging, mmengine.config.utils
+import mmpretrain.models, mmdet.models, mmseg.models
+numbers = [n for n in signal.valid_signals() if n not in (signal.SIGKILL, signal.SIGSTOP)]
+state = lambda: ([signal.getsignal(n) for n in numbers], mmengine.logging.print_log, torch.cuda.set_device,
+                 dict(mmengine.config.utils.MODULE2PACKAGE), dict(os.environ))
+before = state()
+import gdrq_mm.openmmlab, gdrq_mm.openmmlab.cli, gdrq_mm.openmmlab.sweep, gdrq_mm.openmmlab.bundle
+assert state() == before
+assert not [name for name in hooks if name.startswith('gdrq_mm')], hooks
+assert not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, '-c', program], env=ENV, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def base_of(scope, tmp_path):
+    """Reads a config of a package by its scope, in a process in which nothing was mended."""
+    (tmp_path / 'leaf.py').write_text(f'_base_ = {scope!r}')
+    program = 'import sys; from mmengine.config import Config; Config.fromfile(sys.argv[1])'
+    command = [sys.executable, '-c', program, str(tmp_path / 'leaf.py')]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ('scope', 'message'),
+    [
+        ('mmseg::_base_/models/fcn_r50-d8.py', 'mmsegmentation'),
+        ('gdrq_mm::_base_/quantization/gdrq_w4a4.py', 'does not support to load gdrq_mm'),
+    ],
+)
+def test_mend_bases_is_needed(tmp_path, scope, message):
+    done = base_of(scope, tmp_path)
+    assert done.returncode != 0 and message in done.stderr
+    assert utils.MODULE2PACKAGE.get('mmdet') == 'mmdet'
+
+
+@without_gpu
+@pytest.mark.parametrize('launcher', TOLD_BY)
+def test_mmengine_selects_a_gpu_for_each_process(launcher, monkeypatch):
+    for names in TOLD_BY.values():
+        for ours, theirs in names.items():
+            monkeypatch.setenv(ours, '0')
+            monkeypatch.setenv(theirs, '0')
+    for name, value in dict(LOCAL_RANK='0', RANK='0', SLURM_NODELIST='localhost', MASTER_ADDR='127.0.0.1').items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('MASTER_PORT', '1')
+    with pytest.raises(Exception, match=r'(?i)cuda|nvidia'):
+        init_dist(launcher, backend='gloo')
+
+
+@without_gpu
+def test_torch_has_no_synchronized_batch_norm_without_a_gpu(tmp_path):
+    """See distributed.py."""
+    torch.distributed.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.SyncBatchNorm(3))
+        with pytest.raises(ValueError, match='GPU'):
+            model(torch.zeros(2, 3, 4, 4))
+        with pytest.raises(ValueError, match='GPU'):
+            DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_pretrained_init_is_executed_without_the_guard(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(state_dict={}, more=Payload()), 'given.pth')
+    with weights_only(ALLOWED), pytest.raises(Exception, match='Weights only load failed'):
+        CheckpointLoader.load_checkpoint('given.pth')
+    assert not (tmp_path / 'executed').exists()
+    CheckpointLoader.load_checkpoint('given.pth')
+    assert (tmp_path / 'executed').exists()
+
+
+def test_mmengine_removes_the_old_checkpoint_before_it_writes_the_new_one(make):
+    """And so loses both where the disk is full: hooks/checkpoint.py."""
+    runner = make(epochs=2, **{'default_hooks.checkpoint.max_keep_ckpts': 1})
+    (ours,) = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+    runner._hooks.remove(ours)
+    runner.register_hook(dict(type='CheckpointHook', max_keep_ckpts=1))
+
+    def full(out_dir, filename, *args, **kwargs):
+        if filename == 'epoch_2.pth':
+            raise UserError('the disk is full')
+        type(runner).save_checkpoint(runner, out_dir, filename, *args, **kwargs)
+
+    runner.save_checkpoint = full
+    with pytest.raises(UserError, match='full'):
+        runner.train()
+    assert list((ROOT / runner.work_dir).glob('*.pth')) == []
