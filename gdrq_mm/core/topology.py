@@ -154,7 +154,10 @@ class _Recorder(TorchFunctionMode):
     def _add(self, a: Tensor, b: Tensor) -> None:
         if a.shape == b.shape and a.dim() > 2 and a.is_floating_point():
             one, other = (tuple(self.producers.get(self.number(t), ())) for t in (a, b))
-            self.plan.additions.append(Addition(self.stack[-1] if self.stack else '', (one, other)))
+            found = Addition(self.stack[-1] if self.stack else '', (one, other))
+            between = not self.whole and not any(self.stack)  # windows that are put together: as many as there are
+            if not between or ((one or other) and found not in self.plan.additions):
+                self.plan.additions.append(found)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self.names[module]
@@ -167,7 +170,8 @@ class _Recorder(TorchFunctionMode):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if tensors:
             number = self.number(tensors[0])
-            self.plan.inputs.setdefault(name, number)
+            if name or self.whole:  # else the picture, of which the parts may read windows
+                self.plan.inputs.setdefault(name, number)
             if isinstance(module, _NORMS):
                 for producer in self.producers.get(number, [])[:1]:
                     if producer in self.convs:
