@@ -130,3 +130,32 @@ def test_mmengine_removes_the_old_checkpoint_before_it_writes_the_new_one(make):
     with pytest.raises(UserError, match='full'):
         runner.train()
     assert list((ROOT / runner.work_dir).glob('*.pth')) == []
+
+
+STACK = """
+import ctypes, sys
+import numpy as np, onnx
+from onnx import TensorProto, helper
+from gdrq_mm.deploy.runtime import OpenVino, _SignalStack
+
+def stack():
+    found = _SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found.start, found.flags, found.size
+
+weight = helper.make_tensor('w', TensorProto.FLOAT, [4, 3, 3, 3], [0.5] * 108)
+x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (('x', [1, 3, 8, 8]), ('y', None)))
+graph = helper.make_graph([helper.make_node('Conv', ['x', 'w'], ['y'])], 'graph', [x], [y], [weight])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=9)
+inputs, before = [np.zeros((1, 3, 8, 8), np.float32)], stack()
+getattr(OpenVino(model.SerializeToString()), sys.argv[1])(inputs)
+print('kept' if stack() == before else 'left')
+"""
+
+
+@pytest.mark.parametrize(('call', 'stack'), [('_run', 'left'), ('__call__', 'kept')])
+def test_openvino_leaves_a_signal_stack(call, stack):
+    """See deploy/runtime.py."""
+    pytest.importorskip('openvino')
+    done = subprocess.run([sys.executable, '-c', STACK, call], env=ENV, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, stack), done.stderr
