@@ -26,11 +26,14 @@ def config_mistake(error: BaseException) -> str:
     message, last = str(error.args[0]) if error.args else '', frames[-1]
     if last.f_code is Registry.get.__code__:
         return message
-    if last.f_code is build_from_cfg.__code__ and not isinstance(error, RuntimeError):
-        return _of_registry(last, message)
     module = last.f_globals.get('__name__', '')
+    if module == build_from_cfg.__module__ and not isinstance(error, RuntimeError):
+        return _of_registry(last, message)
     if isinstance(error, KeyError):
-        return message if module.startswith('mmcv.') and _NOT_FOUND.match(message) else ''
+        if not (module.startswith('mmcv.') and _NOT_FOUND.match(message)):
+            return ''
+        kind = last.f_locals.get('layer_type', last.f_locals.get('padding_type'))  # the message has it as None
+        return f'{kind!r} is not in the registry of layers ({module})'
     name = _UNEXPECTED.search(message)
     if isinstance(error, TypeError) and name and (module.startswith('mmengine.') or _handed_on(name[1], frames)):
         return message
@@ -38,12 +41,17 @@ def config_mistake(error: BaseException) -> str:
 
 
 def _of_registry(frame: FrameType, message: str) -> str:
-    """The message for what `build_from_cfg` itself raised, before any code of the class ran."""
+    """The message for what mmengine raised itself, before any code of the class ran."""
     registry, kind, cls = (frame.f_locals.get(key) for key in ('registry', 'obj_type', 'obj_cls'))
     if cls is not None:
         return f'{kind if isinstance(kind, str) else cls.__name__}: {message}'
     if not isinstance(registry, Registry) or not isinstance(kind, str):
-        return message
+        return message.partition('. Please check')[0]
+    return not_found(kind, registry)
+
+
+def not_found(kind: str, registry: Registry) -> str:
+    """The message for a `type` that a registry does not have, with the nearest name."""
     near = difflib.get_close_matches(kind, _names(registry), n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ' (a class of your own is imported by custom_imports)'
     return f'{kind!r} is not in the registry {registry.scope}::{registry.name}{hint}'

@@ -9,7 +9,7 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import RUNNERS
+from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
@@ -22,6 +22,7 @@ from .describe import describe_model
 from .distributed import synchronized, wrapper_config
 from .hooks import CalibrationHook, hooks_of, with_whole_checkpoints
 from .loading import check_loader, checked_reading, loader_of, predict_sample
+from .mistakes import not_found
 from .models import bare_model, drop_pretrained, prepare_model, read_quantization, with_learned
 from .seeding import SeedHook, seed_dataloader
 
@@ -91,6 +92,10 @@ class QuantRunner(CheckpointRunner):
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """The optimizer; what quantizers learn takes weight decay and learning rate as its method says."""
+        optimizer = optim_wrapper.get('optimizer') if isinstance(optim_wrapper, dict) else None
+        kind = optimizer.get('type') if isinstance(optimizer, dict) else None
+        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:  # mmengine calls the None
+            raise UserError(f'optim_wrapper.optimizer: {not_found(kind, OPTIMIZERS)}')
         return super().build_optim_wrapper(with_learned(optim_wrapper, bare_model(self.model)))
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:

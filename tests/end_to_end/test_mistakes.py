@@ -68,13 +68,16 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('model.backbone.depthh=18', ['depthh']),
         ('train_dataloader.dataset.type=CustomDataSet', ['CustomDataSet']),
         ('train_dataloader.dataset.pipeline.0.type=LoadImage', ['LoadImage']),
-        ('optim_wrapper.optimizer.type=SDG', ['SDG']),
+        (
+            'optim_wrapper.optimizer.type=SDG',
+            ["optim_wrapper.optimizer: 'SDG' is not in the registry", "did you mean 'SGD'"],
+        ),
         ('val_evaluator.type=Acuracy', ['Acuracy']),
         ('runner_type=QuantRuner', ['QuantRuner']),
         ('runner_type=FlexibleRunner', ['FlexibleRunner', 'ignore', 'QuantRunner']),
         ('param_scheduler.type=CosineAnealingLR', ['CosineAnealingLR']),
         ('train_dataloader.batch_sizee=8', ['batch_sizee']),
-        ('model.backbone.norm_cfg.type=BNN', ['BNN']),
+        ('model.backbone.norm_cfg.type=BNN', ["'BNN' is not in the registry"]),
         ('model=[]', ['has no model']),
         ('x=[1,2', ['--cfg-options', 'x=[1,2', 'brackets']),
         ('a b=1', ['a b=1', 'key=value']),
@@ -223,7 +226,8 @@ class Mine(ResNet_CIFAR):
 )
 def test_a_bug_in_a_class_of_the_users_own_shows_its_traceback(home, run, leaf, line, last):
     (home / 'mine.py').write_text(MINE.format(line))
-    config = leaf("custom_imports = dict(imports=['mine'])\nmodel = dict(backbone=dict(type='Mine', flavour=3))")
+    path = f"__import__('sys').path.insert(0, {str(home)!r})\n"
+    config = leaf(f"{path}custom_imports = dict(imports=['mine'])\nmodel = dict(backbone=dict(type='Mine', flavour=3))")
     done = run(TRAIN, config, '--cfg-options', *TINY)
     assert done.returncode == 1
     assert 'Traceback' in done.stderr and 'mine.py' in done.stderr

@@ -165,7 +165,11 @@ def test_two_processes_that_are_killed_or_stopped_lose_nothing(train_on_two, tmp
     ('what', 'changes', 'message'),
     [
         ('number', SYNC, 'loss=nan at iteration 4: the input batch has values that are not finite'),
-        ('input', {}, 'the input of backbone.conv1.own_input_quant has values that are not finite after iteration 4'),
+        (
+            'input',
+            {},
+            'loss=nan at iteration 5: the output of backbone.conv1.own_input_quant (GDRQActivation) is the first',
+        ),
         ('gradient', {}, 'the gradient of backbone.layer2.0.conv1.weight is not finite at iteration 4'),
     ],
 )
