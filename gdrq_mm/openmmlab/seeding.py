@@ -6,6 +6,7 @@ main process by (seed, rank, iteration). So neither the number of workers nor an
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
+
+from ..core.errors import UserError
 
 
 def seed_all(*numbers: int, devices: bool = True) -> None:
@@ -98,9 +101,15 @@ def _seeded_class(cls: type) -> type:
 
 
 def seed_dataloader(loader: DataLoader, seed: int) -> None:
-    """Make what a data loader draws depend on seed, epoch and position only. Twice is the same as once."""
+    """Make what a data loader draws depend on seed, epoch and position only. Twice is the same as once.
+
+    Raises:
+        UserError: its workers are spawned: the class that seeds the samples exists in this process only.
+    """
     if isinstance(loader.sampler, _SeededSampler):
         return
+    if loader.num_workers and (loader.multiprocessing_context or multiprocessing).get_start_method() == 'spawn':
+        raise UserError("data workers cannot be spawned; set env_cfg.mp_cfg.mp_start_method='fork' or num_workers=0")
     batches: Any = loader.batch_sampler
     if hasattr(batches, 'sampler'):  # the loader's own is a placeholder if the config names a batch sampler
         sampler = batches.sampler = _SeededSampler(batches.sampler, seed)

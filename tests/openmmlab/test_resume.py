@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import find_resumable, read_checkpoint
 from gdrq_mm.openmmlab.runner import QuantRunner
+from gdrq_mm.openmmlab.seeding import seed_dataloader
 from tests.helpers import ROOT, same
 from tests.runs import At, checkpoint_of, tiny_config, train
 
@@ -217,3 +219,10 @@ def test_what_was_kept_is_known_after_a_resume(make):
     resumed = make('run', epochs=4, resume=True, **{'default_hooks.checkpoint.max_keep_ckpts': 2})
     train(resumed)
     assert {path.name for path in Path(resumed.work_dir).glob('*.pth')} == {'epoch_3.pth', 'epoch_4.pth'}
+
+
+def test_data_workers_that_are_spawned_are_refused():
+    """They would have to import the class that seeds a sample."""
+    spawned = DataLoader([1, 2], num_workers=1, multiprocessing_context='spawn')
+    with pytest.raises(UserError, match=r"mp_start_method='fork'"):
+        seed_dataloader(spawned, 0)
