@@ -1,34 +1,35 @@
 """tools/analyze.py as a user calls it: its files, its table, and one line for each wrong argument."""
 
 import json
-import runpy
 import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import ROOT
+from gdrq_mm.openmmlab.cli import ending
+from tests.runs import tool_function
 
 SHARED = 'backbone.layer2.0.conv1 (input of 2)'
 
 
 @pytest.fixture
 def tool(config, tmp_path, monkeypatch):
-    """Runs the tool in tmp_path with the config of a small model."""
+    """Runs the tool in tmp_path with the config of a small model; returns its exit code or its last line."""
     monkeypatch.chdir(tmp_path)
     config('tool').dump('tiny.py')
+    run = tool_function('analyze.py')
 
     def tool(*arguments):
         monkeypatch.setattr(sys, 'argv', ['analyze.py', 'tiny.py', *map(str, arguments)])
-        runpy.run_path(str(ROOT / 'tools/analyze.py'), run_name='__main__')
+        return ending(run)
 
     return tool
 
 
 def test_the_tool(tool, float_checkpoint, capsys, tmp_path):
     arguments = ('--samples', 20, '--layers', 'backbone.layer2.0.*', '--float-checkpoint', float_checkpoint)
-    tool(float_checkpoint, *arguments)
+    assert tool(float_checkpoint, *arguments) == 0
     out = tmp_path / 'tool/analysis'
     assert sorted(p.name for p in out.iterdir()) == ['analysis.json', 'analysis.png', 'weights.png']
     written = json.loads((out / 'analysis.json').read_text())
@@ -69,14 +70,11 @@ NO_BITS = ('quantization.weight.bits=32', 'quantization.activation.bits=32')
 def test_bad_input_ends_in_one_line(tool, float_checkpoint, tmp_path, arguments, message):
     (tmp_path / 'text.pth').write_text('not a checkpoint')
     torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), tmp_path / 'other.pth')
-    with pytest.raises(SystemExit) as ended:
-        tool(*(float_checkpoint if argument == 'FLOAT' else argument for argument in arguments))
-    line = ended.value.code
+    line = tool(*(float_checkpoint if argument == 'FLOAT' else argument for argument in arguments))
     assert line.startswith('error: ') and message in line and '\n' not in line
     assert not list(tmp_path.rglob('analysis.*')) and not list(tmp_path.rglob('weights.png'))
 
 
 def test_a_config_without_quantization(tool, config, float_checkpoint):
     config('tool', quantization=None).dump('tiny.py')
-    with pytest.raises(SystemExit, match='the config has no quantization: there is nothing to analyze'):
-        tool(float_checkpoint)
+    assert tool(float_checkpoint) == 'error: the config has no quantization: there is nothing to analyze'
