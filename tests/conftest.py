@@ -1,26 +1,9 @@
-"""What several test files share."""
+"""What all test files share. The fixtures that need OpenMMLab are loaded where tests outside of the inner ring run."""
 
-import functools
 import gc
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 from torch.utils.data._utils import signal_handling
-from yapf.yapflib import yapf_api
-
-from gdrq_mm.data import digits
-from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.helpers import ENV
-from tests.runs import COUNTS, SCENES, checkpoint_of, tiny_config
-
-# mmengine formats the config for every checkpoint; here each text is formatted once.
-_format = yapf_api.FormatCode
-_formatted = functools.cache(lambda text, style: _format(text, style_config=dict(style)))
-yapf_api.FormatCode = lambda text, style_config: _formatted(text, tuple(style_config.items()))
-
 
 # A data loader with workers installs a handler of SIGCHLD for good, which then runs whenever a later test's child ends;
 # where OpenVINO had left a signal stack that is not mapped (see deploy/runtime.py), that ended the process.
@@ -33,102 +16,8 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture(scope='session')
-def digits_root(tmp_path_factory):
-    """The embedded data set with a few pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, 'COUNTS', COUNTS)
-        return digits.build(tmp_path_factory.mktemp('data') / 'digits', show_progress=False)
-
-
-@pytest.fixture(scope='session')
-def scenes_root(tmp_path_factory):
-    """The embedded data set with a few pictures for each task."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, 'COUNTS', SCENES)
-        return digits.build(tmp_path_factory.mktemp('scenes') / 'digits', show_progress=False)
-
-
-@pytest.fixture
-def config(digits_root, tmp_path):
-    """Makes the config of a small run below tmp_path: `config(name, **changes)`."""
-    return lambda name='run', **changes: tiny_config(digits_root, tmp_path / name, **changes)
-
-
-@pytest.fixture
-def make(config):
-    """Builds a QuantRunner for it."""
-    return lambda name='run', **changes: QuantRunner.from_cfg(config(name, **changes))
-
-
-@pytest.fixture(scope='session')
-def float_checkpoint(digits_root, tmp_path_factory):
-    """Path of a training checkpoint of the float model after one epoch."""
-    folder = tmp_path_factory.mktemp('float')
-    runner = QuantRunner.from_cfg(tiny_config(digits_root, folder, quantization=None, epochs=1))
-    runner.train()
-    return checkpoint_of(runner)
-
-
-# Importing the libraries takes 4 s, so one process does it once and forks for each command. What the command does, its
-# exit code and its output are those of `python TOOL ARGS`. A command can have several processes, each with variables
-# and output of its own. One that hangs ends after five minutes and says where.
-SERVER = """
-import faulthandler, gc, json, os, runpy, sys
-import mmpretrain.datasets, mmpretrain.engine, mmpretrain.evaluation, mmpretrain.models
-import gdrq_mm.data.cifar10, gdrq_mm.data.digits, gdrq_mm.report.record, gdrq_mm.openmmlab.runner
-gc.freeze()
-print('ready', flush=True)
-for line in sys.stdin:
-    sys.argv, folder, processes = json.loads(line)
-    children = []
-    for outputs, variables in processes:
-        child = os.fork()
-        if child == 0:
-            os.chdir(folder)
-            os.environ.update(variables)
-            sys.path[0] = os.path.dirname(sys.argv[0])
-            for number, name in enumerate(outputs, 1):
-                os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-            faulthandler.dump_traceback_later(300, exit=True)
-            runpy.run_path(sys.argv[0], run_name='__main__')
-            sys.exit()
-        children.append(child)
-    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
-"""
-
-
-@pytest.fixture(scope='session')
-def run_in(tmp_path_factory):
-    """Runs a tool in a folder as one process for each dict of environment variables."""
-    output = tmp_path_factory.mktemp('output')
-
-    def run_in(folder, variables, tool, *args):
-        command = [str(part) for part in (tool, *args)]
-        outputs = [[str(output / f'{name}{i}') for name in ('stdout', 'stderr')] for i in range(len(variables))]
-        server.stdin.write(json.dumps([command, str(folder), list(zip(outputs, variables))]) + '\n')
-        server.stdin.flush()
-        codes = map(int, server.stdout.readline().split())
-        texts = [[Path(path).read_text() for path in paths] for paths in outputs]
-        return [subprocess.CompletedProcess(command, code, *text) for code, text in zip(codes, texts)]
-
-    command = [sys.executable, '-c', SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV) as server:
-        while (line := server.stdout.readline()) != 'ready\n':  # the libraries print while they are imported
-            assert line, 'the server ended'
-        yield run_in
-        # Not by closing its input, which forked processes may hold open: mmdet's VOCMetric makes a pool for each
-        # evaluation and closes it only; if the pool is deleted by its own thread, its processes stay (CPython 3.11).
-        server.kill()
-
-
-@pytest.fixture
-def run_all(run_in, tmp_path):
-    """Does so in tmp_path."""
-    return functools.partial(run_in, tmp_path)
-
-
-@pytest.fixture
-def run(run_all):
-    """Runs a tool in tmp_path."""
-    return lambda tool, *args: run_all([{}], tool, *args)[0]
+def pytest_configure(config):
+    inner = [Path(__file__).parent / ring for ring in ('core', 'deploy')]
+    paths = [(config.invocation_params.dir / arg.split('::')[0]).resolve() for arg in config.args]
+    if not all(any(path.is_relative_to(ring) for ring in inner) for path in paths):
+        config.pluginmanager.import_plugin('tests.fixtures')

@@ -1,4 +1,4 @@
-"""The four floors: who may import whom, what stays importable without OpenMMLab and ONNX, what importing changes."""
+"""The four floors: who may import whom, what stays importable without OpenMMLab and ONNX, where tests belong."""
 
 import ast
 import subprocess
@@ -101,31 +101,23 @@ print(sorted(name for name in sys.modules if name.split('.')[0] in ('onnx', 'mme
     assert run(program, OPENMMLAB).splitlines()[-1] == '[]'
 
 
-WATCH = """
-import os, signal, sys
-import torch
-forks, before = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-register = os.register_at_fork
-os.register_at_fork = lambda **hooks: (forks.append(hooks), register(**hooks))
-import mmengine.logging, mmengine.runner, mmengine.config.utils
-import mmpretrain.models, mmdet.models, mmseg.models
-kept = {
-    (place, name): value
-    for place in (torch.cuda, torch.serialization, mmengine.logging, mmengine.runner.Runner)
-    for name, value in vars(place).items()
-    if not name.startswith('__')
-}
-packages = dict(mmengine.config.utils.MODULE2PACKAGE)
-forks.clear()
-import gdrq_mm.openmmlab, gdrq_mm.openmmlab.cli, gdrq_mm.deploy.runtime, gdrq_mm.openmmlab.bundle
-assert not any('gdrq_mm' in getattr(f, '__module__', '') for hooks in forks for f in hooks.values()), forks
-assert all(signal.getsignal(number) is handler for number, handler in before.items())
-changed = [key for key, value in kept.items() if vars(key[0]).get(key[1]) is not value]
-assert not changed, changed
-assert packages == mmengine.config.utils.MODULE2PACKAGE
-assert not torch.cuda.is_initialized()
-"""
+TESTS = sorted(
+    path.relative_to(ROOT).as_posix() for ring in ('core', 'deploy') for path in (ROOT / 'tests' / ring).rglob('*.py')
+)
 
 
-def test_importing_changes_nothing_but_our_registrations():
-    run(WATCH)
+@pytest.mark.parametrize('file', [*INNER, 'tests/helpers.py', 'tests/conftest.py'])
+def test_the_inner_ring_of_tests_needs_no_openmmlab(file):
+    for name in imports_of(ROOT / file):
+        top, *below = name.split('.')
+        outer = (top == 'gdrq_mm' and below[:1] == ['openmmlab']) or name.startswith(('tests.runs', 'tests.stock'))
+        assert top not in OPENMMLAB and not outer, f'{file} imports {name}'
+
+
+@pytest.mark.parametrize(
+    'file', sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'tests').rglob('test_*.py'))
+)
+def test_no_test_module_imports_another_and_none_is_long(file):
+    path = ROOT / file
+    modules = [name for name in imports_of(path) if any(part.startswith('test_') for part in name.split('.')[:-1])]
+    assert not modules and len(path.read_text().splitlines()) <= 500
