@@ -139,14 +139,6 @@ class Absent(nn.Module):
         raise UserError(f'{self.name} is not in the deployed model: it did not run when the model was recorded')
 
 
-def shared_codes(merged: nn.Module) -> dict[str, str]:
-    """Name of the codes of a layer's second and later pyramid levels -> that of the first level's, the same tensor."""
-    levels = {
-        name: module.pyramid_levels for name, module in merged.named_modules() if isinstance(module, IntegerPyramid)
-    }
-    return {f'{name}.{i}.codes': f'{name}.0.codes' for name, count in levels.items() for i in range(1, count)}
-
-
 def merge_model(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the model in evaluation mode in which every quantized layer is an IntegerLayer.
 

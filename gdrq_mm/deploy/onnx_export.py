@@ -26,7 +26,7 @@ from ..core.errors import UserError
 from ..core.integer_bias import LARGEST_BIAS
 from ..core.modules import replace_modules
 from .flat import Flat
-from .merge import IntegerLayer, OutputQuantizer, move_output, shared_codes
+from .merge import IntegerLayer, IntegerPyramid, OutputQuantizer, move_output
 from .names import codes_of
 from .onnx_graph import finish
 
@@ -65,7 +65,12 @@ def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: 
     assert program is not None
     layers = {name: layer for name, layer in twin.model.named_modules() if isinstance(layer, OnnxLayer)}
     factors = {codes_of(name): layer.factor for name, layer in layers.items() if layer.in_4_bits}
-    shared = {codes_of(name): codes_of(first) for name, first in shared_codes(twin.model).items()}
+    shared = {
+        codes_of(f'{name}.{level}'): codes_of(f'{name}.0')
+        for name, module in twin.model.named_modules()
+        if isinstance(module, IntegerPyramid)
+        for level in range(1, module.pyramid_levels)
+    }
     model = finish(program.model, factors, shared)
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -1,17 +1,8 @@
-"""gdrq_mm/deploy/ ONNX: generated layers and whole models in both runtimes, and broken graphs that must be seen."""
+"""Graphs of generated layers and of networks in both runtimes, and broken ones that must be seen."""
 
 import copy
-import ctypes
-import dataclasses
 import functools
-import importlib.util
-import json
-import re
-import shutil
-import subprocess
-import sys
 
-import cv2
 import numpy as np
 import onnx
 import pytest
@@ -19,28 +10,26 @@ import torch
 import torch.nn as nn
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from mmcv.cnn import ConvModule
-from mmdet.models.backbones.darknet import ResBlock
 from onnx import TensorProto, numpy_helper
-from PIL import Image
 
-from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.quantizers import METHODS, WEIGHT_METHODS, Stage
-from gdrq_mm.core.topology import record
-from gdrq_mm.deploy import runtime
-from gdrq_mm.deploy.merge import IntegerLayer, merge_model
+from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.onnx_export import export_onnx
-from gdrq_mm.deploy.packed import load_packed, write_packed
-from gdrq_mm.deploy.runtime import RUNTIMES, float_layers, integer_layers, kept_signal_stack, kernels, open_runtime
-from gdrq_mm.deploy.verify_onnx import Piece, record_codes, verify_onnx
-from gdrq_mm.openmmlab.apis import infer, init_model
-from gdrq_mm.openmmlab.bundle import export_graphs, first_wrong, use_runtime, write_bundle
-from gdrq_mm.openmmlab.cli import read_config
-from gdrq_mm.openmmlab.parts import parts_of
-from tests.deploy.test_deploy import KINDS, layer_of, norm_of, prepared
-from tests.helpers import ROOT, Block, Function
+from gdrq_mm.deploy.runtime import RUNTIMES, float_layers, integer_layers, kernels, open_runtime
+from tests.deploy.builders import (
+    KINDS,
+    exported,
+    layer_of,
+    norm_of,
+    pieces_of,
+    pooled_network,
+    prepared,
+    trained_network,
+    wrong,
+)
+from tests.helpers import Function
 
 FUSED = {'QLinearConv', 'QGemm', 'QLinearMatMul'}
 
@@ -48,28 +37,6 @@ FUSED = {'QLinearConv', 'QGemm', 'QLinearMatMul'}
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def exported(model, plan, x):
-    """The graph of a model, and what the trained one saw and gave."""
-    merged = merge_model(model, plan)
-    graph = export_onnx(merged, x, ['y'])
-    seen, out = record_codes(model, lambda: model(x))
-    return graph, seen, out.numpy()
-
-
-def pieces_of(graph, seen, x, out):
-    """What both runtimes make of it; `out` is an array, or a list of them."""
-    outputs = out if isinstance(out, list) else [out]
-    return {
-        name: verify_onnx(graph, seen, [x.numpy()], outputs, functools.partial(open_runtime, name)) for name in RUNTIMES
-    }
-
-
-def wrong(graph, seen, x, out):
-    """The first piece that is wrong in each runtime."""
-    found = pieces_of(graph, seen, x, out)
-    return {name: next((p.name for p in pieces if p.wrong), None) for name, pieces in found.items()}
 
 
 @settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
@@ -99,31 +66,8 @@ def test_a_layer_gives_the_same_codes_in_both_runtimes(kind, channels, bits, gro
         assert sum(p.wrong for p in pieces) == 0, (name, pieces)
         # A float32 sum may fall on the other side of a tie, no more than that.
         assert sum(p.differing for p in pieces if p.step) <= 1, (name, pieces)
-    stored = next(t for t in graph.graph.initializer if t.name.startswith('0.codes') and len(t.dims) > 1)
-    assert stored.data_type == TensorProto.INT4 or bits[0] > 4  # codes of more bits may happen to fit
-
-
-def network():
-    """A residual network with max pooling after the first convolution and a linear layer at the end."""
-    return Function(
-        lambda m, x: m.last(m.flat(m.two(m.one(m.pool(m.relu(m.bn(m.first(x)))))))),
-        first=nn.Conv2d(3, 4, 3, padding=1, bias=False),
-        bn=nn.BatchNorm2d(4),
-        relu=nn.ReLU(),
-        pool=nn.MaxPool2d(3, 2, 1),
-        one=Block(downsample=True),
-        two=Block(),
-        flat=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        last=nn.Linear(4, 3),
-    )
-
-
-def trained_network(**quantization):
-    torch.manual_seed(0)
-    model, x = network(), torch.randn(4, 3, 16, 16)
-    model.train()(x)  # statistics of batch normalization
-    model, plan = prepared(model.eval(), x, bits=8, **{'deployable': True, **quantization})
-    return model, plan, x
+    stored = next(t for t in graph.graph.initializer if t.name.startswith('model.0.codes') and len(t.dims) > 1)
+    assert (stored.data_type == TensorProto.INT4) == (bits[0] <= 4)
 
 
 @functools.cache
@@ -164,26 +108,6 @@ def test_operands_of_an_addition_without_batch_normalization():
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
-@pytest.mark.parametrize('function', ['LeakyReLU', 'Swish'])
-def test_convolutions_in_front_of_activation_functions_run_as_integer_kernels_after_a_training_step(function):
-    """A stage of YOLOv3's backbone: convolutions with batch normalization, the function, and an addition."""
-    options = dict(norm_cfg=dict(type='BN'), act_cfg=dict(type=function))
-    stage = [ConvModule(3, 8, 3, padding=1, **options), ResBlock(8, **options), nn.Conv2d(8, 5, 1)]
-    model, x = nn.Sequential(*stage), torch.randn(4, 3, 12, 12)
-    model.train()(x)
-    model, plan = prepared(model.eval(), x, bits=8, deployable=True)
-    before = model[1].conv1.conv.weight.clone()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    model.train()(x).square().mean().backward()
-    optimizer.step()
-    assert not torch.equal(model[1].conv1.conv.weight, before)
-    graph, seen, out = exported(model.eval(), plan, x)
-    ran = kernels(graph)
-    assert (ran['QLinearConv'], ran['Conv'] + ran['FusedConv']) == (3, 1)  # the last one's output is that of the model
-    assert {'0.bn.output_quant', '1.conv1.bn.output_quant', '1.conv2.bn.output_quant'} < {name for name, _ in seen}
-    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
-
-
 @pytest.mark.parametrize('bits', [3, 8])
 @pytest.mark.parametrize('function', [nn.ReLU6, lambda: nn.Hardtanh(-0.6, 0.7)], ids=['ReLU6', 'Hardtanh'])
 def test_a_function_that_clips_is_taken_up_by_the_clip_of_the_codes(function, bits):
@@ -205,18 +129,14 @@ def test_a_quantizer_that_calibration_did_not_reach_passes_its_values():
     assert np.abs(found - out).max() < 0.05 * np.abs(out).max()
 
 
-def test_a_layer_of_several_names(tmp_path):
-    """As RTMDet's heads share convolutions; the graph has the last name, the state dict every one."""
+def test_a_layer_of_several_names():
+    """As RTMDet's heads share convolutions; the graph has the last name."""
     shared = nn.Conv2d(3, 3, 3, padding=1)
     model = Function(lambda m, x: m.layers[2](m.layers[0](x).relu()), layers=nn.ModuleList([shared, shared, shared]))
     x = torch.randn(4, 3, 9, 9)
     model, plan = prepared(model, x, deployable=True)
     graph, seen, out = exported(model, plan, x)
     assert wrong(graph, seen, x, out) == {'onnxruntime': None, 'openvino': None}
-    merged = merge_model(model, plan)
-    write_packed(merged, tmp_path / 'model.gdrq')
-    again, _ = load_packed(copy.deepcopy(model), tmp_path / 'model.gdrq')
-    assert torch.equal(again(x), merged(x))
 
 
 def test_float_additions_are_slower_but_right():
@@ -262,37 +182,54 @@ def test_export_changes_neither_the_model_nor_the_inputs():
     assert not torch.onnx.is_in_onnx_export() and not model.training
 
 
-# ---- every step broken on purpose -----------------------------------------------------------------------------------
-
-
-def change(graph, name, function):
-    (tensor,) = [t for t in graph.graph.initializer if t.name == name]
+def change(graph, layer, what, function):
+    """Change what belongs to a layer in a graph, and nothing that other layers share with it."""
+    nodes = {node.name: node for node in graph.graph.node}
+    reading = {name: node for node in graph.graph.node for name in node.input}
+    making = {name: node for node in graph.graph.node for name in node.output}
+    weight, quantize = nodes[f'{layer}.codes'], nodes.get(f'{layer}:0')  # None: another reader of the tensor has it
+    clip = quantize and reading[quantize.output[0]]
+    dequantize = clip and reading[clip.output[0]]
+    bias = reading[weight.output[0]].input[2]
+    places = {
+        'codes': [(reading.get(f'model.{layer}.codes.int4'), 0)],
+        'factor': [(reading.get(f'model.{layer}.codes.factor'), 1)],
+        'scale': [(weight, 1)],
+        'bias': [(making[bias], 0) if bias in making else (reading[bias], 2)],
+        'step': [(quantize, 1), (dequantize, 1)],
+        'zero point': [(quantize, 2), (dequantize, 2)],
+        'high': [(clip, 2)],
+    }[what]
+    (node, place), *_ = places
+    (tensor,) = [t for t in graph.graph.initializer if t.name == node.input[place]]
     value = function(numpy_helper.to_array(tensor))
     new = (
-        numpy_helper.from_array(value, name)
+        numpy_helper.from_array(value, 'changed')
         if tensor.data_type != TensorProto.INT4
-        else onnx.helper.make_tensor(name, TensorProto.INT4, tensor.dims, value.ravel().astype(int))
+        else onnx.helper.make_tensor('changed', TensorProto.INT4, tensor.dims, value.ravel().astype(int))
     )
-    tensor.CopyFrom(new)
+    graph.graph.initializer.append(new)
+    for node, place in places:
+        node.input[place] = 'changed'
 
 
 @pytest.mark.parametrize(
-    'name, function, place',
+    'layer, what, function, place',
     [
-        ('one.conv1.codes.int4', lambda v: -v.astype(np.int8), 'one.conv2'),
-        ('one.conv1.codes.factor', lambda v: v + 1, 'one.conv2'),
-        ('one.conv1.scale', lambda v: v * np.float32(1.02), 'one.conv2'),
-        ('one.conv1.bias', lambda v: v + np.float32(0.2), 'one.conv2'),
-        ('one.conv2.quantize.scale', lambda v: v * np.float32(1.02), 'one.conv2'),
-        ('one.conv2.quantize.high', lambda v: v - np.uint8(3), 'one.conv2'),
-        ('first.quantize.zero_point', lambda v: v - np.uint8(1), 'first'),
-        ('last.bias', lambda v: v + np.int32(5000), 'y'),
+        ('one.conv1', 'codes', lambda v: -v.astype(np.int8), 'one.conv2'),
+        ('one.conv1', 'factor', lambda v: v + 1, 'one.conv2'),
+        ('one.conv1', 'scale', lambda v: v * np.float32(1.02), 'one.conv2'),
+        ('one.conv1', 'bias', lambda v: v + np.float32(0.2), 'one.conv2'),
+        ('one.conv2', 'step', lambda v: v * np.float32(1.02), 'one.conv2'),
+        ('one.conv2', 'high', lambda v: v - np.uint8(3), 'one.conv2'),
+        ('two.conv2', 'zero point', lambda v: v + np.uint8(1), 'two.conv2'),
+        ('last', 'bias', lambda v: v + np.int32(5000), 'y'),
     ],
 )
-def test_a_broken_graph_is_seen_where_it_is_broken(name, function, place):
+def test_a_broken_graph_is_seen_where_it_is_broken(layer, what, function, place):
     _, x, whole_graph, seen, out = exported_network(4, 4)  # that it is right is tested above
     graph = copy.deepcopy(whole_graph)
-    change(graph, name, function)
+    change(graph, layer, what, function)
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES, place)
 
 
@@ -314,387 +251,28 @@ def test_a_negative_gamma_and_the_lowest_code(bits):
         assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
-def test_a_signal_stack_that_a_runtime_leaves_is_taken_away():
-    class Stack(ctypes.Structure):
-        _fields_ = [('start', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]
-
-    def now():
-        found = Stack()
-        assert libc.sigaltstack(None, ctypes.byref(found)) == 0
-        return found.start, found.flags, found.size
-
-    libc, memory = ctypes.CDLL(None), ctypes.create_string_buffer(1 << 16)
-    before = now()
-    with kept_signal_stack():
-        assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 1 << 16)), None) == 0
-        assert now()[0] == ctypes.addressof(memory)
-    assert now() == before
+def test_no_value_of_the_graph_has_the_name_of_two_things():
+    """Buffers at the top of a model, which are named as what torch's exporter makes: `mean`, `x`, `y`."""
+    model = pooled_network()
+    for name in ('mean', 'x', 'y', 'relu'):
+        if not hasattr(model, name):
+            model.register_buffer(name, torch.ones(()))
+    forward = model.function
+    model.function = lambda m, x: forward(m, (x - m.mean) * m.x) + m.y
+    x = torch.randn(4, 3, 16, 16)
+    model, plan = prepared(model.eval(), x, bits=8, deployable=True)
+    graph, seen, out = exported(model, plan, x)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
-@pytest.mark.parametrize(
-    ('differing', 'wrong', 'message'),
-    [
-        ((0, 11), 0, ''),
-        ((0, 1), 1, 'openvino differs from the trained model, first at b: 1 of 50000 values'),
-        ((5, 7), 0, 'openvino differs from the trained model in 12 of 100000 codes, more than .*, first at a$'),
-    ],
-)
-def test_codes_may_differ_at_ties_once_in_ten_thousand(differing, wrong, message):
-    a, b = (Piece(name, 0.1, 50000, n, 0, 0.5) for name, n in zip('ab', differing))
-    right = dataclasses.replace(b, differing=0)
-    found = {'onnxruntime': [a, right], 'openvino': [a, dataclasses.replace(b, wrong=wrong)]}
-    assert re.match(f'{message}$' if not message else message, first_wrong(found, True))
-    assert bool(first_wrong(found, False)) == bool(wrong)
-
-
-def test_rounded_biases_do_not_stop_the_export_of_a_model_with_float_ones():
-    """Kernels of ONNX Runtime round them; deployable=True does so in training."""
-    cfg = read_config(ROOT / 'configs' / CONFIGS['cls'])
-    cfg.quantization.deployable = False
-    cfg.quantization.weight.bits = cfg.quantization.activation.bits = 8
-    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    model = calibrated(cfg, picture, bias=1.0)
-    plan, reported = record(model, lambda: infer(model, picture)), []
-    export_graphs(
-        model,
-        merge_model(model, plan),
-        lambda: infer(model, picture),
-        lambda part, found: reported.extend(found['onnxruntime']),
-    )
-    ends = [piece for piece in reported if piece.step]
-    assert sum(piece.differing for piece in ends) > 1e-4 * sum(piece.values for piece in ends) + 1
-
-
-# ---- whole models ---------------------------------------------------------------------------------------------------
-
-CONFIGS = dict(
-    cls='cls/resnet18_width16_gdrq_w4a4_digits.py',
-    seg='seg/pspnet_r18_gdrq_w4a4_digits.py',
-    det='det/faster_rcnn_r18_gdrq_w4a4_digits.py',
-    yolox='det/yolox_nano_gdrq_w4a4_digits.py',
-)
-ANY_SIZE = dict(det=['proposals'], yolox=['model'])  # PSPNet pools to grids whose cells depend on the size
-PARTS = dict(cls=['model'], seg=['model'], det=['proposals', 'bbox_head', 'mask_head'], yolox=['model'])
-MASKS = dict(
-    mask_roi_extractor=dict(
-        type='SingleRoIExtractor',
-        roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
-        out_channels=64,
-        featmap_strides=[4, 8, 16, 32],
-    ),
-    mask_head=dict(
-        type='FCNMaskHead',
-        num_convs=1,
-        in_channels=64,
-        conv_out_channels=8,
-        num_classes=10,
-        loss_mask=dict(type='CrossEntropyLoss', use_mask=True),
-    ),
-)
-
-EIGHT = 'quantization.activation.bits=8'
-META = dict(classes=['a', 'b'], palette=[(1, 2, 3), (4, 5, 6)])
-
-
-@pytest.fixture(scope='module', params=CONFIGS)
-def whole(request, tmp_path_factory):
-    """Task, model, path of a checkpoint, and the folder of its export; calibrated, not trained."""
-    name = request.param
-    cfg = read_config(ROOT / 'configs' / CONFIGS[name])
-    # A float32 sum may fall on the other side of a tie, which depends on the processor. With 4 bits one such code
-    # changes most outputs of a model that has not been trained; with 8 it hardly moves them.
-    cfg.quantization.activation.bits = 8
-    if name == 'det':  # which boxes survive NMS is chance too: all do
-        cfg.merge_from_dict(
-            {'model.type': 'MaskRCNN', 'model.roi_head': MASKS, 'model.test_cfg.rcnn.mask_thr_binary': 0.5}
-        )
-        test_cfg = cfg.model.test_cfg
-        test_cfg.rpn.nms.iou_threshold = test_cfg.rcnn.nms.iou_threshold = 1.0
-        test_cfg.rcnn.score_thr, test_cfg.rpn.max_per_img, test_cfg.rcnn.max_per_img = 0.0, 100, 1000
-    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3) if name == 'cls' else (96, 96, 3), np.uint8)
-    model = calibrated(cfg, picture)
-    folder = tmp_path_factory.mktemp(name)
-    checkpoint = str(folder / 'model.pth')
-    torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
-    plan = record(model, lambda: infer(model, picture))
-    write_packed(merge_model(model, plan), folder / 'model.gdrq', cfg.pretty_text, META)
-    reported = {}
-    graphs = export_graphs(
-        model,
-        merge_model(model, plan),
-        lambda: infer(model, picture),
-        lambda part, found: reported.update({part: found}),
-    )
-    write_bundle(folder / 'exported', model, checkpoint, graphs)
-    assert list(reported) == list(graphs) == PARTS[name]
-    return name, cfg, checkpoint, folder / 'exported', picture
-
-
-def calibrated(cfg, picture, bias=0.0):
-    torch.manual_seed(0)
-    model = init_model(cfg, None, 'cpu')
-    for norm in model.modules():
-        if bias and isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.bias, std=bias)
-    calibrate(model, [picture], lambda picture: infer(model, picture))
-    return model.eval()
-
-
-def agreement(one, other):
-    """Share of values that agree; boxes are looked for, as those with nearly equal scores may change places."""
-    if one.shape[-1] == 4:
-        distance = (one[:, None] - other[None]).abs().amax(-1).amin(0)
-        return float((distance < 2).float().mean())
-    return float(torch.isclose(one, other, atol=2e-2 * float(other.abs().max()), rtol=0).float().mean())
-
-
-def values_of(prediction):
-    """The numbers of a prediction."""
-    if 'pred_instances' in prediction:
-        return [prediction.pred_instances.bboxes, prediction.pred_instances.scores]
-    return [prediction.seg_logits.data] if 'seg_logits' in prediction else [prediction.pred_score]
-
-
-@pytest.mark.parametrize('backend', RUNTIMES)
-def test_a_runtime_predicts_what_torch_does(whole, backend):
-    _, cfg, checkpoint, folder, picture = whole
-    model = init_model(cfg, checkpoint, 'cpu')
-    expected = values_of(infer(model, picture))
-    use_runtime(model, folder, backend, checkpoint)
-    # The network itself must not run any more.
-    model.backbone.forward = None
-    for one, other in zip(values_of(infer(model, picture)), expected, strict=True):
-        assert one.shape == other.shape and one.numel()
-        assert agreement(one, other) > 0.9
-
-
-@pytest.mark.parametrize('whole', ['det', 'yolox'], indirect=True)
-@pytest.mark.parametrize('backend', RUNTIMES)
-def test_a_detector_takes_pictures_of_other_sizes(whole, backend):
-    """Raw outputs are compared: which boxes of a detector that has not been trained survive NMS is chance."""
-    _, cfg, checkpoint, folder, _ = whole
-    model, deployed = (init_model(cfg, checkpoint, 'cpu') for _ in range(2))
-    (part, *_) = parts_of(model, 'det')
-    use_runtime(deployed, folder, backend, checkpoint)
-    for size in ((96, 160), (160, 96)):
-        x = torch.randn(1, 3, *size)
-        with torch.no_grad():
-            expected, found = part.module(x), parts_of(deployed, 'det')[0].module(x)
-        assert len(found) == len(expected) > 1
-        for one, other in zip(found, expected):
-            assert one.shape == other.shape
-            assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.98
-    height, width = (infer(deployed, np.zeros(shape, np.uint8)).img_shape for shape in ((96, 144, 3), (144, 96, 3)))
-    assert height != width
-
-
-@pytest.mark.parametrize('whole', ['det'], indirect=True)
-@pytest.mark.parametrize('backend', RUNTIMES)
-def test_the_heads_of_a_two_stage_detector_take_any_number_of_regions(whole, backend):
-    _, cfg, checkpoint, folder, picture = whole
-    model, deployed = (init_model(cfg, checkpoint, 'cpu') for _ in range(2))
-    use_runtime(deployed, folder, backend, checkpoint)
-    for name, size in (('bbox_head', 7), ('mask_head', 14)):
-        head, graph = (m.roi_head.get_submodule(name) for m in (model, deployed))
-        for number in (1, 5):
-            x = 3 * torch.randn(number, 64, size, size)
-            with torch.no_grad():
-                expected, found = head(x), graph(x)
-            for one, other in zip(found, expected, strict=True):
-                assert one.shape == other.shape
-                assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.98
-    masks = infer(deployed, picture).pred_instances.masks
-    assert len(masks) > 100 and masks.shape[1:] == picture.shape[:2] and 0 < masks.float().mean() < 1
-
-
-@pytest.mark.parametrize('whole', ['seg'], indirect=True)
-def test_a_picture_of_another_size_than_a_fixed_one_is_refused(whole):
-    _, cfg, checkpoint, folder, _ = whole
-    model = init_model(cfg, checkpoint, 'cpu')
-    use_runtime(model, folder, 'onnxruntime', checkpoint)
-    with pytest.raises(UserError, match='model was exported for inputs of 3 x 96 x 96, this one is 3 x 96 x 128'):
-        model.extract_feat(torch.zeros(1, 3, 96, 128))
-
-
-def test_export_json_says_what_a_program_needs(whole):
-    name, _, _, folder, _ = whole
-    about = json.loads((folder / 'export.json').read_text())
-    assert about['task'] == {'yolox': 'det'}.get(name, name) and len(about['mean']) == len(about['std']) == 3
-    for part, entry in about['parts'].items():
-        model = onnx.load(folder / entry['file'])
-        onnx.checker.check_model(model, full_check=True)
-        assert {opset.domain for opset in model.opset_import} == {''}, 'standard operators only'
-        shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
-        assert entry['any_size'] == (part in ANY_SIZE.get(name, ())) and part in PARTS[name]
-        assert shape == ([0, entry['shape'][0], 0, 0] if entry['any_size'] else [0, *entry['shape']])
-
-
-@pytest.mark.parametrize('whole', ['yolox'], indirect=True)
-def test_all_convolutions_of_yolox_but_those_of_its_outputs_are_integer_kernels(whole):
-    _, _, _, folder, _ = whole
-    graph = onnx.load(folder / 'model.onnx')
-    outputs = [f'bbox_head.multi_level_conv_{kind}.{level}' for level in range(3) for kind in ('cls', 'reg', 'obj')]
-    assert integer_layers(graph) == (83 - len(outputs), 83)
-    assert sorted(float_layers(graph)) == sorted(outputs)
-
-
-def test_a_packed_file_predicts_what_torch_does(whole):
-    _, cfg, checkpoint, folder, picture = whole
-    model = init_model(cfg, folder.parent / 'model.gdrq', 'cpu')
-    assert model.dataset_meta == META
-    assert all(name.startswith('auxiliary_head') for name in quant_layers(model))
-    assert sum(isinstance(m, IntegerLayer) for m in model.modules()) > 5
-    expected = values_of(infer(init_model(cfg, checkpoint, 'cpu'), picture))
-    for one, other in zip(values_of(infer(model, picture)), expected, strict=True):
-        assert one.shape == other.shape and one.numel()
-        assert agreement(one, other) > 0.9
-
-
-@pytest.mark.parametrize('whole', ['cls'], indirect=True)
-@pytest.mark.parametrize(
-    'options, message',
-    [
-        (
-            {'quantization.weight.bits': 3},
-            r'^packed file .* has W4A8 in layer backbone.layer1.0.conv1, the config W3A8',
-        ),
-        (
-            {'model.backbone.depth': 34},
-            r'^packed file .* does not fit the model: ',
-        ),
-        ({'model.head.num_classes': 7}, r'^packed file .* does not fit the model: size mismatch for head.fc'),
-    ],
-)
-def test_a_packed_file_of_another_model_is_refused(whole, options, message):
-    _, cfg, _, folder, _ = whole
-    with pytest.raises(UserError, match=message):
-        init_model(cfg, folder.parent / 'model.gdrq', 'cpu', options)
-
-
-@pytest.mark.parametrize('whole', ['cls', 'seg'], indirect=True)
-def test_the_examples_need_numpy_and_a_runtime_alone(whole, tmp_path):
-    name, cfg, checkpoint, folder, picture = whole
-    cv2.imwrite(str(tmp_path / 'picture.png'), picture)
-    script = ROOT / 'examples' / {'cls': 'classify.py', 'seg': 'segment.py'}[name]
-    assert len(script.read_text().splitlines()) <= 40
-    without = "import sys; sys.modules.update(dict.fromkeys(['torch', 'mmcv', 'mmengine'])); sys.argv = sys.argv[1:];"
-    command = [
-        sys.executable,
-        '-c',
-        f'{without} import runpy; runpy.run_path(sys.argv[0])',
-        script,
-        folder,
-        'picture.png',
-    ]
-    command += ['mask.png'] if name == 'seg' else []
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    prediction = infer(init_model(cfg, checkpoint, 'cpu'), picture)
-    if name == 'cls':
-        best = done.stdout.splitlines()[0]
-        assert float(best.split()[-2]) == pytest.approx(100 * float(prediction.pred_score.max()), abs=0.2)
-    else:
-        mask = np.asarray(Image.open(tmp_path / 'mask.png'))
-        logits = prediction.seg_logits.data
-        first, second = logits.topk(2, dim=0).values
-        sure = (first - second > 0.05 * logits.std()).numpy()  # an untrained model is not sure of much
-        assert sure.any() and (mask == prediction.pred_sem_seg.data[0].numpy())[sure].mean() > 0.97
-
-
-@pytest.mark.parametrize('whole', ['cls'], indirect=True)
-def test_bundles_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
-    _, cfg, checkpoint, folder, _ = whole
-    model = init_model(cfg, checkpoint, 'cpu')
-
-    def refused(message, folder, checkpoint=checkpoint, backend='onnxruntime'):
-        with pytest.raises(UserError, match=message):
-            use_runtime(model, folder, backend, checkpoint)
-
-    refused('export.json cannot be read: No such file', tmp_path)
-    refused('backend tensorrt is not one of onnxruntime, openvino', folder, backend='tensorrt')
-    other = tmp_path / 'other.pth'
-    torch.save(dict(state_dict=model.state_dict(), meta={'x': 1}), other)
-    refused('was exported from another checkpoint', folder, str(other))
-    shutil.copytree(folder, tmp_path / 'edited')
-    graph = onnx.load(tmp_path / 'edited/model.onnx')
-    graph.doc_string = 'edited by hand'
-    onnx.save(graph, tmp_path / 'edited/model.onnx')
-    refused('^[^ ]*model.onnx was changed after its export', tmp_path / 'edited')
-    about = json.loads((folder / 'export.json').read_text())
-    (tmp_path / 'edited/model.onnx').unlink()
-    refused('^[^ ]*model.onnx is missing', tmp_path / 'edited')
-    shutil.copy(folder / 'model.onnx', tmp_path / 'edited/model.onnx')
-    deep = '[' * 100_000 + ']' * 100_000
-    for change in (
-        dict(file='..', sha256=None),
-        dict(file='../model.onnx'),
-        dict(structure='x'),
-        dict(structure='DEEP'),
-    ):
-        parts = {'model': {**about['parts']['model'], **change}}
-        text = json.dumps({**about, 'parts': parts}).replace('"DEEP"', deep)
-        (tmp_path / 'edited/export.json').write_text(text)
-        refused('export.json is damaged', tmp_path / 'edited')
-    (tmp_path / 'edited/export.json').write_text(json.dumps({k: v for k, v in about.items() if k != 'task'}))
-    refused('export.json is damaged: KeyError', tmp_path / 'edited')
-    (tmp_path / 'edited/export.json').write_text('{"export_version": 1, "task": "cls", "parts": 3}')
-    refused('export.json is damaged', tmp_path / 'edited')
-    (tmp_path / 'edited/export.json').write_text('{"export_version": 7}')
-    refused('has version 7, this is 1', tmp_path / 'edited')
-    found = importlib.util.find_spec
-    monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: None if name == 'openvino' else found(name))
-    refused(r"openvino is not installed: uv pip install 'gdrq-mm\[deploy\]'", folder, backend='openvino')
-
-
-def test_a_model_that_has_no_such_parts_is_refused():
-    class Odd(nn.Module):
-        pass
-
-    with pytest.raises(UserError, match='Odd cannot be exported'):
-        parts_of(Odd(), 'det')
-
-
-@pytest.mark.parametrize('whole', ['cls'], indirect=True)
-def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits_root, run):
-    _, cfg, checkpoint, _, picture = whole
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'data/digits').symlink_to(digits_root)
-    command = ('export.py', ROOT / 'configs' / CONFIGS['cls'], checkpoint, '--format', 'packed', '--out', 'out')
-    done = run(ROOT / 'tools' / command[0], *command[1:], '--cfg-options', EIGHT)
-    assert done.returncode == 0, done.stderr
-    assert '21 layers as integers' in done.stdout
-    expected = infer(init_model(cfg, checkpoint, 'cpu'), picture).pred_score
-    found = infer(init_model(cfg, tmp_path / 'out/model.gdrq', 'cpu'), picture).pred_score
-    assert agreement(found, expected) > 0.9
-
-
-@pytest.mark.parametrize('whole', ['cls'], indirect=True)
-def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, run):
-    """As a user runs them: export, test in both runtimes, and what goes wrong."""
-    _, _, checkpoint, _, _ = whole
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'data/digits').symlink_to(digits_root)
-    config = ROOT / 'configs' / CONFIGS['cls']
-
-    def tool(name, *args):
-        return run(ROOT / 'tools' / name, config, checkpoint, *args, '--cfg-options', EIGHT)
-
-    done = tool('export.py', '--out', 'exported')
-    assert done.returncode == 0, done.stderr
-    assert '21 of 21 layers as integer kernels' in done.stdout and 'by the rounding of ties' in done.stdout
-    accuracy = []
-    for options in ((), *(('--backend', name, '--exported', 'exported') for name in RUNTIMES)):
-        done = tool('test.py', '--record', 'record.json', *options)
-        assert done.returncode == 0, done.stderr
-        found = json.loads((tmp_path / 'record.json').read_text())
-        assert found['model']['backend'] == (options[1] if options else 'torch')
-        accuracy.append(found['metrics']['accuracy/top1'])
-    assert len(set(accuracy)) == 1
-    for name, args, message in [
-        ('export.py', ('--out', 'exported'), '--out exported exists'),
-        ('test.py', ('--backend', 'openvino'), '--backend and --exported DIR belong together'),
-        ('test.py', ('--backend', 'openvino', '--exported', 'none'), 'none/export.json cannot be read'),
-    ]:
-        done = tool(name, *args)
-        assert done.returncode and done.stderr.startswith('error: ') and message in done.stderr, done.stderr
-        assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize('bits', [3, 4])
+def test_codes_in_4_bits_depend_on_the_bits_not_on_the_values(bits):
+    """All codes even, or all zero: their greatest common divisor is not the factor."""
+    layer = nn.Conv2d(2, 2, 1, bias=False)
+    layer.weight.data = torch.tensor([[1.0, -0.6], [0.0, 0.0]]).view(2, 2, 1, 1)
+    x = torch.rand(2, 2, 4, 4)
+    model, plan = prepared(nn.Sequential(layer, nn.ReLU()), x, bits=bits)
+    graph, seen, out = exported(model, plan, x)
+    factor = next(t for t in graph.graph.initializer if t.name == 'model.0.codes.factor')
+    assert numpy_helper.to_array(factor) == 127 // (2 ** (bits - 1) - 1)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
