@@ -78,7 +78,7 @@ class ExportReport:
 
     @functools.cached_property
     def layers(self) -> tuple[int, int]:
-        """How many layers ONNX Runtime computes with integers, and how many there are; (0, 0) if it is not installed."""
+        """How many layers ONNX Runtime computes with integers, and how many there are; (0, 0) without ONNX Runtime."""
         if 'onnxruntime' not in self.parts[0].pieces:
             return 0, 0
         counts = [integer_layers(part.graph) for part in self.parts]

@@ -128,7 +128,7 @@ class OutputQuantizer(nn.Module):
 
 
 class Absent(nn.Module):
-    """In the place of a module that is not deployed: an auxiliary head, or a layer that the plan's prediction missed."""
+    """Stands for a module that is not deployed: an auxiliary head, or a layer that the plan's prediction missed."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -103,8 +103,10 @@ class _SignalStack(ctypes.Structure):
 def kept_signal_stack() -> Iterator[None]:
     """Give the thread back the stack on which its signal handlers run.
 
-    OpenVINO (2026.4) was seen to leave one of its own there that is not mapped any more: the next signal that Python
-    handles, such as that of a data worker which ends, then ends the process with signal 11.
+    The CPU plugin of OpenVINO (2026.4) gives the thread that compiles a model one of its own, for AMX
+    (https://github.com/openvinotoolkit/openvino/pull/11894), and unmaps it when the plugin goes, on whatever thread
+    that happens. Where the stack stays behind, the next signal that Python handles, such as that of a data worker which
+    ends, ends the process with signal 11.
     """
     swap = getattr(ctypes.CDLL(None), 'sigaltstack', None)
     before = _SignalStack()

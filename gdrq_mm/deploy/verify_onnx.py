@@ -161,17 +161,26 @@ def _bias_error(part: onnx.ModelProto, values: dict[str, np.ndarray]) -> float:
 
 
 def _compare_codes(site: Site, trained: Trained, found: np.ndarray, bias: float, step: float) -> Piece:
+    name = site.quantizer + (f' (call {site.call + 1})' if site.call else '')
+    if found.shape != trained.value.shape:
+        return _misshapen(name, step, found)
     codes = found.astype(np.float64) - zero_point_of_codes(trained.lo, trained.hi)
     distance = np.abs(codes - np.clip(trained.value, trained.lo, trained.hi))
-    name = site.quantizer + (f' (call {site.call + 1})' if site.call else '')
     differing = int((found != trained.codes()).sum())
     largest = float(distance.max()) if distance.size else 0.0
     return Piece(name, step, found.size, differing, int((distance > 0.5 + TIE + bias / step).sum()), largest)
 
 
 def _compare_output(name: str, expected: np.ndarray, found: np.ndarray, bias: float) -> Piece:
+    if found.shape != expected.shape:
+        return _misshapen(name, 0.0, found)
     difference = np.abs(found.astype(np.float64) - expected)
     top = float(np.abs(expected).max()) if expected.size else 0.0
     off = difference > 1e-4 * top + bias
     largest = float(difference.max() / max(top, 1e-12)) if found.size else 0.0
     return Piece(name, 0.0, found.size, int(off.sum()), int(off.sum()), largest)
+
+
+def _misshapen(name: str, step: float, found: np.ndarray) -> Piece:
+    """All values are wrong: a size of the example is fixed in the graph."""
+    return Piece(name, step, found.size, found.size, found.size, float('inf'))

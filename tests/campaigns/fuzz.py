@@ -11,14 +11,12 @@ anew.
 import argparse
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import os
 import random
 import resource
 import runpy
-import struct
 import sys
 import tempfile
 import traceback
@@ -33,14 +31,14 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
 from gdrq_mm.data import digits
 from gdrq_mm.deploy.merge import merge_model
-from gdrq_mm.deploy.packed import MAGIC, load_packed, read_packed, write_packed
+from gdrq_mm.deploy.packed import load_packed, read_packed, write_packed
 from gdrq_mm.openmmlab import cli
 from gdrq_mm.openmmlab.models import read_quantization
 from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import find_records
 from tests.campaigns.report import FIGURES, report
-from tests.deploy.test_deploy import prepared
+from tests.deploy.builders import header_of, payload_of, prepared, summed, text_of
 from tests.helpers import ROOT, Block
 from tests.runs import COUNTS
 
@@ -116,17 +114,17 @@ class Packed:
 
     def __init__(self, folder):
         torch.manual_seed(0)
-        self.path = folder / 'model.gdrq'
-        self.build = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Block())
-        self.settings = dict(weight=dict(bits=3, groups=2), activation=dict(bits=4))
-        trained, plan = prepared(self.build(), *torch.rand(2, 4, 3, 9, 9), **self.settings)
-        write_packed(merge_model(trained.eval(), plan), self.path, 'model = 1', dict(classes=['a', 'b']))
+        self.path = folder / 'model.safetensors'
+        settings = dict(weight=dict(bits=3, groups=2), activation=dict(bits=4), deployable=True)
+        trained, plan = prepared(self.build(), *torch.rand(2, 4, 3, 9, 9), **settings)
+        write_packed(merge_model(trained, plan), self.path, 'model = 1', dict(classes=['a', 'b']))
         self.content = self.path.read_bytes()
-        self.size = struct.unpack_from('<Q', self.content, len(MAGIC) + 4)[0]
-        start = len(MAGIC) + 12
-        self.header = json.loads(self.content[start : start + self.size])
-        self.payload = self.content[start + self.size : -32]
-        self.model, _ = prepared(self.build(), *torch.rand(2, 4, 3, 9, 9), **self.settings)
+        self.header, self.payload = header_of(self.content), payload_of(self.content)
+
+    @staticmethod
+    def build():
+        """The float model."""
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Block())
 
     def bytes(self, chance):
         """The checksum catches every change."""
@@ -138,20 +136,20 @@ class Packed:
     def crafted(self, chance):
         """The checksum fits what was changed."""
         payload = self.payload if chance.random() < 0.8 else damaged(self.payload, chance)
-        header = json.dumps(mutated(self.header, chance)).encode()
+        header = text_of(mutated(self.header, chance))
         if chance.random() < 0.1:
             header = damaged(header, chance)
-        size = len(header) if chance.random() < 0.9 else chance.choice((0, 1, len(header) - 1, 2**40, 2**64 - 1))
-        content = MAGIC + struct.pack('<IQ', 1, size) + header + payload
-        self.path.write_bytes(content + hashlib.sha256(content).digest())
-        state, found = read_packed(self.path)
-        assert all(isinstance(tensor, torch.Tensor) for tensor in state.values()) and isinstance(found['meta'], dict)
+        size = None if chance.random() < 0.9 else chance.choice((0, 1, len(header) - 1, 2**40, 2**64 - 1))
+        self.path.write_bytes(summed(header, payload, size))
+        found = read_packed(self.path)
+        assert all(isinstance(tensor, torch.Tensor) for tensor in found.state.values())
+        assert isinstance(found.meta, dict) and isinstance(found.config, str)
 
     def loaded(self, chance):
         """The same, into a model."""
         with contextlib.suppress(UserError):
             self.crafted(chance)
-        load_packed(copy.deepcopy(self.model), self.path)
+        load_packed(self.build(), self.path)
 
 
 class Records:

@@ -77,8 +77,8 @@ def run(program, blocked=frozenset()):
         ('gdrq_mm', OPENMMLAB | RUNTIMES),
         ('gdrq_mm.core', OPENMMLAB | RUNTIMES),
         ('gdrq_mm.core.convert, gdrq_mm.core.calibrate, gdrq_mm.core.step, gdrq_mm.plain', OPENMMLAB | RUNTIMES),
-        ('gdrq_mm.deploy.merge', OPENMMLAB),
-        ('gdrq_mm.deploy.packed, gdrq_mm.deploy.verify_onnx', OPENMMLAB),
+        ('gdrq_mm.deploy, gdrq_mm.deploy.merge, gdrq_mm.deploy.packed', OPENMMLAB | RUNTIMES),
+        ('gdrq_mm.deploy.export', OPENMMLAB),
         ('gdrq_mm.report.record, gdrq_mm.report.html, gdrq_mm.data.digits', OPENMMLAB | RUNTIMES),
     ],
 )

@@ -1,20 +1,178 @@
 """One call from a trained model to a folder, and what it refuses."""
 
+import copy
 import ctypes
 import dataclasses
+import logging
 import re
+import subprocess
+import sys
 
+import onnx
 import pytest
 import torch
+import torch.nn as nn
 
-from gdrq_mm.deploy.export import first_wrong
-from gdrq_mm.deploy.runtime import kept_signal_stack
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import whole_folder
+from gdrq_mm.deploy import export as module
+from gdrq_mm.deploy.export import export, export_part, first_wrong, properties
+from gdrq_mm.deploy.flat import Flat, check_nest, nest
+from gdrq_mm.deploy.merge import merge_model
+from gdrq_mm.deploy.names import Site
+from gdrq_mm.deploy.packed import load_packed
+from gdrq_mm.deploy.runtime import RUNTIMES, RuntimeFailed, kept_signal_stack, open_runtime
 from gdrq_mm.deploy.verify_onnx import Piece
+from tests.deploy.builders import pooled_network, prepared, trained_network
+from tests.helpers import ENV, Function
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def test_a_trained_model_is_exported_in_one_call(tmp_path):
+    model, plan, x = trained_network()
+    before, hooks = copy.deepcopy(model.state_dict()), {n: len(m._forward_hooks) for n, m in model.named_modules()}
+    report = export(model.train(), plan, x, tmp_path / 'exported')
+    assert model.training and {n: len(m._forward_hooks) for n, m in model.named_modules()} == hooks
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert sorted(path.name for path in (tmp_path / 'exported').iterdir()) == ['model.onnx', 'model.safetensors']
+    assert report.wrong == 0 and list(report.differing) == list(RUNTIMES) and report.codes > 4 * 3 * 16 * 16
+    assert report.layers == (7, 7) and report.float_layers == []
+    loaded, _ = load_packed(pooled_network(), tmp_path / 'exported/model.safetensors')
+    with torch.no_grad():
+        expected = model.eval()(x)
+    torch.testing.assert_close(loaded(x), expected, atol=1e-4, rtol=1e-3)
+    run = open_runtime('onnxruntime', tmp_path / 'exported/model.onnx')
+    torch.testing.assert_close(torch.from_numpy(run([x.numpy()])[0]), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_one_example_is_enough_and_pictures_may_have_any_size(tmp_path):
+    model, plan, x = trained_network()
+    export(model, plan, x[:1], tmp_path / 'exported')
+    graph = onnx.load(tmp_path / 'exported/model.onnx')
+    assert properties(graph) == dict(structure=0, shape=[3, 16, 16], any_size=True)
+    for backend in RUNTIMES:
+        run = open_runtime(backend, tmp_path / 'exported/model.onnx')
+        for shape in ((1, 3, 16, 16), (3, 3, 24, 40)):
+            x = torch.randn(shape)
+            with torch.no_grad():
+                torch.testing.assert_close(torch.from_numpy(run([x.numpy()])[0]), model(x), atol=1e-4, rtol=1e-3)
+
+
+def flattened():
+    """A network that takes pictures of 8 x 8 alone."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
+    x = torch.randn(4, 3, 8, 8)
+    return *prepared(model.eval(), x, bits=8, deployable=True), x
+
+
+def test_why_a_graph_takes_one_size_is_said(tmp_path, caplog):
+    model, plan, x = flattened()
+    with caplog.at_level(logging.WARNING):
+        report = export(model, plan, x, tmp_path / 'exported')
+    (line,) = [r.getMessage() for r in caplog.records if r.name == 'gdrq_mm.deploy.export']
+    assert re.match('part model takes the traced size only: mat1 and mat2 shapes cannot be multiplied', line)
+    assert len(line.splitlines()) == 1 and properties(report.parts[0].graph)['any_size'] is False
+
+
+def test_a_mistake_is_not_taken_for_a_size_that_does_not_fit(monkeypatch):
+    """Nobody expects a KeyError, so its traceback is shown."""
+    model, plan, x = trained_network()
+    monkeypatch.setattr(module, 'export_onnx', lambda *args: {}['no'])
+    with pytest.raises(KeyError, match='no'):
+        export_part('model', Flat(model), Flat(merge_model(model, plan)), x, any_size=True)
+
+
+class Odd(nn.Module):
+    """Calls an operator that ONNX does not have."""
+
+    def forward(self, x):
+        return torch.fft.fft(x).abs() if x.shape[-1] > 4 else torch.linalg.inv(x)
+
+
+def test_what_the_exporter_cannot_do_is_one_message(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Odd())
+    model, plan = prepared(model.eval(), x := torch.randn(2, 3, 6, 6), bits=8)
+    with pytest.raises(UserError, match=r'^part model cannot be exported: ') as refused:
+        export(model, plan, x, tmp_path / 'exported')
+    assert len(str(refused.value).splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
+    model, plan, x = trained_network()
+    right = module.export_onnx
+
+    def wrong(*args):
+        graph = right(*args)
+        (bias,) = [t for t in graph.graph.initializer if t.name == 'model.one.conv1.bias']
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
+        return graph
+
+    monkeypatch.setattr(module, 'export_onnx', wrong)
+    with pytest.raises(UserError, match=r'^onnxruntime differs .* first at one.conv2: .*; nothing was written$'):
+        export(model, plan, x, tmp_path / 'exported')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_merge_is_not_written(tmp_path, monkeypatch):
+    model, plan, x = trained_network()
+
+    def wrong(*args):
+        merged = merge_model(*args)
+        merged.one.conv1.bias.add_(0.2)
+        return merged
+
+    monkeypatch.setattr(module, 'merge_model', wrong)
+    with pytest.raises(UserError, match=r'^the merged model differs .* first in layer one.conv1; nothing was written$'):
+        export(model, plan, x, tmp_path / 'exported')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_whole_or_not_there(tmp_path):
+    model, plan, x = trained_network()
+    (tmp_path / 'exported').mkdir()
+    with pytest.raises(UserError, match='exported exists'):
+        export(model, plan, x, tmp_path / 'exported')
+    with pytest.raises(KeyError), whole_folder(tmp_path / 'new') as folder:
+        (folder / 'file').touch()
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ['exported']
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot be written: Not a directory'), whole_folder(tmp_path / 'file/new'):
+        pass
+
+
+def test_outputs_nest_as_they_like():
+    model = Function(lambda m, x: (x, [x + 1, (x + 2,)]))
+    flat = Flat(model)
+    outputs = flat(torch.zeros(1))
+    assert len(outputs) == 3 and flat.structure == [0, [1, [2]]]
+    check_nest(flat.structure)
+    assert nest(flat.structure, outputs) == (outputs[0], (outputs[1], (outputs[2],)))
+    with pytest.raises(UserError, match='its head returns dict'):
+        Flat(Function(lambda m, x: {'out': x}))(torch.zeros(1))
+    for bad in ('x', [0, None]):
+        with pytest.raises(ValueError, match='structure'):
+            check_nest(bad)
+
+
+@pytest.mark.parametrize('site', [Site('one.conv1', 0), Site('head.conv.2', 11), Site('bn.output_quant', 1)])
+def test_the_name_of_a_node_tells_the_site(site):
+    assert Site.parse(str(site)) == site
+
+
+@pytest.mark.parametrize('backend', RUNTIMES)
+def test_what_a_runtime_refuses_is_one_kind_of_error(backend):
+    model, plan, x = trained_network()
+    graph = module.export_onnx(merge_model(model, plan), x, ['y'])
+    with pytest.raises(RuntimeFailed):
+        open_runtime(backend, graph.SerializeToString())([x[:, :2].numpy()])
+    graph.graph.node[0].op_type = 'Nonsense'
+    with pytest.raises(RuntimeFailed):
+        open_runtime(backend, graph.SerializeToString())([x.numpy()])
 
 
 def test_a_signal_stack_that_a_runtime_leaves_is_taken_away():
@@ -32,6 +190,33 @@ def test_a_signal_stack_that_a_runtime_leaves_is_taken_away():
         assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 1 << 16)), None) == 0
         assert now()[0] == ctypes.addressof(memory)
     assert now() == before
+
+
+SIGNAL_STACK = """
+import ctypes, sys
+import numpy as np
+import openvino
+from gdrq_mm.deploy.runtime import _SignalStack
+
+def now():
+    found = _SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found.start, found.flags, found.size
+
+before = now()
+core = openvino.Core()
+model = core.compile_model(core.read_model(sys.argv[1]), 'CPU')
+print(now() != before)
+"""
+
+
+def test_openvino_still_changes_the_signal_stack(tmp_path):
+    """If not, `kept_signal_stack` is no longer needed. In a process of its own, which handles no signal."""
+    model, plan, x = trained_network()
+    onnx.save(module.export_onnx(merge_model(model, plan), x, ['y']), tmp_path / 'model.onnx')
+    command = [sys.executable, '-c', SIGNAL_STACK, str(tmp_path / 'model.onnx')]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0 and done.stdout.split()[-1] == 'True', done.stderr
 
 
 @pytest.mark.parametrize(

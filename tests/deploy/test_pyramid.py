@@ -111,9 +111,7 @@ def test_levels_that_the_config_does_not_have_are_refused(tmp_path):
     write_packed(merge_model(model, plan), tmp_path / 'model.safetensors')
     config = Quantization.from_dict(dict(activation=dict(per_level=True)))
     load_packed(Dense(), tmp_path / 'model.safetensors', config)
-    with pytest.raises(
-        UserError, match=r'pyramid levels in layer head\.conv, the config has activation\.per_level='
-    ):
+    with pytest.raises(UserError, match=r'pyramid levels in layer head\.conv, the config has activation\.per_level='):
         load_packed(Dense(), tmp_path / 'model.safetensors', Quantization())
 
 

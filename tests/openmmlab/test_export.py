@@ -1,5 +1,6 @@
 """Whole models of OpenMMLab configs: exported, packed, tested in a runtime, and what is refused."""
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -116,16 +117,11 @@ def whole(request, tmp_path_factory):
     checkpoint = str(folder / 'model.pth')
     torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
     plan = record(model, lambda: infer(model, picture))
-    write_packed(merge_model(model, plan), folder / 'model.gdrq', cfg.pretty_text, META)
-    reported = {}
-    graphs = export_graphs(
-        model,
-        merge_model(model, plan),
-        lambda: infer(model, picture),
-        lambda part, found: reported.update({part: found}),
-    )
-    write_bundle(folder / 'exported', model, checkpoint, graphs)
-    assert list(reported) == list(graphs) == PARTS[name]
+    write_packed(merge_model(model, plan), folder / 'model.safetensors', cfg.pretty_text, META)
+    reported = []
+    report = export_graphs(model, merge_model(model, plan), lambda: infer(model, picture), reported.append)
+    write_bundle(folder / 'exported', model, checkpoint, report)
+    assert reported == report.parts and [part.name for part in reported] == PARTS[name]
     return name, cfg, checkpoint, folder / 'exported', picture
 
 
@@ -161,14 +157,9 @@ def test_rounded_biases_do_not_stop_the_export_of_a_model_with_float_ones():
     cfg.quantization.weight.bits = cfg.quantization.activation.bits = 8
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     model = calibrated(cfg, picture, bias=1.0)
-    plan, reported = record(model, lambda: infer(model, picture)), []
-    export_graphs(
-        model,
-        merge_model(model, plan),
-        lambda: infer(model, picture),
-        lambda part, found: reported.extend(found['onnxruntime']),
-    )
-    ends = [piece for piece in reported if piece.step]
+    plan = record(model, lambda: infer(model, picture))
+    report = export_graphs(model, merge_model(model, plan), lambda: infer(model, picture), lambda part: None)
+    ends = list(report.ends('onnxruntime'))
     assert sum(piece.differing for piece in ends) > 1e-4 * sum(piece.values for piece in ends) + 1
 
 
@@ -257,7 +248,7 @@ def test_all_convolutions_of_yolox_but_those_of_its_outputs_are_integer_kernels(
 
 def test_a_packed_file_predicts_what_torch_does(whole):
     _, cfg, checkpoint, folder, picture = whole
-    model = init_model(cfg, folder.parent / 'model.gdrq', 'cpu')
+    model = init_model(cfg, folder.parent / 'model.safetensors', 'cpu')
     assert model.dataset_meta == META
     assert all(name.startswith('auxiliary_head') for name in quant_layers(model))
     assert sum(isinstance(m, IntegerLayer) for m in model.modules()) > 5
@@ -273,19 +264,26 @@ def test_a_packed_file_predicts_what_torch_does(whole):
     [
         (
             {'quantization.weight.bits': 3},
-            r'^packed file .* has W4A8 in layer backbone.layer1.0.conv1, the config W3A8',
+            r'^packed file .* has W4A8 in layer backbone.layer1.0.conv1, .* W3A8',
         ),
-        (
-            {'model.backbone.depth': 34},
-            r'^packed file .* does not fit the model: ',
-        ),
+        ({'model.backbone.depth': 34}, r'^packed file .* does not fit the model: '),
+        ({'model.backbone.depth': 50}, r'^packed file .* does not fit the model: |is that of another model: '),
         ({'model.head.num_classes': 7}, r'^packed file .* does not fit the model: size mismatch for head.fc'),
     ],
 )
 def test_a_packed_file_of_another_model_is_refused(whole, options, message):
     _, cfg, _, folder, _ = whole
     with pytest.raises(UserError, match=message):
-        init_model(cfg, folder.parent / 'model.gdrq', 'cpu', options)
+        init_model(cfg, folder.parent / 'model.safetensors', 'cpu', options)
+
+
+@pytest.mark.parametrize('whole', ['cls'], indirect=True)
+def test_a_packed_file_with_a_float_config_is_refused(whole):
+    _, cfg, _, folder, _ = whole
+    cfg = copy.deepcopy(cfg)
+    cfg.pop('quantization')
+    with pytest.raises(UserError, match='holds a quantized model, the config has no quantization'):
+        init_model(cfg, folder.parent / 'model.safetensors', 'cpu')
 
 
 @pytest.mark.parametrize('whole', ['cls', 'seg'], indirect=True)
@@ -381,7 +379,7 @@ def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits
     assert done.returncode == 0, done.stderr
     assert '21 layers as integers' in done.stdout
     expected = infer(init_model(cfg, checkpoint, 'cpu'), picture).pred_score
-    found = infer(init_model(cfg, tmp_path / 'out/model.gdrq', 'cpu'), picture).pred_score
+    found = infer(init_model(cfg, tmp_path / 'out/model.safetensors', 'cpu'), picture).pred_score
     assert agreement(found, expected) > 0.9
 
 
