@@ -57,6 +57,14 @@ class ExportReport:
 
     parts: list[ExportedPart]
 
+    def __str__(self) -> str:
+        """One line a fact: how many layers are integers, how many codes differ in each runtime."""
+        fused, whole = self.layers
+        lines = [f'ONNX Runtime computes {fused} of {whole} layers with integers'] if whole else []
+        for backend, differing in self.differing.items():
+            lines.append(f'{backend}: {differing} of {self.codes} codes differ, at rounding ties')
+        return '\n'.join(lines)
+
     def ends(self, backend: str) -> Iterable[Piece]:
         """The pieces of one runtime that end with codes."""
         return (piece for part in self.parts for piece in part.pieces[backend] if piece.step)
