@@ -9,7 +9,7 @@ from rich.console import Console
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.cli import check_writable, main
-from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_rows, comparison_table
+from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_rows, comparison_table, recipe_notes
 from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import find_records
 
@@ -37,6 +37,8 @@ def compare() -> None:
     console = Console()
     console.width = max(console.width, 200) if not console.is_terminal else console.width
     console.print(comparison_table(records))
+    for note in recipe_notes(records):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == '__main__':

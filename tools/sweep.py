@@ -52,7 +52,7 @@ def run_all(cells: list[Cell], jobs: int, threads: int, console: Console) -> lis
                 progress.update(bar, advance=1, description=f'about {left / 60:.0f} min left')
                 fine, line = future.result()
                 problems += [] if fine else [line]
-                progress.console.print(line, soft_wrap=True, highlight=False)
+                progress.console.print(line, soft_wrap=True, highlight=False, markup=False)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -69,7 +69,10 @@ def sweep() -> None:
     console = Console()
     if args.list:
         for cell in chosen:
-            console.print(f'{cell.name}: {"finished" if cell.name in finished else "not run"}', highlight=False)
+            state = 'finished' if cell.name in finished else 'not run'
+            if cell.name not in finished and cell.record.exists():
+                state = f'not run with these settings; {cell.record} is of other ones and will be kept aside'
+            console.print(f'{cell.name}: {state}', highlight=False, markup=False, soft_wrap=True)
         return
     todo = [cell for cell in chosen if cell.name not in finished]
     console.print(f'{len(chosen)} cells, {len(finished)} finished, {len(todo)} to run')

@@ -13,6 +13,7 @@ from gdrq_mm.openmmlab.bundle import use_runtime
 from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
 from gdrq_mm.openmmlab.describe import make_record
 from gdrq_mm.openmmlab.models import bare_model
+from gdrq_mm.openmmlab.recipe import other_settings
 from gdrq_mm.openmmlab.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
 from gdrq_mm.report.record import write_record
 
@@ -30,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--record', help='run record (default: WORK_DIR/record.json, or record_BACKEND.json)')
     parser.add_argument('--backend', choices=RUNTIMES, help='runtime that runs the exported graphs (default: torch)')
     parser.add_argument('--exported', help='folder that tools/export.py wrote, for --backend')
+    parser.add_argument('--cell', help=argparse.SUPPRESS)  # what tools/sweep.py calls the settings of a cell
     args = parser.parse_args()
     if bool(args.backend) != bool(args.exported):
         raise UserError('--backend and --exported DIR belong together')
@@ -60,7 +62,10 @@ def test() -> None:
     metrics = runner.test()
     if is_main_process():
         described = {**runner.describe(), 'backend': args.backend or 'torch'}
-        write_record(make_record(cfg, args.checkpoint, metrics, described, runner.training), record)
+        found = make_record(cfg, args.checkpoint, metrics, described, runner.training)
+        for line in other_settings(found['quantization'], cfg.get('quantization')):
+            runner.logger.warning(f'{line}; the record states the former')
+        write_record({**found, 'cell': args.cell} if args.cell else found, record)
         runner.logger.info(f'Wrote the run record {record}')
 
 

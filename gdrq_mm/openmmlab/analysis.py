@@ -24,7 +24,7 @@ from ..core.modules import hooked, quant_layers
 from ..core.quantizers import Quantizer, Stage
 from ..report.analysis import Analysis, Metric, Row, Weights, worst_first
 from ..report.damage import Damage, Meter, measure, quantized_weight, watch
-from ..report.record import MAIN_METRICS
+from ..report.record import MAIN_METRICS, OTHER_METRICS
 from ..report.units import Unit, choose, only, units_of
 from .checkpoints import read_checkpoint
 from .cli import prepare_test
@@ -164,10 +164,13 @@ def analyze(
         if reference is None:
             return Analysis(worst_first(rows), None, pictures, available)
         key = metric_key(values, metric, task)
-        title, factor = MAIN_METRICS[task].get(key, (key, 1))
+        known = {**OTHER_METRICS[task], **MAIN_METRICS[task]}
+        title, factor = known.get(key, (key, 1))
         start('everything float')
         unquantized = _value_with([], runner, key) * factor
-        found = Metric(key, title, factor, reference, unquantized, float(values[key]) * factor)
+        found = Metric(
+            key, title, factor, reference, unquantized, float(values[key]) * factor, key.startswith('accuracy/top')
+        )
         if reference == 'float' and found.unquantized < found.quantized:
             runner.logger.warning(ADAPTED.format(found.title, found.unquantized, found.quantized))
         every = {m for m in model.modules() if isinstance(m, Quantizer) and m.stage != Stage.FLOAT}
@@ -210,7 +213,7 @@ def metric_key(values: dict[str, Any], key: str | None, task: str) -> str:
     Raises:
         UserError: the evaluator does not compute it.
     """
-    wanted = [key] if key is not None else list(MAIN_METRICS[task])
+    wanted = [key] if key is not None else [*MAIN_METRICS[task], *OTHER_METRICS[task]]
     numbers = sorted(name for name, value in values.items() if isinstance(value, (int, float, np.number)))
     found = next((each for each in wanted if each in numbers), None)
     if found is None:

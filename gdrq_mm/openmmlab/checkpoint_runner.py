@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from mmengine.dist import all_gather_object, master_only
+from mmengine.dist import all_gather_object, get_world_size, master_only
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..core.convert import Report
@@ -20,6 +20,7 @@ from .compat import weights_only
 from .hooks import StopHook
 from .loading import go_on
 from .models import bare_model, quantization_of
+from .recipe import trained_as, training_of
 from .weights import load_weights, meta_of, plan_of, renamed
 
 
@@ -89,7 +90,7 @@ class CheckpointRunner(Runner):
             self.logger.info(f'Thresholds of {filename} are left out: {left_out}.')
         meta = meta_of(checkpoint)
         start = dict(file=Path(filename).name, sha256=file_digest(filename)) if self._starts else meta.get('start')
-        self.training = dict(start=start, **{key: meta.get(key) for key in ('seed', 'epoch', 'iter')})
+        self.training = dict(start=start, **training_of(meta))
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
@@ -97,7 +98,7 @@ class CheckpointRunner(Runner):
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint, which is whole or not there, with the plan and the `quantization` dict in its `meta`."""
-        ours = dict(quantization=quantization_of(self.cfg), plan=self.report.plan.to_dict())
+        ours = dict(plan=self.report.plan.to_dict(), **trained_as(self.cfg, self.iter > 0, get_world_size()))
         kwargs['meta'] = {**(kwargs.get('meta') or {}), 'start': self.training.get('start'), **ours}
         with written_whole(out_dir, filename, self.work_dir) as temporary:
             super().save_checkpoint(out_dir, temporary, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import os
 import sys
@@ -35,6 +36,12 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value, a.b=value, a=[1,2]'
     )
+    parser.add_argument(
+        '--cfg-values',
+        action=ConfigValues,
+        metavar='DICT',
+        help='override settings by a Python dict: {"a.b": "x y"}',
+    )
     parser.add_argument('--launcher', choices=['none', *LAUNCHERS], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -56,6 +63,19 @@ class ConfigOptions(DictAction):
             raise UserError(f'--cfg-options {" ".join(values)}: {error}'.splitlines()[0]) from None
 
 
+class ConfigValues(argparse.Action):
+    """A Python dict of settings: each value is taken as it is, where --cfg-options guesses what a text means."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            found = ast.literal_eval(values)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+            raise UserError(f'--cfg-values {values}: write a Python dict of plain values, such as {{"a.b": "x y"}}')
+        setattr(namespace, self.dest, found)
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """The config of the command line, with its options merged in.
 
@@ -65,7 +85,7 @@ def load_config(args: argparse.Namespace) -> Config:
     variable, starter = LAUNCHERS.get(args.launcher, ('', ''))
     if variable and variable not in os.environ:
         raise UserError(f'--launcher {args.launcher} is for processes that {starter} starts')
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = read_config(args.config, {**(args.cfg_options or {}), **(args.cfg_values or {})})
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if not isinstance(cfg.work_dir, str):

@@ -9,20 +9,24 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
 from mmengine.config import Config
 
-from ..core.config import FLOAT_BITS, Quantization
+from ..core.config import Quantization
 from ..core.convert import Report
 from ..core.files import file_digest
 from ..core.quantizers import Quantizer, Stage
 from ..report.layers import totals
-from ..report.record import VERSION, git_revision, hardware, versions
+from ..report.record import VERSION, git_revision, hardware, plain, versions
+from .recipe import settings_of
 from .tasks import dataset_of, task_of
+
+LARGEST = 100_000
+"""What an evaluator returned beside numbers is kept up to so many characters."""
 
 
 def make_record(
@@ -39,19 +43,25 @@ def make_record(
         checkpoint: path or address of the checkpoint that was tested.
         metrics: what the evaluator returned.
         model: what QuantRunner.describe() says of the model: sizes in bytes, bits, methods.
-        training: what QuantRunner.training says of the run that wrote the checkpoint: seed, length, start checkpoint.
+        training: what QuantRunner.training says of the run that wrote the checkpoint: seed, length, start checkpoint,
+            recipe, and its `quantization` dict, which is what the record states; an older checkpoint has none.
     """
+    quantization = plain(training.get('quantization', cfg.get('quantization')))
+    if quantization != plain(cfg.get('quantization')):
+        model = {**model, **settings_of(None if quantization is None else Quantization.from_dict(quantization))}
+    numbers, others = _metrics(metrics)
     return dict(
         record_version=VERSION,
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         task=task_of(cfg),
         model=dict(name=model_name(cfg), config_sha256=_digest(_architecture(_bare(cfg.model))), **model),
         data=_data(cfg),
-        metrics={key: float(value) for key, value in metrics.items()},
-        quantization=cfg.quantization.to_dict() if 'quantization' in cfg else None,
+        metrics=numbers,
+        **(dict(other_metrics=others) if others else {}),
+        quantization=quantization,
         config=dict(file=_relative(cfg.filename), text=_config_text(cfg)),
         checkpoint=dict(file=_relative(checkpoint), sha256=file_digest(checkpoint)),
-        training=dict(training),
+        training={key: value for key, value in training.items() if key != 'quantization'},
         git=git_revision(),
         versions=versions(),
         hardware=hardware(),
@@ -62,48 +72,90 @@ def describe_model(model: nn.Module, config: Quantization | None, report: Report
     """What a run record says of a bare model: methods, bits, stage, sizes."""
     stages = {m.stage for m in model.modules() if isinstance(m, Quantizer)} - {Stage.FLOAT}
     return dict(
-        methods=[config.weight.method, config.activation.method] if config else ['float', 'float'],
-        options=config.choices() if config else {},
-        bits=[config.weight.bits, config.activation.bits] if config else [FLOAT_BITS, FLOAT_BITS],
-        first_last_bits=config.first_last_bits if config else FLOAT_BITS,
-        deployable=config.deployable if config else None,
+        **settings_of(config),
         stage=max(stages).name.lower() if stages else 'float',
         **dataclasses.asdict(totals(model, report)),
     )
+
+
+def _metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The metrics that are numbers, and what else an evaluator returned, such as a confusion matrix, as plain data."""
+    numbers: dict[str, float] = {}
+    others: dict[str, Any] = {}
+    for key, value in metrics.items():
+        one = plain(value)
+        while isinstance(one, list) and len(one) == 1:
+            one = one[0]
+        if isinstance(one, (int, float)):
+            numbers[key] = float(one)
+        else:
+            size = len(str(one))
+            others[key] = one if size <= LARGEST else f'{type(value).__name__} of {size} characters, left out'
+    return numbers, others
 
 
 def model_name(cfg: Config) -> str:
     """A short name such as 'ResNet_CIFAR-18', 'FasterRCNN ResNet-50' or 'PSP ResNetV1c-50'."""
     model = _bare(cfg.model)
     backbone = model.get('backbone') or {}
-    name = str(backbone.get('type', '')).split('.')[-1]
+    name = _type_name(backbone.get('type', ''))
     size = backbone.get('depth') or backbone.get('arch')
     name = f'{name}-{size}' if isinstance(size, (int, str)) else name
     heads = model.get('decode_head') or model  # mmseg's models differ in it only
-    whole = str((heads[-1] if isinstance(heads, list) else heads)['type']).split('.')[-1].removesuffix('Head')
+    whole = _type_name((heads[-1] if isinstance(heads, list) else heads)['type']).removesuffix('Head')
     return name if whole == 'ImageClassifier' else f'{whole} {name}'.strip()
+
+
+def _type_name(kind: Any) -> str:
+    """The name of a type in a config: a class in a pure Python config, else a string that may have a scope."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).split('.')[-1]
 
 
 def _data(cfg: Config) -> dict[str, Any]:
     """What decides whether two records can be compared: data set, split and evaluation settings."""
-    dataset = dataset_of(cfg.test_dataloader)
-    root = str(dataset.get('data_root') or '')
-    plain = {k: v for k, v in dataset.to_dict().items() if k not in ('data_root', '_scope_')}
-    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-    # Records made on different machines are comparable: paths count from the data folder on.
-    evaluator = [{k: _below(v, root) if isinstance(v, str) else v for k, v in e.items()} for e in evaluators]
+    dataset = plain(dataset_of(cfg.test_dataloader))
+    evaluators = plain(cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator])
+    root = _root(dataset)
+    settings = _paths_below({k: v for k, v in dataset.items() if k not in ('data_root', '_scope_')}, root)
     parts = Path(root).parts
     below = parts[len(parts) - parts[::-1].index('data') :] if 'data' in parts else parts[-1:]
+    kind = _type_name(dataset_of(cfg.test_dataloader).get('type', ''))
     return dict(
-        name='/'.join(below) or str(dataset.type),
-        type=str(dataset.type),
+        name='/'.join(below) or kind,
+        type=kind,
         root=_relative(root),
-        evaluation_sha256=_digest([plain, evaluator]),
+        # Records made on different machines are comparable: paths count from the data folder on.
+        evaluation_sha256=_digest([settings, _paths_below(evaluators, root)]),
     )
 
 
-def _below(path: str, root: str) -> str:
-    return path[len(root) :].lstrip('/') if root and path.startswith(root) else path
+def _root(dataset: Mapping[str, Any]) -> str:
+    """The folder of a data set: its data_root, else what its absolute paths have in common; '' if there are none."""
+    if dataset.get('data_root'):
+        return str(dataset['data_root'])
+    roots = [_root(inner) for inner in dataset.get('datasets') or [] if isinstance(inner, dict)]
+    found = list(filter(None, roots)) or [text for text in _strings(dataset) if text.startswith('/')]
+    if not found:
+        return ''
+    common = os.path.commonpath(found) if len({text.startswith('/') for text in found}) == 1 else found[0]
+    return os.path.dirname(common) if Path(common).suffix else common
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _strings(inner)
+
+
+def _paths_below(value: Any, root: str) -> Any:
+    """A value in which paths below a folder begin at that folder."""
+    if isinstance(value, dict):
+        return {key: _paths_below(inner, root) for key, inner in value.items() if key != 'data_root'}
+    if isinstance(value, list):
+        return [_paths_below(inner, root) for inner in value]
+    inside = isinstance(value, str) and root and f'{value}/'.startswith(f'{root.rstrip("/")}/')
+    return value[len(root) :].lstrip('/') if inside else value
 
 
 def _bare(model: Any) -> Any:
@@ -133,7 +185,7 @@ def _digest(value: Any) -> str:
 
 def _relative(path: str | None) -> str | None:
     """A path relative to the working directory, or only its name outside of it; an address stays as it is."""
-    if path is None or '://' in path:
+    if not path or '://' in path:
         return path
     relative = os.path.relpath(path)
     return Path(path).name if relative.startswith('..') else relative

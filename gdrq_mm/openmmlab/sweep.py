@@ -4,6 +4,9 @@ A sweep file is a Python config:
 
     work_dir = 'work_dirs/sweep'          # training logs and checkpoints, one folder for each cell
     records = 'docs/records/sweep'        # run records, one file for each cell; a cell that has one is finished
+    # A cell is its whole configuration. If any of it changes (the config, a file that it inherits, an option, the float
+    # checkpoint), the cell is run anew; the old record and work directory are kept beside the new ones, as NAME.old-1.
+    # A record that was removed is made anew, from the start.
     runs = [
         dict(
             name='cifar10',               # how the names of its cells begin
@@ -19,8 +22,13 @@ A sweep file is a Python config:
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import fcntl
+import functools
+import hashlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -35,10 +43,14 @@ from mmengine.config import Config
 
 from ..core.config import Quantization, near
 from ..core.errors import UserError
-from ..report.record import read_record
+from ..core.files import file_digest, write_whole
+from ..report.recipe import flat
+from ..report.record import plain, read_record
 from .cli import read_config
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+SETTINGS = 'cell.json'
+"""File in the work directory of a cell that holds its settings."""
 KEYS = dict(work_dir=str, records=str, runs=list)
 RUN_KEYS = dict(
     name=str, config=str, float_config=str, methods=list, bits=list, seeds=list, variants=dict, options=dict, amp=bool
@@ -55,24 +67,111 @@ class Cell:
     """The shell command that trains and tests; run again, it resumes an interrupted training."""
     record: Path
     log: Path
-    quantization: Mapping[str, Any] | None
-    """The quantization dict that the record must have; None for the float baseline."""
-    seed: int | None
+    settings: Mapping[str, Any]
+    """The whole configuration as plain data, see :func:`_whole`; the record holds its digest."""
+
+    @property
+    def work_dir(self) -> Path:
+        """Where its log and its checkpoints are."""
+        return self.log.parent
+
+    @property
+    def digest(self) -> str:
+        """Equal for two cells if all their settings are."""
+        return digest_of(self.settings)
+
+    @property
+    def done(self) -> Path:
+        """A file that the command writes at its end."""
+        return self.work_dir / 'finished'
 
     def finished(self) -> bool:
-        """Whether the cell has a record.
+        """Whether the cell has a record of these settings.
+
+        A record of an older version does not say with which settings it was made: it counts if its quantization and its
+        seed are those of the cell.
 
         Raises:
-            UserError: the record is damaged, or of a run with other settings.
+            UserError: the record is damaged.
         """
         if not self.record.exists():
             return False
         record = read_record(self.record)
-        if record['quantization'] != self.quantization or (
-            self.seed is not None and record['training']['seed'] != self.seed
-        ):
-            raise UserError(f'cell {self.name}: {self.record} is of other settings; remove it to run the cell again')
-        return True
+        if record.get('cell') is not None:
+            return record['cell'] == self.digest
+        seed = self.settings['seed']
+        same_seed = seed is None or record['training']['seed'] == seed
+        return same_seed and plain(record['quantization']) == self.settings['config'].get('quantization')
+
+    def changed(self) -> list[str]:
+        """In what the settings differ from those that the work directory was made with, one line each."""
+        before = self._before()
+        if not before:
+            return []
+        one, other = flat(before), flat(self.settings)
+        missing = 'not set'
+        lines = (f'{key}: {one.get(key, missing)} → {other.get(key, missing)}' for key in {**one, **other})
+        return [line for line, key in zip(lines, {**one, **other}) if one.get(key) != other.get(key)]
+
+    def prepare(self) -> str:
+        """Set aside what another configuration left, or a run whose record was removed; then say which cell it is.
+
+        Returns:
+            What was set aside, and why; '' if nothing was.
+        """
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        left = [path for path in self.work_dir.iterdir() if path != self.log]
+        before = self._before()
+        again = self.done.exists() and not self.record.exists()
+        stale = bool(left) and (again or before is None or digest_of(before) != self.digest)
+        changes = f' ({"; ".join(self.changed()[:3])})' if self.changed() else ''
+        told = []
+        if stale:
+            aside = _free(self.work_dir)
+            aside.mkdir()
+            for path in sorted(
+                left, key=[self.done, self.work_dir / SETTINGS].count
+            ):  # what tells that it is stale comes last
+                path.rename(aside / path.name)
+            told.append(str(aside))
+        if self.record.exists() and not self.finished():
+            aside = _free(self.record)
+            self.record.rename(aside)
+            told.append(str(aside))
+        write_whole(self.work_dir / SETTINGS, (json.dumps(self.settings, indent=1) + '\n').encode())
+        if not told:
+            return ''
+        reason = 'its record was removed' if again else f'other settings{changes}'
+        return f' ({reason}; what was there is kept in {" and ".join(told)})'
+
+    def _before(self) -> dict[str, Any] | None:
+        """The settings that the work directory was made with; None if it does not say."""
+        try:
+            found = json.loads((self.work_dir / SETTINGS).read_text())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings as plain data, shortened."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _free(path: Path) -> Path:
+    """The first of PATH.old-1, PATH.old-2, ... that does not exist; no tool takes a file of that name for a record."""
+    return next(p for n in itertools.count(1) if not (p := path.with_name(f'{path.name}.old-{n}')).exists())
+
+
+def _whole(cfg: Config, seed: int | None, amp: bool, start: str) -> dict[str, Any]:
+    """The whole configuration of a cell as plain data: the resolved config, its seed, and the float checkpoint."""
+    config = {key: value for key, value in plain(cfg.to_dict()).items() if key not in ('work_dir', 'load_from')}
+    return dict(config=config, seed=seed, amp=amp, start=_digest_of_file(start) or start)
+
+
+@functools.lru_cache
+def _digest_of_file(path: str) -> str | None:
+    return file_digest(path)
 
 
 def read_sweep(path: str) -> list[Cell]:
@@ -123,10 +222,20 @@ def _wrong_keys(found: Mapping[str, Any], keys: Mapping[str, type], place: str) 
 
 def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iterator[Cell | str]:
     """The cells of a run, or what is wrong with them."""
+    problems = [
+        f'{place}.{where}'
+        for name, settings in (('options', run.get('options', {})), *run.get('variants', {}).items())
+        for where in _not_plain(settings, 'options' if name == 'options' else f'variants[{name!r}]')
+    ]
+    problems += [
+        f'{place}.variants: the name {v!r} is not a string' for v in run.get('variants', {}) if type(v) is not str
+    ]
+    if problems:
+        yield from problems
+        return
     try:
         cfg = read_config(run['config'], run.get('options'))
-        if 'float_config' in run:
-            read_config(run['float_config'])
+        before = read_config(run['float_config']) if 'float_config' in run else None
     except UserError as error:
         yield f'{place}: {error}'
         return
@@ -135,11 +244,9 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
         return
     if '://' not in cfg.load_from and not Path(cfg.load_from).is_file():
         yield f'{place}: the float checkpoint {cfg.load_from} of {run["config"]} does not exist'
-    if 'float_config' in run:
+    if before is not None:
         name = f'{run["name"]}-float'
-        work = Path(sweep['work_dir']) / name
-        command = _test(run['float_config'], cfg.load_from, work, Path(sweep['records']) / f'{name}.json')
-        yield Cell(name, command, Path(sweep['records']) / f'{name}.json', work / 'log.txt', None, None)
+        yield _made(sweep, name, [], run['float_config'], cfg.load_from, {}, _whole(before, None, False, cfg.load_from))
     variants = run.get('variants', {'': {}})
     for bits, method, variant, seed in itertools.product(run['bits'], run['methods'], variants, run['seeds']):
         name = '-'.join(filter(None, [run['name'], str(method), variant, str(bits), f'seed{seed}']))
@@ -175,27 +282,54 @@ def _cell(
         Quantization.from_dict(cfg.quantization)
     except UserError as error:
         return f'{place}: {error}'
-    work, record = Path(sweep['work_dir']) / name, Path(sweep['records']) / f'{name}.json'
-    checkpoint = f'{work}/calibrated.pth'
+    work = Path(sweep['work_dir']) / name
+    checkpoint = f'{work}/calibrated.pth' if method == 'ptq' else None
     if method == 'ptq':
-        first = [_python('calibrate'), run['config'], cfg.load_from, '--out', checkpoint]
+        first = [TOOLS / 'calibrate.py', run['config'], cfg.load_from, '--out', checkpoint]
     else:
-        first = [_python('train'), run['config'], '--resume', *(['--amp'] if run.get('amp') else [])]
-    chosen = ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
-    train = ' '.join([first[0], shlex.join([*first[1:], '--work-dir', str(work), *chosen])])
-    test = _test(run['config'], checkpoint if method == 'ptq' else None, work, record, chosen)
-    return Cell(name, f'{train} && {test}', record, work / 'log.txt', cfg.quantization.to_dict(), seed)
+        first = [TOOLS / 'train.py', run['config'], '--resume', *(['--amp'] if run.get('amp') else [])]
+    amp = bool(run.get('amp')) and method != 'ptq'
+    return _made(sweep, name, first, run['config'], checkpoint, options, _whole(cfg, seed, amp, cfg.load_from))
 
 
-def _python(tool: str) -> str:
-    return shlex.join([sys.executable, str(TOOLS / f'{tool}.py')])
+def _made(
+    sweep: Mapping[str, Any],
+    name: str,
+    first: list[Any],
+    config: str,
+    checkpoint: str | None,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Cell:
+    """A cell whose command runs `first`, if there is something, and tests a checkpoint.
 
-
-def _test(config: str, checkpoint: str | None, work: Path, record: Path, options: list[str] | None = None) -> str:
-    """The command that tests a checkpoint; None: the last one that training wrote into the work directory."""
+    Args:
+        checkpoint: None is the last one that training wrote into the work directory.
+    """
+    work, record = Path(sweep['work_dir']) / name, Path(sweep['records']) / f'{name}.json'
+    cell = Cell(name, '', record, work / 'log.txt', settings)
+    common = ['--work-dir', str(work), *(['--cfg-values', repr(dict(options))] if options else [])]
     tested = shlex.quote(checkpoint) if checkpoint else f'"$(cat {shlex.quote(str(work / "last_checkpoint"))})"'
-    rest = ['--work-dir', str(work), '--record', str(record), *(options or [])]
-    return f'{_python("test")} {shlex.quote(config)} {tested} {shlex.join(rest)}'
+    before, after = [str(TOOLS / 'test.py'), config], [*common, '--record', str(record), '--cell', cell.digest]
+    steps = [[*map(str, first), *common]] if first else []
+    commands = [shlex.join([sys.executable, *step]) for step in steps]
+    commands.append(f'{shlex.join([sys.executable, *before])} {tested} {shlex.join(after)}')
+    commands.append(shlex.join(['touch', str(cell.done)]))
+    return dataclasses.replace(cell, command=' && '.join(commands))
+
+
+def _not_plain(settings: Any, place: str) -> Iterator[str]:
+    """What of some settings cannot be told to a tool as a value."""
+    if not isinstance(settings, dict):
+        yield f'{place}={settings!r} is not a dict of settings'
+        return
+    for key, value in settings.items():
+        try:
+            same = isinstance(key, str) and ast.literal_eval(repr(value)) == value
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            same = False
+        if not same:
+            yield f'{place}[{key!r}]={value!r} is not plain data: numbers, strings, None, lists, dicts'
 
 
 def run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
@@ -219,24 +353,28 @@ def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
             return True, f'{cell.name}: left to another sweep that runs it'
         if cell.finished():  # asked while we hold the lock: before, another sweep might still finish it
             return True, f'{cell.name}: done by another sweep'
+        aside = cell.prepare()
         log.truncate(0)
+        log.write(f'{cell.name}{aside}\n' * bool(aside))
+        log.flush()
         environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
         command = ['bash', '-c', cell.command]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
     if done.returncode == 0 and cell.record.exists():
-        return True, f'{cell.name}: done'
+        return True, f'{cell.name}: done{aside}'
     lines = [line for line in cell.log.read_text(errors='replace').splitlines() if line.strip()]
     return False, f'{cell.name}: {lines[-1] if lines else "no output"} (exit {done.returncode}, {cell.log})'
 
 
 def slurm_script(cells: list[Cell], arguments: str) -> str:
-    """A shell script that submits one slurm job for each cell."""
+    """A shell script that submits one slurm job for each cell; what other settings left is set aside now."""
     lines = [
         '#!/usr/bin/env bash',
         '# Run it in the folder where the sweep was made. Finished cells are left out.',
         'set -e',
     ]
     for cell in cells:
+        cell.prepare()
         lines.append(f'mkdir -p {shlex.quote(str(cell.log.parent))}')
         job = ['sbatch', *shlex.split(arguments), '--job-name', cell.name, '--output', str(cell.log)]
         lines.append(shlex.join([*job, '--wrap', cell.command]))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
+from rich.text import Text
 
 from .damage import Damage
 
@@ -70,6 +71,8 @@ class Metric:
     """The metric with the weights of the checkpoint and nothing quantized."""
     quantized: float
     """The metric with everything quantized: what tools/test.py finds."""
+    of_pictures: bool = False
+    """Whether it is a share of the pictures, in %, as an accuracy is: then one picture is its smallest step."""
 
     def cost(self, value: float) -> float:
         """The cost of a unit, given the metric with only this unit quantized, or only this unit float."""
@@ -101,10 +104,34 @@ class Analysis:
             return f'Inputs of {data}, no metric.'
         m, total = self.metric, sum(row.cost or 0 for row in self.rows)
         drop = m.unquantized - m.quantized
-        return (
-            f'{m.title} on {data}: {m.unquantized:.2f} float, {m.quantized:.2f} quantized, drop {drop:.2f}.\n'
-            f'Cost: {m.meaning}; the sum is {total:.2f}.'
-        )
+        lines = [
+            f'{m.title} on {data}: {m.unquantized:.2f} float, {m.quantized:.2f} quantized, drop {drop:.2f}.',
+            f'Cost: {m.meaning}; each unit alone, so the costs (in sum {total:.2f}) do not add up to the drop.',
+        ]
+        if self.one_picture is not None:
+            lines.append(
+                f'One picture is {self.one_picture:.2f}: what costs up to {self.chance:.2f} may be chance (gray bars); '
+                'more pictures tell more.'
+            )
+        return '\n'.join(lines)
+
+    @property
+    def one_picture(self) -> float | None:
+        """How much one picture changes the metric; None if the metric is not a share of the pictures."""
+        return 100 / self.pictures if self.metric is not None and self.metric.of_pictures else None
+
+    @property
+    def chance(self) -> float:
+        """Costs up to this may be chance: two pictures, or two standard deviations of the pictures that are wrong.
+
+        With n pictures of which a share p is wrong, a change that moves as many pictures to the right as to the wrong
+        side has a standard deviation of at most sqrt(p (1 - p) / n) (ours; a bound, as most pictures do not move).
+        """
+        one = self.one_picture
+        if one is None or self.metric is None:
+            return 0.0
+        wrong = min(max(1 - self.metric.quantized / 100, 0.0), 1.0)
+        return max(2 * one, 200 * math.sqrt(wrong * (1 - wrong) / self.pictures))
 
 
 @dataclass(frozen=True)
@@ -129,7 +156,7 @@ def worst_first(rows: Sequence[Row]) -> list[Row]:
 def analysis_table(analysis: Analysis) -> Table:
     """The table. Columns W are of the weight, columns A of the input or output."""
     title = analysis.metric.title if analysis.metric else ''
-    table = Table(title=analysis.summary(), title_justify='left', title_style='', box=None, pad_edge=False)
+    table = Table(title=Text(analysis.summary()), title_justify='left', title_style='', box=None, pad_edge=False)
     table.add_column('layer', min_width=max((len(row.name) for row in analysis.rows), default=0))
     pairs = [f'{name} {side}' for name in ('SQNR', 'clip %', 'loss', 'uniform') for side in 'WA']
     for name in (*(['cost', title] if title else []), 'bits', *pairs):
@@ -139,7 +166,8 @@ def analysis_table(analysis: Analysis) -> Table:
         values = [f'{row.cost:.2f}', f'{row.metric:.2f}'] if title else []
         sides = zip(_cells(row.weight), _cells(row.input))
         note = f'read by {", ".join(row.readers)}' if row.kind == 'shared input' else ''
-        table.add_row(row.name, *values, row.bits, *(cell for pair in sides for cell in pair), note)
+        cells = (row.name, *values, row.bits, *(cell for pair in sides for cell in pair), note)
+        table.add_row(*map(Text, cells))  # a name is no markup
     return table
 
 
@@ -172,7 +200,7 @@ def cost_picture(analysis: Analysis) -> bytes:
     places = np.arange(len(rows))
     for axis in left:
         costs = [row.cost or 0.0 for row in rows]
-        bars = axis.barh(places, costs, color=['tab:red' if cost > 0 else 'tab:gray' for cost in costs])
+        bars = axis.barh(places, costs, color=['tab:red' if cost > analysis.chance else 'tab:gray' for cost in costs])
         axis.bar_label(bars, [f'{cost:.2f}' for cost in costs], padding=3, fontsize=7)
         axis.axvline(0, color='black', linewidth=0.8)
         axis.set_xlabel(f'cost in {metric.title if metric else ""}')

@@ -16,24 +16,28 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from ..core.errors import UserError
 from .compare import (
     COLUMNS,
+    NOT_MEASURED,
     NOT_RUN,
     TASK_NAMES,
     Record,
     backend_of,
-    bits_of,
+    by_model,
     check_comparable,
-    comparison_rows,
-    identity_of,
+    comparison_lines,
     main_metric,
-    method_of,
+    number_text,
+    printable,
+    recipe_notes,
     title_of,
 )
-from .html_plots import Points, bits_key, curve_plot, metric_plot, sparkline
+from .html_plots import Points, bits_key, curve_plot, drawable, metric_plot, series, sparkline
+from .record import as_number
 from .train_log import QUANTITIES, TrainLog, read_log
 
-TEXT_COLUMNS = ('task', 'model', 'data', 'metric', 'method')
+TEXT_COLUMNS = ('task', 'model', 'data', 'metric', 'method', 'recipe')
 PICTURES = 24
 """How many pictures of a folder are shown at most."""
 WIDTH, HEIGHT, SMALL = 1400, 5000, 150_000
@@ -82,7 +86,8 @@ class Entry:
     records: list[Record]
     group: int
     """Number of the pair of model and data set; all rows of a group are of one architecture."""
-    row: dict[str, str] | None = None
+    rows: list[dict[str, str]] = field(default_factory=list)
+    """One for each metric; none for a float baseline."""
     before: str = ''
     """The anchor of its float baseline."""
 
@@ -100,18 +105,19 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
     """
     check_comparable(records)
     entries = _entries(records)
-    rows = [entry for entry in entries if entry.row is not None]
+    rows = [(entry, row) for entry in entries for row in entry.rows]
     shown: dict[Path, str] = {}
     runs = [(entry, [_run(record, entry.anchor, shown) for record in entry.records]) for entry in entries]
     options: dict[str, Any] = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
     return environment.get_template('report.html.j2').render(
-        columns=[c for c in COLUMNS if any(entry.row and entry.row[c] for entry in rows)],
+        columns=[c for c in COLUMNS if any(row[c] for _, row in rows)],
         text_columns=TEXT_COLUMNS,
-        not_run=NOT_RUN,
+        missing=(NOT_RUN, NOT_MEASURED),
+        notes=recipe_notes(records),
         sort_key=sort_key,
         rows=rows,
-        metrics=_metric_plots(rows),
+        metrics=_metric_plots(entries),
         runs=runs,
         folders=[(str(f), found) for f in _between(folders, shown) if (found := pictures(f.glob('*.png')))],
         quantities=list(QUANTITIES.values()),
@@ -122,56 +128,62 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
 
 def sort_key(column: str, cell: str) -> str:
     """The sort key of a cell: its text in TEXT_COLUMNS, else a number; '' comes last."""
-    if cell in ('', NOT_RUN):
+    if cell in ('', NOT_RUN, NOT_MEASURED):
         return ''
     if column in TEXT_COLUMNS:
         return cell
     if column == 'bits':
         weight, activation = bits_key(cell)
         return str(100 * weight + activation)
-    numbers = re.findall(r'-?\d+(?:\.\d+)?', cell)
-    return numbers[-1 if column == 'size in MB' else 0]
+    numbers = re.findall(r'-?\d+(?:\.\d+)?(?:e[-+]?\d+)?', cell)  # none in 'nan'
+    return numbers[-1 if column == 'size in MB' else 0] if numbers else ''
 
 
 def _entries(records: Sequence[Record]) -> list[Entry]:
     """The float baseline and the rows of each model and data set, in the order of the table."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in {record.get('path', id(record)): record for record in records}.values():
-        groups.setdefault(identity_of(record), []).append(record)
+    once = {record.get('path', id(record)): record for record in records}.values()
     found: list[Entry] = []
-    for number, group in enumerate(groups.values()):
-        name = title_of(group[0])
-        metric, _ = main_metric(group[0])
+    for number, group in enumerate(by_model(once)):
+        name = printable(title_of(group[0]))
         # The result of a runtime is in the row of its checkpoint; it has no training of its own.
-        trained = [record for record in group if backend_of(record) == 'torch']
-        floats = [record for record in trained if record['quantization'] is None]
-        value = f'{metric} {main_metric(floats[0])[1]:.2f} %' if floats else NOT_RUN
-        before = f'run-{len(found)}'
-        found.append(Entry(before, f'{name}: float', value, floats, number))
-        for row in comparison_rows(group):
-            label = row['method'], row['bits']
-            of_row = [
-                r
-                for r in trained
-                if r['quantization'] is not None and (method_of(r), bits_of(r['model']['bits'])) == label
-            ]
-            value = f'{metric} {row["quantized"]} %' if of_row else NOT_RUN
-            found.append(Entry(f'run-{len(found)}', f'{name}: {" ".join(label)}', value, of_row, number, row, before))
+        floats = [record for record in group if record['quantization'] is None and backend_of(record) == 'torch']
+        anchors: dict[int, str] = {}
+        bases: Sequence[Record | None] = floats or [None]
+        for before in bases:
+            anchor = f'run-{len(found)}'
+            value = NOT_RUN if before is None else _value(before)
+            anchors[id(before)] = anchor
+            found.append(Entry(anchor, f'{name}: float', value, [] if before is None else [before], number))
+        for line in comparison_lines(group):
+            row = line.rows[0]
+            recipe = f', recipe {row["recipe"]}' if row['recipe'] else ''
+            title = f'{name}: {row["method"]} {row["bits"]}{recipe}'
+            value = ', '.join(f'{row["metric"]} {row["quantized"]} %' for row in line.rows) if line.records else NOT_RUN
+            before_anchor = anchors.get(id(line.before), next(iter(anchors.values())))
+            found.append(Entry(f'run-{len(found)}', title, value, line.records, number, line.rows, before_anchor))
     return found
 
 
+def _value(record: Record) -> str:
+    try:
+        metric, value = main_metric(record)
+    except UserError:  # it has no metric
+        return NOT_MEASURED
+    return f'{metric} {number_text(value)} %'
+
+
 def _metric_plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """For each task and data set: plots of the metric against size and bits, and the models without a baseline."""
+    """For each task, data set and metric: plots against size and bits, and the models without a baseline."""
     parts: dict[tuple[str, ...], list[tuple[int, dict[str, str]]]] = {}
     for entry in entries:
-        if entry.row is not None and entry.records:
-            key = entry.row['task'], entry.row['data'], entry.row['metric']
-            parts.setdefault(key, []).append((entry.group, entry.row))
-    methods = list(dict.fromkeys(row['method'] for rows in parts.values() for _, row in rows))
+        for row in entry.rows if entry.records else []:
+            if row['quantized'] != NOT_MEASURED:
+                parts.setdefault((row['task'], row['data'], row['metric']), []).append((entry.group, row))
+    methods = list(dict.fromkeys(series(row) for rows in parts.values() for _, row in rows))
     found = []
     for (task, data, metric), rows in parts.items():
         plots = [(against, metric_plot(rows, against, methods)) for against in ('size in MB', 'bits')]
-        missing = list(dict.fromkeys(row['model'] for _, row in rows if row['float'] == NOT_RUN))
+        missing = list(dict.fromkeys(row['model'] for _, row in rows if row['float'] in (NOT_RUN, NOT_MEASURED)))
         found.append(dict(task=task, data=data, metric=metric, plots=plots, missing=missing))
     return sorted(found, key=lambda part: list(TASK_NAMES.values()).index(part['task']))
 
@@ -200,8 +212,10 @@ def _run(record: Record, anchor: str, shown: dict[Path, str]) -> Run:
 
 def _reshape_end(record: Record) -> float:
     """The iteration at which the reshape stage ended and rounding began."""
-    schedule = (record['quantization'] or {}).get('schedule') or {}
-    return (schedule.get('reshape') or 0) * ((record.get('training') or {}).get('iter') or 0)
+    schedule = (record['quantization'] or {}).get('schedule')
+    reshape = schedule.get('reshape') if isinstance(schedule, dict) else None
+    part, whole = (as_number(value) or 0 for value in (reshape, record['training'].get('iter')))
+    return float(part) * whole
 
 
 def _show_log(run: Run, log: TrainLog, name: str, reshape_end: float) -> None:
@@ -220,7 +234,11 @@ def _show_log(run: Run, log: TrainLog, name: str, reshape_end: float) -> None:
         of_kind = {layer: c for layer, c in curves.items() if layer.endswith('.weight') == (kind == 'weights')}
         plots = []
         for quantity, title in QUANTITIES.items():
-            lines = {layer: curve[quantity] for layer, curve in of_kind.items() if quantity in curve}
+            lines = {layer: drawable(curve[quantity]) for layer, curve in of_kind.items() if quantity in curve}
+            left_out = sum(len(of_kind[layer][quantity]) - len(points) for layer, points in lines.items())
+            if left_out:
+                run.notes.append(f'{kind}, {title}: {left_out} values that are not finite or too large are not drawn')
+            lines = {layer: points for layer, points in lines.items() if points}
             plots += [curve_plot(lines, title, f'{name} {kind} {quantity}')] if lines else []
         if plots:
             run.plots.append((kind, plots))
@@ -239,9 +257,11 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     """Name and value of what a record says about how its numbers were obtained."""
     training, git, hardware = (record.get(key) or {} for key in ('training', 'git', 'hardware'))
     start = training.get('start')
-    dirty = {True: ', with uncommitted changes', None: ', uncommitted changes: not recorded'}.get(git.get('dirty'), '')
+    dirty = git.get('dirty')
+    changed = ', with uncommitted changes' if dirty else ', uncommitted changes: not recorded' if dirty is None else ''
     facts = {
-        'metrics': ', '.join(f'{key} {value:.6g}' for key, value in record['metrics'].items()),
+        'metrics': ', '.join(f'{key} {_metric_text(value)}' for key, value in record['metrics'].items()),
+        'other results': json.dumps(record['other_metrics']) if record.get('other_metrics') else None,
         'tested': record.get('time'),
         'config': (record.get('config') or {}).get('file'),
         'quantization': json.dumps(record['quantization']) if record['quantization'] else 'none: a float model',
@@ -249,13 +269,19 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         'SHA-256 of the checkpoint': record['checkpoint']['sha256'],
         'trained from': f'{start["file"]}, SHA-256 {start["sha256"] or NOT_RECORDED}' if start else None,
         **{f'training {key}': training.get(key) for key in ('seed', 'epoch', 'iter')},
-        'git revision': f'{git["commit"]}{dirty}' if git.get('commit') else None,
+        'git revision': f'{git["commit"]}{changed}' if git.get('commit') else None,
         'versions': ', '.join(f'{name} {found or "absent"}' for name, found in (record.get('versions') or {}).items()),
         'processor': hardware.get('cpu'),
         'cores, threads': f'{hardware.get("cores")}, {hardware.get("threads")}' if hardware else None,
         'GPUs': (', '.join(map(str, hardware['gpus'])) or 'none') if 'gpus' in hardware else None,
     }
-    return [(name, NOT_RECORDED if value in (None, '') else str(value)) for name, value in facts.items()]
+    facts = {name: value for name, value in facts.items() if value or name != 'other results'}
+    return [(name, NOT_RECORDED if value in (None, '') else printable(str(value))) for name, value in facts.items()]
+
+
+def _metric_text(value: Any) -> str:
+    number = as_number(value)
+    return json.dumps(value) if number is None else f'{number:.6g}' if abs(number) < 1e300 else str(number)
 
 
 def _between(folders: Iterable[str | Path], work_dirs: Iterable[Path]) -> Iterator[Path]:

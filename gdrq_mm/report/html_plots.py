@@ -16,13 +16,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from .compare import NOT_RUN
+from .compare import NOT_MEASURED, NOT_RUN
 
 Points = Sequence[tuple[int, float]]
 """Iteration and value."""
 Rows = Sequence[tuple[int, Mapping[str, str]]]
 """Rows of the comparison table, each with its group: the number of its pair of model and data set."""
 
+LARGEST = 1e30
+"""Larger values are not drawn: the arithmetic of a plot overflows."""
 POINTS = 60
 """How many points of a curve are drawn at most."""
 INK = '#000102'
@@ -50,11 +52,11 @@ def metric_plot(rows: Rows, against: str, methods: Sequence[str]) -> Markup:
     """The metric of the rows of one data set against 'size in MB' or 'bits', without those that were not run.
 
     Args:
-        methods: all methods of the report, so that each has the same colour and marker in every plot.
+        methods: all :func:`series` of the report, so that each has the same colour and marker in every plot.
     """
-    rows = [(group, row) for group, row in rows if row['quantized'] != NOT_RUN]
+    rows = [(group, row) for group, row in rows if row['quantized'] not in (NOT_RUN, NOT_MEASURED)]
     bits = sorted({row['bits'] for _, row in rows}, key=bits_key)
-    here = [method for method in methods if any(row['method'] == method for _, row in rows)]
+    here = [method for method in methods if any(series(row) == method for _, row in rows)]
     side = min(0.25, 0.04 * (len(here) - 1))  # points of different methods at the same bits stand side by side
     shifts = dict(zip(here, np.linspace(-side, side, len(here))))
     places = {text: float(number) for number, text in enumerate([*bits, 'float'])}
@@ -66,16 +68,18 @@ def metric_plot(rows: Rows, against: str, methods: Sequence[str]) -> Markup:
             line, filling = STYLES[groups.index(group) % len(STYLES)]
             of_group = [row for number, row in rows if number == group]
             base, size = of_group[0]['float'], sizes(of_group[0])[0]
-            if base != NOT_RUN:
+            if base not in (NOT_RUN, NOT_MEASURED) and math.isfinite(_number(base)):
                 x = places['float'] if against == 'bits' else size
-                axis.axhline(float(base), color=INK, linestyle=line, linewidth=0.8, alpha=0.6)
+                axis.axhline(_number(base), color=INK, linestyle=line, linewidth=0.8, alpha=0.6)
                 style: Any = dict(color=INK, linestyle=line, marker='h', fillstyle=filling, markersize=7)
-                axis.plot([x], [float(base)], label=f'float{name}', **style)
-            for method in dict.fromkeys(row['method'] for row in of_group):
-                of_method = [row for row in of_group if row['method'] == method]
+                axis.plot([x], [_number(base)], label=f'float{name}', **style)
+            for method in dict.fromkeys(series(row) for row in of_group):
+                of_method = [row for row in of_group if series(row) == method]
                 shift = shifts[method]
                 xs = [places[row['bits']] + shift if against == 'bits' else sizes(row)[1] for row in of_method]
-                _draw_method(axis, xs, of_method, method + name, methods.index(method), filling)
+                _draw_method(
+                    axis, xs, of_method, f'{" " * method.startswith("_")}{method}{name}', methods.index(method), filling
+                )
         _finish(figure, axis, f'{rows[0][1]["metric"]} in %', against)
         if against == 'bits':
             axis.set_xticks(list(places.values()), list(places))
@@ -85,8 +89,9 @@ def metric_plot(rows: Rows, against: str, methods: Sequence[str]) -> Markup:
 def _draw_method(
     axis: Axes, xs: list[float], rows: Sequence[Mapping[str, str]], label: str, number: int, filling: str
 ) -> None:
-    values = [[float(part) for part in row['quantized'].split(' ± ')] for row in rows]
-    points = sorted(zip(xs, (value[0] for value in values), (value[1] if value[1:] else 0.0 for value in values)))
+    values = [[_number(part) for part in row['quantized'].split(' ± ')] for row in rows]
+    spreads = [value[1] if value[1:] and math.isfinite(value[1]) else 0.0 for value in values]
+    points = sorted(zip(xs, (value[0] for value in values), spreads))
     x, y, spread = (list(column) for column in zip(*points))
     axis.errorbar(
         x,
@@ -136,7 +141,23 @@ def _model_names(rows: Rows, groups: Sequence[int]) -> list[str]:
 def sizes(row: Mapping[str, str]) -> tuple[float, float]:
     """Megabytes of the float and of the quantized model."""
     before, after = row['size in MB'].split(' → ')
-    return float(before), float(after)
+    return _number(before), _number(after)
+
+
+def _number(text: str) -> float:
+    """The number in a cell; nan if it is not one that a plot can show."""
+    value = float(text)
+    return value if abs(value) <= LARGEST else math.nan
+
+
+def drawable(points: Points) -> Points:
+    """The points of a curve that a plot can show."""
+    return [(step, value) for step, value in points if abs(value) <= LARGEST]  # no nan either
+
+
+def series(row: Mapping[str, str]) -> str:
+    """What has a colour of its own in the plots: a method with a recipe."""
+    return f'{row["method"]}, recipe {row["recipe"]}' if row['recipe'] else row['method']
 
 
 def bits_key(bits: str) -> tuple[int, ...]:
@@ -145,7 +166,11 @@ def bits_key(bits: str) -> tuple[int, ...]:
 
 
 def curve_plot(curves: Mapping[str, Points], title: str, name: str) -> Markup:
-    """One quantity over the training, a line for each layer; the mouse shows the name of a layer."""
+    """One quantity over the training, a line for each layer; the mouse shows the name of a layer.
+
+    Args:
+        curves: :func:`drawable` points, at least one for each layer.
+    """
     with matplotlib.rc_context(PLOT):
         figure = Figure(figsize=(3.4, 2.3), layout='constrained')
         axis = figure.subplots()
@@ -170,7 +195,7 @@ def curve_plot(curves: Mapping[str, Points], title: str, name: str) -> Markup:
 
 def sparkline(points: Points) -> Markup:
     """A curve as small as a word."""
-    shown = [(step, value) for step, value in thin(points) if math.isfinite(value)]
+    shown = [(step, value) for step, value in thin(drawable(points))]
     if len(shown) < 2:
         return Markup('')
     steps, values = (np.array(column, dtype=float) for column in zip(*shown))

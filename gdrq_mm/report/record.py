@@ -9,10 +9,12 @@ import platform
 import subprocess
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.errors import UserError
@@ -40,11 +42,42 @@ PACKAGES = (
 )
 
 MAIN_METRICS = {
-    'cls': {'accuracy/top1': ('top-1', 1)},
-    'det': {'coco/bbox_mAP': ('box AP', 100), 'pascal_voc/mAP': ('VOC mAP', 100)},
+    'cls': {
+        'accuracy/top1': ('top-1', 1),
+        'multi-label/mAP': ('mAP', 1),
+        'retrieval/Recall@1': ('recall@1', 1),
+        'retrieval/mAP@1': ('mAP@1', 1),
+    },
+    'det': {
+        'coco/bbox_mAP': ('box AP', 100),
+        'coco/segm_mAP': ('mask AP', 100),
+        'pascal_voc/mAP': ('VOC mAP', 100),
+        'lvis/bbox_AP': ('LVIS box AP', 100),
+        'lvis/segm_AP': ('LVIS mask AP', 100),
+        'coco_panoptic/PQ': ('PQ', 1),
+        'cityscapes/mAP': ('Cityscapes mask AP', 100),
+        'openimages/mAP': ('OpenImages mAP', 100),
+        'crowd_human/mAP': ('CrowdHuman AP', 100),
+    },
     'seg': {'mIoU': ('mIoU', 1)},
 }
-"""Task -> metrics that tables show: key -> title, and the factor that makes it a percentage."""
+"""Task -> metrics that have a row each in tables: key -> title, and the factor that makes it a percentage. More is
+better for all of them."""
+OTHER_METRICS = {
+    'cls': {
+        'accuracy/top5': ('top-5', 1),
+        'single-label/f1-score': ('F1', 1),
+        'multi-label/f1-score': ('F1', 1),
+        'retrieval/Recall@5': ('recall@5', 1),
+    },
+    'det': {
+        'coco/AR@100': ('AR@100', 100),
+        'coco/bbox_mAP_50': ('box AP50', 100),
+        'coco/segm_mAP_50': ('mask AP50', 100),
+    },
+    'seg': {'mDice': ('mDice', 1), 'mFscore': ('mFscore', 1), 'aAcc': ('pixel accuracy', 1)},
+}
+"""Where a record has none of MAIN_METRICS, tables show the first of these that it has."""
 
 NONE = type(None)
 NUMBER = (int, float)
@@ -71,6 +104,10 @@ type of each entry, or a dict of further keys."""
 OPTIONAL = {
     'model.backend': ('torch', *RUNTIMES),
     'training.start': FILE,
+    'training.epoch': NUMBER,
+    'training.iter': NUMBER,
+    'training.recipe': {},
+    'cell': str,
     'config.file': str,
     'git': {},
     'hardware': {},
@@ -82,7 +119,7 @@ OPTIONAL = {
 
 def write_record(record: Mapping[str, Any], path: str | Path) -> None:
     """Write a record whole or not at all."""
-    write_whole(path, (json.dumps(record, indent=1) + '\n').encode())
+    write_whole(path, (json.dumps(plain(record), indent=1) + '\n').encode())
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -98,38 +135,91 @@ def read_record(path: str | Path) -> dict[str, Any]:
     found = record.get('record_version') if isinstance(record, dict) else None
     if found != VERSION:
         raise UserError(f'{path} is not a run record of version {VERSION} (record_version={found!r})')
-    wrong = _mismatch(record, REQUIRED)
-    for key, value in {} if wrong else record['metrics'].items():
-        wrong = wrong or _mismatch(value, NUMBER, f'metrics[{key!r}]')
-    for place, expected in OPTIONAL.items():
-        value = record
-        for key in place.split('.'):
-            value = value.get(key) if isinstance(value, dict) else value
-        wrong = wrong or ('' if value is None else _mismatch(value, expected, place))
-    if wrong:
-        raise UserError(f'record {path} cannot be used: {wrong}')
+    try:
+        record = _checked(_printable(record), REQUIRED)
+        for place, expected in OPTIONAL.items():
+            _check_optional(record, place.split('.'), expected, place)
+    except ValueError as error:
+        raise UserError(f'record {path} cannot be used: {error}') from None
     return record
 
 
-def _mismatch(value: Any, expected: Any, place: str = '') -> str:
-    """The first place where a value is not as expected, see REQUIRED, and how; '' if there is none."""
+def _check_optional(record: dict[str, Any], keys: list[str], expected: Any, place: str) -> None:
+    for key in keys[:-1]:
+        inner = record.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise ValueError(f'{key} is a {type(inner).__name__}, not a dict')
+        record = inner or {}
+    if record.get(keys[-1]) is not None:
+        record[keys[-1]] = _checked(record[keys[-1]], expected, place)
+
+
+def _checked(value: Any, expected: Any, place: str = '') -> Any:
+    """A value that is as expected, see REQUIRED; a number that is written as a string becomes a number.
+
+    Raises:
+        ValueError: says the first place where it is not, and how.
+    """
     if isinstance(expected, dict):
         if not isinstance(value, dict):
-            return f'{place} is a {type(value).__name__}, not a dict'
+            raise ValueError(f'{place} is a {type(value).__name__}, not a dict')
         for key, inner in expected.items():
             where = f'{place}.{key}' if place else key
-            wrong = _mismatch(value[key], inner, where) if key in value else f'{where} is missing'
-            if wrong:
-                return wrong
-        return ''
+            if key not in value:
+                raise ValueError(f'{where} is missing')
+            value[key] = _checked(value[key], inner, where)
+        return value
     if isinstance(expected, list):
         if not isinstance(value, list) or len(value) != len(expected):
-            return f'{place} is not a list of {len(expected)}'
-        return next(filter(None, (_mismatch(v, e, place) for v, e in zip(value, expected))), '')
+            raise ValueError(f'{place} is not a list of {len(expected)}')
+        return [_checked(v, e, place) for v, e in zip(value, expected)]
     types = expected if isinstance(expected, tuple) else (expected,)
-    if all(isinstance(t, type) for t in types):
-        return '' if isinstance(value, types) else f'{place} is a {type(value).__name__}'
-    return '' if value in types else f'{place}={value!r} is not one of {", ".join(types)}'
+    if not all(isinstance(t, type) for t in types):
+        if value not in types:
+            raise ValueError(f'{place}={value!r} is not one of {", ".join(types)}')
+        return value
+    number = as_number(value) if isinstance(value, str) and int in types and str not in types else None
+    if number is not None and isinstance(number, types):
+        return number
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ValueError(f'{place} is a {type(value).__name__}')
+    return value
+
+
+def as_number(value: Any) -> int | float | None:
+    """A number, also one that is written as a string; None for anything else."""
+    if isinstance(value, (int, float)):
+        return value
+    for kind in (int, float):
+        with suppress(ValueError, TypeError):
+            return kind(value)
+    return None
+
+
+def plain(value: Any) -> Any:
+    """A value as what JSON can hold: numbers, strings, None, lists and dicts; anything else as its text."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(plain, value), key=str)
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if callable(value):
+        return f'{getattr(value, "__module__", "")}.{getattr(value, "__qualname__", type(value).__name__)}'
+    return str(value)
+
+
+def _printable(value: Any) -> Any:
+    """A value read from JSON in which every string can be written as UTF-8: a lone surrogate becomes its escape."""
+    if isinstance(value, str):
+        return value.encode('utf-8', 'backslashreplace').decode()
+    if isinstance(value, dict):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list) else value
 
 
 def find_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:

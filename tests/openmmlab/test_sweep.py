@@ -1,16 +1,19 @@
 """gdrq_mm/openmmlab/sweep.py, tools/sweep.py, tools/calibrate.py: a grid of real runs, its errors, its slurm jobs."""
 
+import argparse
 import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 
 import pytest
 
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.openmmlab.sweep import read_sweep, run_cell
+from gdrq_mm.openmmlab.cli import add_config_arguments
+from gdrq_mm.openmmlab.sweep import _digest_of_file, _not_plain, read_sweep, run_cell
 from gdrq_mm.report.compare import comparison_rows
 from gdrq_mm.report.record import find_records
 from tests.helpers import ROOT
@@ -119,14 +122,127 @@ def test_a_cell_whose_folder_cannot_be_written_leaves_the_others(swept, sweep):
     }
 
 
+def cell_of(name):
+    (cell,) = [cell for cell in read_sweep('sweep.py') if name in cell.name]
+    return cell
+
+
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(swept):
-    write_sweep(swept, methods=['lsq'], options={'train_cfg.max_epochs': 2})
-    (cell,) = [cell for cell in read_sweep('sweep.py') if 'lsq' in cell.name]
-    cell.record.unlink()  # one epoch was trained by the sweep before
+    cell = cell_of('lsq')
+    before = json.loads(cell.record.read_text())['checkpoint']
+    cell.record.unlink()
+    cell.done.unlink()  # killed in the test
+    (cell.work_dir / 'last_checkpoint').write_text(str(cell.work_dir / 'epoch_1.pth'))  # the folder was copied
     assert run_cell(cell, 1) == (True, 'tiny-lsq-w4a4-seed1: done')
-    log = cell.log.read_text()
-    assert 'Epoch(train) [2]' in log and 'Epoch(train) [1]' not in log
-    assert json.loads(cell.record.read_text())['training']['epoch'] == 2
+    assert 'Epoch(train)' not in cell.log.read_text()
+    assert json.loads(cell.record.read_text())['checkpoint'] == before
+
+
+def test_a_cell_whose_record_was_removed_is_run_again(swept):
+    cell = cell_of('lsq')
+    cell.record.unlink()
+    fine, line = run_cell(cell, 1)
+    assert fine and 'its record was removed; what was there is kept in work/tiny-lsq-w4a4-seed1.old-1' in line
+    assert 'Epoch(train)' in cell.log.read_text()
+    assert cell.finished() and (swept / 'work/tiny-lsq-w4a4-seed1.old-1/epoch_1.pth').exists()
+
+
+def test_a_changed_cell_is_run_anew_with_its_values_and_the_old_record_is_kept_aside(swept, sweep):
+    before = (swept / 'records/tiny-lsq-w4a4-seed1.json').read_text()
+    changes = {
+        'train_cfg.max_epochs': 2,
+        'quantization.overrides': {'*.conv2': {'weight': {'bits': 8}}},
+        'optim_wrapper.clip_grad': {'max_norm': 35.0},
+        'note': dict(spaces='a b', text='0.10', comma='a,b', none=None, listed=['x', (1, 2)]),
+    }
+    write_sweep(swept, methods=['lsq'], options=changes)
+    name = 'tiny-lsq-w4a4-seed1'
+    listed = sweep('--list', '--only', 'lsq').stdout
+    assert f'{name}: not run with these settings; records/{name}.json is of other ones' in listed
+    done = sweep('--only', 'lsq')
+    assert done.returncode == 0, done.stderr
+    assert 'other settings (' in done.stdout and 'train_cfg.max_epochs: 1 → 2' in done.stdout
+    log = (swept / f'work/{name}/log.txt').read_text()
+    assert 'Epoch(train) [1]' in log and 'Epoch(train) [2]' in log  # not resumed from the old settings
+    assert (swept / f'records/{name}.json.old-1').read_text() == before
+    found = find_records(['records'])
+    assert len(found) == 3
+    (record,) = [record for record in found if name in record['path']]
+    assert record['training']['epoch'] == 2 and record['checkpoint'] != json.loads(before)['checkpoint']
+    assert record['training']['recipe']['train_cfg']['max_epochs'] == 2
+    assert record['training']['recipe']['optim_wrapper']['clip_grad'] == {'max_norm': 35.0}
+    assert record['quantization']['overrides'] == changes['quantization.overrides']
+    for text in ("spaces='a b'", "text='0.10'", "comma='a,b'", 'none=None'):
+        assert text in record['config']['text']
+    assert cell_of('lsq').finished()
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(options={'train_cfg.max_epochs': 2}),
+        dict(options={'optim_wrapper.optimizer.lr': 0.5}),
+        dict(options={'log_level': 'WARNING'}),
+        dict(variants={'': {'quantization.weight.groups': 1}}),
+        dict(seeds=[2]),
+        dict(amp=True),
+    ],
+)
+def test_a_cell_is_its_whole_configuration(folder, changes):
+    before = cell_of('lsq')
+    write_sweep(folder, **changes)
+    assert cell_of('lsq').digest != before.digest
+    assert cell_of('float').digest == cell_of('float').digest
+
+
+def test_a_cell_follows_its_config_file_and_its_float_checkpoint(folder):
+    before = cell_of('lsq')
+    config = folder / 'quantized.py'
+    config.write_text(config.read_text() + "\noptim_wrapper['optimizer']['momentum'] = 0.5\n")
+    changed = cell_of('lsq')
+    assert changed.digest != before.digest
+    load_from = re.search("load_from = '(.*)'", config.read_text())[1]
+    shutil.copy(load_from, 'other.pth')
+    config.write_text(config.read_text().replace(load_from, 'other.pth'))
+    assert cell_of('lsq').digest == changed.digest  # the same weights
+    with open('other.pth', 'ab') as file:
+        file.write(b'0')
+    _digest_of_file.cache_clear()
+    assert cell_of('lsq').digest != changed.digest
+
+
+def test_a_record_without_a_cell_counts_by_its_quantization_and_seed(swept):
+    cell = cell_of('lsq')
+    record = json.loads(cell.record.read_text())
+    del record['cell']
+    cell.record.write_text(json.dumps(record))
+    assert cell.finished()
+    cell.record.write_text(json.dumps({**record, 'training': {**record['training'], 'seed': 2}}))
+    assert not cell.finished()
+
+
+@pytest.mark.parametrize(
+    'value', ['a b', '0.10', 'a,b', '', "it's", '{"a": 1}', None, True, 1e-4, [1, 'x'], (1, 'a b'), {'a.b': {'c': []}}]
+)
+def test_a_value_reaches_the_tool_as_it_is(value):
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    (cell_value,) = shlex.split(shlex.join([repr({'a.b': value})]))
+    assert parser.parse_args(['--cfg-values', cell_value]).cfg_values == {'a.b': value}
+
+
+@pytest.mark.parametrize('value', [float('nan'), object(), len, {1: print}])
+def test_what_is_no_value_is_named_before_anything_runs(value):
+    (message,) = _not_plain({'a.b': value}, 'options')
+    assert message.startswith("options['a.b']=") and 'is not plain data' in message
+
+
+@pytest.mark.parametrize('text', ['3', 'a=3', '{1: 2}', '{"a": print()}', '{'])
+def test_values_that_are_no_dict_are_refused(text):
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    with pytest.raises(UserError, match='--cfg-values'):
+        parser.parse_args(['--cfg-values', text])
 
 
 def test_a_cell_that_another_sweep_runs_is_left_to_it(folder, sweep):
@@ -212,9 +328,7 @@ def test_a_damaged_sweep_file_is_refused(folder, content, message):
         read_sweep('sweep.py')
 
 
-def test_a_record_of_other_settings_is_not_taken_for_the_cell(swept, sweep):
-    write_sweep(swept, options={'quantization.weight.groups': 1})
-    assert 'is of other settings; remove it to run the cell again' in sweep().stderr
+def test_a_damaged_record_is_named(swept, sweep):
     (swept / 'records/tiny-ptq-w4a4-seed1.json').write_text('{')
     assert 'tiny-ptq-w4a4-seed1.json cannot be read' in sweep('--only', 'ptq').stderr
 

@@ -228,16 +228,54 @@ def test_a_resumed_training_goes_on_in_the_curve(tmp_path):
     assert list(read_log(tmp_path).steps) == [499] == list(read_log(tmp_path).sheets)
 
 
+@pytest.mark.parametrize(
+    ('runs', 'expected'),
+    [
+        # in the order in which they were made; the number is the day that the clock showed
+        ([(2, [499, 999]), (1, [1499, 1999])], [499, 999, 1499, 1999]),
+        ([(2, [499, 999, 1499]), (1, [999, 1499, 1999])], [499, 999, 1499, 1999]),
+        ([(1, [499, 999]), (3, [1499, 1999]), (2, [2499, 2999])], [499, 999, 1499, 1999, 2499, 2999]),
+        ([(3, [499, 999]), (2, [1499, 1999]), (1, [2499])], [499, 999, 1499, 1999, 2499]),
+        ([(1, [499, 999]), (2, [499])], [499]),  # a new training, no clock was set back
+        ([(1, [499]), (2, [1999, 2499]), (3, [499])], [499]),  # there was a gap, then a new training
+    ],
+)
+def test_a_clock_that_was_set_back_loses_no_part_of_a_curve(tmp_path, runs, expected):
+    for day, steps in runs:
+        write_log(tmp_path, f'2026010{day}_000000', steps)
+    log = read_log(tmp_path)
+    assert list(log.steps) == expected == sorted(log.sheets)
+    last_day, last_steps = runs[-1]
+    assert log.sources[last_steps[-1]] == f'2026010{last_day}_000000/vis_data'
+
+
+def test_a_curve_with_values_that_cannot_be_drawn_says_so(folder, tmp_path):
+    record = json.loads((folder / 'w4a4/record.json').read_text())
+    write_log(tmp_path, '20260101_000000', [0, 3])
+    lines = [
+        {'quant/a.weight/threshold': value, 'step': 4 + n} for n, value in enumerate((1e308, -1e308, float('nan')))
+    ]
+    lines += [{'quant/b/threshold': float('inf'), 'step': 4}]
+    with open(tmp_path / '20260101_000000/vis_data/scalars.json', 'a') as file:
+        file.write('\n'.join(map(json.dumps, lines)) + '\n')
+    page = html_report([{**record, 'path': str(tmp_path / 'record.json')}])
+    assert 'threshold: 3 values that are not finite or too large are not drawn' in page
+    assert '1e+308' in page
+
+
 def test_damaged_lines_are_left_out_and_counted(tmp_path):
     damaged = [
         '{"quant/a/threshold": 1.0, "st',
         '{"quant/a/threshold": 1.0}',
         '{"quant/a/threshold": "x", "step": 3}',
         '\0',
+        '{"quant/a/threshold": 1.0, "step": Infinity}',
+        '{"quant/a/threshold": 1.0, "step": 1e300}',
+        '{"quant/a/threshold": 1.0, "step": -1}',
     ]
     write_log(tmp_path, '20260101_000000', [499], '\n'.join(damaged))
     log = read_log(tmp_path)
-    assert (list(log.steps), log.damaged) == ([499], 3)
+    assert (list(log.steps), log.damaged) == ([499], 6)
     assert read_log(tmp_path / 'none') is None
 
 

@@ -1,0 +1,82 @@
+"""What a checkpoint says of the training that wrote it, for run records: the recipe and the `quantization` dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from ..core.config import FLOAT_BITS, Quantization
+from ..report.record import plain, versions
+from .models import quantization_of
+
+TRAINED = ('train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'custom_hooks', 'sync_bn')
+"""Settings of a config that decide how a model is trained."""
+ALWAYS = ('data_preprocessor', 'train_dataloader')
+"""Settings that decide what a model is calibrated with, too."""
+
+
+def trained_as(cfg: Config, trained: bool, processes: int) -> dict[str, Any]:
+    """What a checkpoint holds of its training, as plain data: `recipe` and `quantization`.
+
+    Args:
+        trained: whether there was a training; else thresholds were found only.
+        processes: how many trained together.
+    """
+    found = {key: cfg.get(key) for key in (*(TRAINED if trained else ()), *ALWAYS)}
+    loader = dict(found.pop('train_dataloader') or {})
+    found['train_data'] = _without(loader.get('dataset'), ('data_root', '_scope_'))
+    found |= {key: loader.get(key) for key in ('batch_size', 'sampler', 'batch_sampler', 'drop_last')}
+    model = cfg.model if isinstance(cfg.get('model'), dict) else {}
+    found |= {'model.train_cfg': model.get('train_cfg'), 'processes': processes}
+    found['versions'] = {**versions(), 'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}
+    recipe = {key: _no_folders(plain(value)) for key, value in found.items() if value is not None}
+    return dict(recipe=recipe, quantization=quantization_of(cfg))
+
+
+def training_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `meta` of a checkpoint says of its training; without `quantization` if it is of an older version."""
+    found = {key: meta.get(key) for key in ('seed', 'epoch', 'iter')}
+    found |= {key: meta[key] for key in ('recipe',) if isinstance(meta.get(key), dict)}
+    return {**found, 'quantization': meta['quantization']} if 'quantization' in meta else found
+
+
+def settings_of(config: Quantization | None) -> dict[str, Any]:
+    """What a run record says of the settings of a model; None is a float model."""
+    return dict(
+        methods=[config.weight.method, config.activation.method] if config else ['float', 'float'],
+        options=config.choices() if config else {},
+        bits=[config.weight.bits, config.activation.bits] if config else [FLOAT_BITS, FLOAT_BITS],
+        first_last_bits=config.first_last_bits if config else FLOAT_BITS,
+        deployable=config.deployable if config else None,
+    )
+
+
+def other_settings(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> list[str]:
+    """In what the `quantization` dict of a checkpoint differs from that of a config, one line each."""
+    configs = (None if each is None else Quantization.from_dict(each) for each in (theirs, ours))
+    one, other = ({**s.pop('options'), **s} for s in map(settings_of, configs))
+    missing = 'not set'
+    return [
+        f'{key} is {one.get(key, missing)!r} in the checkpoint and {other.get(key, missing)!r} in the config'
+        for key in {**one, **other}
+        if one.get(key, missing) != other.get(key, missing)
+    ]
+
+
+def _without(value: Any, keys: tuple[str, ...]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
+    return [_without(inner, keys) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _no_folders(value: Any) -> Any:
+    """A value without the folders of a machine: a record is published."""
+    if isinstance(value, dict):
+        return {key: _no_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_no_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith('/') else value

@@ -1,0 +1,293 @@
+"""What the comparison shows: every metric of a task, differences of the recipe, several schedules of one model."""
+
+import csv
+import io
+import json
+import re
+
+import pytest
+import torch
+from markupsafe import escape
+from rich.console import Console
+
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.report.compare import (
+    NOT_MEASURED,
+    comparison_csv,
+    comparison_markdown,
+    comparison_rows,
+    comparison_table,
+    recipe_notes,
+)
+from gdrq_mm.report.html import html_report
+from gdrq_mm.report.record import read_record, write_record
+from tests.helpers import ROOT
+from tests.records import record
+
+DET = {
+    'default_scope': 'mmdet',
+    'model.type': 'MaskRCNN',
+    'test_dataloader.dataset.type': 'CocoDataset',
+    'test_dataloader.dataset.data_root': 'data/coco',
+    'test_evaluator.type': 'CocoMetric',
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.save(dict(state_dict={}), tmp_path / 'epoch_1.pth')
+    return str(tmp_path / 'epoch_1.pth')
+
+
+@pytest.fixture
+def made(checkpoint):
+    """Makes a record: its checkpoint is called as it says, and was trained by the recipe."""
+
+    def make(name, top1=90.0, quantized=True, start=None, epoch=3, recipe=None, metrics=None, seed=0, **changes):
+        found = record(checkpoint, top1, quantized, seed, start and dict(file=f'{start}.pth', sha256=start), **changes)
+        found['checkpoint'] = dict(file=f'{name}.pth', sha256=name)
+        found['training'] |= dict(epoch=epoch, iter=100 * epoch, **(dict(recipe=recipe) if recipe else {}))
+        return found if metrics is None else {**found, 'metrics': metrics}
+
+    return make
+
+
+def recipe(lr=0.1, epochs=3, **more):
+    return dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=lr)), train_cfg=dict(max_epochs=epochs), **more)
+
+
+def cells(rows, *columns):
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+# ---- several metrics ------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_of_mask_ap_stands_beside_that_of_box_ap(made):
+    both = [
+        made(
+            'a', quantized=False, metrics={'coco/bbox_mAP': 0.40, 'coco/segm_mAP': 0.37, 'coco/bbox_mAP_50': 0.6}, **DET
+        ),
+        made('b', metrics={'coco/bbox_mAP': 0.39, 'coco/segm_mAP': 0.17, 'coco/bbox_mAP_50': 0.6}, **DET),
+    ]
+    found = cells(comparison_rows(both), 'metric', 'float', 'quantized', 'drop')
+    assert found == [('box AP', '40.00', '39.00', '1.00'), ('mask AP', '37.00', '17.00', '20.00')]
+    assert 'mask AP' in shown(both) and 'mask AP' in comparison_markdown(both) and 'mask AP' in html_report(both)
+
+
+@pytest.mark.parametrize(
+    ('metrics', 'expected'),
+    [
+        ({'coco/segm_mAP': 0.5}, [('mask AP', '50.00')]),
+        ({'coco_panoptic/PQ': 50.0}, [('PQ', '50.00')]),
+        ({'lvis/bbox_AP': 0.5, 'lvis/segm_AP': 0.25}, [('LVIS box AP', '50.00'), ('LVIS mask AP', '25.00')]),
+        ({'coco/AR@100': 0.5}, [('AR@100', '50.00')]),
+        ({'mine/bbox_mAP': 0.5}, [('box AP (mine/bbox_mAP)', '50.00')]),
+        ({'mine/number': 3.5}, [('mine/number', '3.50')]),
+        ({}, [('box AP', '0.00')]),
+        ({'mine/text': 'good'}, [('none', NOT_MEASURED)]),
+    ],
+)
+def test_every_detector_has_a_row(made, metrics, expected):
+    assert cells(comparison_rows([made('a', metrics=metrics, **DET)]), 'metric', 'quantized') == expected
+
+
+@pytest.mark.parametrize(
+    ('metrics', 'expected'),
+    [
+        ({'multi-label/mAP': 50.0, 'multi-label/f1-score': 40.0}, [('mAP', '50.00')]),
+        ({'multi-label/precision': 30.0, 'multi-label/f1-score': 40.0}, [('F1', '40.00')]),
+        ({'accuracy/top5': 50.0}, [('top-5', '50.00')]),
+        ({'accuracy/top1': '91.5', 'accuracy/top5': 99.0}, [('top-1', '91.50')]),
+        ({'top1': 91.5}, [('top-1 (top1)', '91.50')]),
+    ],
+)
+def test_every_classifier_has_a_row(made, metrics, expected):
+    assert cells(comparison_rows([made('a', metrics=metrics)]), 'metric', 'quantized') == expected
+
+
+def test_a_metric_of_unknown_direction_has_no_drop(made):
+    rows = comparison_rows([made('a', quantized=False, metrics={'rmse': 1.0}), made('b', metrics={'rmse': 2.0})])
+    assert cells(rows, 'metric', 'float', 'quantized', 'drop') == [('rmse', '1.00', '2.00', '')]
+
+
+def test_a_metric_that_one_record_lacks_leaves_the_others(made):
+    both = [
+        made('a', quantized=False, metrics={'coco/bbox_mAP': 0.4, 'coco/segm_mAP': 0.3}, **DET),
+        made('b', metrics={'coco/segm_mAP': 0.2}, **DET),
+    ]
+    found = cells(comparison_rows(both), 'metric', 'float', 'quantized', 'drop')
+    assert found == [('box AP', '40.00', NOT_MEASURED, ''), ('mask AP', '30.00', '20.00', '10.00')]
+    assert NOT_MEASURED in html_report(both)
+
+
+# ---- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_differences_of_the_recipe_are_shown_one_line_each(made):
+    lsq = dict(methods=['lsq', 'lsq'])
+    one = made('a', recipe=recipe(0.1, 3, versions=dict(torch='2.1.0')))
+    other = made('b', recipe=recipe(0.01, 300, versions=dict(torch='2.2.0')), epoch=300, model=lsq)
+    other['versions'] = {**other['versions'], 'torch': '2.2.0'}
+    assert cells(comparison_rows([one, other]), 'method', 'recipe') == [('GDRQ', 'A'), ('LSQ', 'B')]
+    notes = recipe_notes([one, other])
+    assert 'epochs: A 3; B 300' in notes and 'optim_wrapper.optimizer.lr: A 0.1; B 0.01' in notes
+    assert 'versions.torch: A 2.1.0; B 2.2.0' in notes and 'train_cfg.max_epochs: A 3; B 300' in notes
+    assert f'tested with torch: A {one["versions"]["torch"]}; B 2.2.0' in notes
+    assert not [note for note in notes if 'SGD' in note]
+
+
+def test_every_output_says_what_differs(made, tmp_path, run):
+    records = [made('a', recipe=recipe(0.1)), made('b', recipe=recipe(0.01), model=dict(methods=['lsq', 'lsq']))]
+    note = 'optim_wrapper.optimizer.lr: A 0.1; B 0.01'
+    assert note in html_report(records) and note in comparison_markdown(records)
+    assert all(note in row['differences'] for row in csv.DictReader(io.StringIO(comparison_csv(records))))
+    for number, found in enumerate(records):
+        write_record(found, tmp_path / f'{number}.json')
+    done = run(ROOT / 'tools/compare_results.py', '0.json', '1.json')
+    assert done.returncode == 0 and note in done.stdout.splitlines()
+
+
+def test_an_equal_recipe_needs_no_word(made):
+    records = [made('a', recipe=recipe()), made('b', recipe=recipe(), seed=1)]
+    assert recipe_notes(records) == [] and cells(comparison_rows(records), 'recipe', 'seeds') == [('', '2')]
+
+
+def test_old_records_show_how_long_they_were_trained(made):
+    records = [made('a', epoch=3), made('b', epoch=300, model=dict(methods=['lsq', 'lsq']))]
+    assert 'epochs: A 3; B 300' in recipe_notes(records)
+    assert 'recipe: A not recorded; B recorded' in recipe_notes([records[0], made('c', recipe=recipe())])
+
+
+def test_seeds_of_different_recipes_are_not_averaged(made):
+    records = [
+        made(f'{seed}', top1, recipe=recipe(lr), seed=seed) for seed, (top1, lr) in enumerate([(80, 0.1), (90, 0.2)])
+    ]
+    assert cells(comparison_rows(records), 'recipe', 'quantized', 'seeds') == [('A', '80.00', '1'), ('B', '90.00', '1')]
+
+
+def test_seeds_that_stopped_early_are_averaged_and_the_lengths_shown(made):
+    records = [made(f'{seed}', recipe=recipe(), seed=seed, epoch=epoch) for seed, epoch in enumerate((2, 3))]
+    assert cells(comparison_rows(records), 'recipe', 'seeds') == [('', '2')]
+    assert 'epochs: quantized 2 or 3' in recipe_notes(records)
+
+
+# ---- several schedules of one model ---------------------------------------------------------------------------------
+
+
+def test_two_schedules_of_one_model_are_both_shown_with_what_differs(made):
+    records = [made('a', 80.0, recipe=recipe(0.1, 3)), made('b', 90.0, recipe=recipe(0.1, 300), epoch=300)]
+    assert cells(comparison_rows(records), 'recipe', 'quantized') == [('A', '80.00'), ('B', '90.00')]
+    assert 'epochs: A 3; B 300' in recipe_notes(records)
+    page = html_report(records)
+    assert 'GDRQ W4A4, recipe A' in page and 'GDRQ, recipe B' in page
+
+
+def test_two_checkpoints_of_one_training_are_both_shown(made):
+    records = [made('a', 80.0, recipe=recipe(), epoch=1), made('b', 90.0, recipe=recipe(), epoch=3)]
+    assert cells(comparison_rows(records), 'recipe', 'quantized') == [('A', '80.00'), ('B', '90.00')]
+    assert 'epochs: A 1; B 3' in recipe_notes(records)
+
+
+def test_two_runs_that_differ_in_nothing_are_both_shown(made):
+    records = [made('a', 80.0, recipe=recipe()), made('b', 81.0, recipe=recipe())]
+    assert cells(comparison_rows(records), 'recipe', 'quantized') == [('A', '80.00'), ('B', '81.00')]
+    assert 'checkpoint: A a.pth; B b.pth' in recipe_notes(records)
+
+
+def test_two_float_schedules_stand_beside_what_was_trained_from_them(made):
+    records = [
+        made('short', 80.0, quantized=False),
+        made('long', 90.0, quantized=False, epoch=300),
+        made('a', 79.0, start='short'),
+        made('b', 88.0, start='long'),
+    ]
+    found = cells(comparison_rows(records), 'float', 'quantized', 'drop', 'recipe')
+    assert found == [('80.00', '79.00', '1.00', 'A'), ('90.00', '88.00', '2.00', 'B')]
+    assert any(note.startswith('trained from: ') and 'A short.pth' in note for note in recipe_notes(records))
+    page = html_report(records)
+    assert 'top-1 80.00 %' in page and 'top-1 90.00 %' in page
+    with pytest.raises(UserError, match='does not say from which of them'):
+        comparison_rows([*records, made('c')])
+
+
+def test_a_runtime_stands_in_the_row_of_its_checkpoint(made):
+    records = [made('a', 80.0, recipe=recipe(0.1)), made('b', 90.0, recipe=recipe(0.2))]
+    ran = [
+        {**r, 'model': {**r['model'], 'backend': 'openvino'}, 'metrics': {'accuracy/top1': 70.0 + n}}
+        for n, r in enumerate(records)
+    ]
+    found = cells(comparison_rows([*records, *ran]), 'quantized', 'openvino')
+    assert found == [('80.00', '70.00'), ('90.00', '71.00')]
+
+
+# ---- odd names and numbers ------------------------------------------------------------------------------------------
+
+
+def shown(records):
+    console = Console(file=io.StringIO(), width=400)
+    console.print(comparison_table(records))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    'name', ['digits[v2]', '[red]x[/red]', '[/]', 'a|b', '\\|', '<b>&amp;', '*x*', '_x_', '`x`', '$x$']
+)
+def test_a_name_is_shown_as_it_is(made, name):
+    found = made('a')
+    found['data']['name'] = found['model']['name'] = name
+    assert name in shown([found])
+    page = html_report([found])
+    assert str(escape(name)) in page
+    assert columns_of(comparison_markdown([found]))['data'] == name
+
+
+def columns_of(table):
+    """The only row of a Markdown table as a dict, with what is escaped taken back."""
+    head, _, row = (re.split(r'(?<!\\)(?:\\\\)*\|', line)[1:-1] for line in table.splitlines())
+    plain = (re.sub(r'\\([^a-zA-Z0-9\s])', r'\1', cell.strip()) for cell in row)
+    return dict(zip(map(str.strip, head), plain, strict=True))
+
+
+def test_a_name_stays_on_one_line(made):
+    found = made('a')
+    found['data']['name'] = 'a\nb\r\x1b[31m'
+    table = comparison_markdown([found])
+    assert len(table.splitlines()) == 3 and columns_of(table)['data'] == 'a\\nb\\r\\x1b[31m'
+    assert 'a\\nb\\r\\x1b[31m' in shown([found])
+    html_report([found])
+
+
+@pytest.mark.parametrize(
+    ('value', 'expected'),
+    [(float('nan'), 'nan'), (float('inf'), 'inf'), (1e308, '1e+308'), (10**400, 'inf'), ('91.5', '91.50')],
+)
+def test_odd_numbers_break_nothing(made, tmp_path, value, expected):
+    records = [made(f'{seed}', metrics={'accuracy/top1': value}, seed=seed) for seed in range(2)]
+    records += [made('f', quantized=False, metrics={'accuracy/top1': value})]
+    for found in records:
+        write_record(found, tmp_path / 'record.json')
+        assert read_record(tmp_path / 'record.json')['task'] == 'cls'
+    assert expected in shown(records) and expected in comparison_markdown(records)
+    assert expected in html_report(records)
+
+
+def test_numbers_that_are_strings_are_numbers(made, tmp_path):
+    found = made('a')
+    found['training'] |= dict(seed='3', iter='391', epoch='1.5')
+    found['model'] |= dict(bytes='500', bits=['4', '4'])
+    write_record(found, tmp_path / 'record.json')
+    read = read_record(tmp_path / 'record.json')
+    assert [read['training'][key] for key in ('seed', 'iter', 'epoch')] == [3, 391, 1.5]
+    assert read['model']['bytes'] == 500 and read['model']['bits'] == [4, 4]
+    read['quantization']['schedule'] = dict(reshape='0.5')
+    html_report([{**read, 'path': str(tmp_path / 'record.json')}])
+
+
+def test_half_a_character_can_be_written(made, tmp_path):
+    found = made('a')
+    found['data']['name'] = '\ud800'
+    (tmp_path / 'record.json').write_text(json.dumps(found))
+    read = read_record(tmp_path / 'record.json')
+    for text in (comparison_markdown([read]), comparison_csv([read]), html_report([read])):
+        assert '\\ud800' in text.encode().decode()
