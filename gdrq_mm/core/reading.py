@@ -205,11 +205,13 @@ class _Finisher:
         return self._finish(key)[1]
 
     def _tensor(self, value: Tensor) -> Tensor:
+        if vars(value):
+            value = Tensor.detach(value)  # its attributes could hide its methods
         if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_nested:
             raise pickle.UnpicklingError(f'Unsupported class of tensor: {value.layout}, {value.device}')
         if value.numel() * value.element_size() > self.limit:
             raise ValueError(f'a tensor of shape {tuple(value.shape)} is larger than the file')
-        return torch.Tensor.detach(value) if vars(value) else value  # attributes could hide its methods
+        return value
 
 
 _ATOMS = (

@@ -71,7 +71,8 @@ def _name_of(file: Any) -> str:
 
 def _torch_load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(f: Any, *args: Any, **kwargs: Any) -> Any:
-        if _caller() == 'torch.storage':  # torch copies storages between processes in this way
+        # torch copies storages between processes in this way, and reading.py has set its limits
+        if _caller() in ('torch.storage', read_torch.__module__):
             return original(f, *args, **kwargs)
         if hasattr(f, 'read'):
             return read_torch(_name_of(f), NAMES, content=f.read(), hint=HINT)
