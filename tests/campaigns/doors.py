@@ -244,7 +244,7 @@ DOORS = {
     'teacher_ckpt': ('pth', teacher),
     'queue_path': ('pth', queue),
     'gdrq_mm.load': ('pth', lambda home, path: gdrq_mm.load(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), path)),
-    'ann_file of BaseDataset': ('pkl', dataset('mmengine.BaseDataset', ann_file=None)),
+    'ann_file of BaseDetDataset': ('pkl', dataset('mmdet.BaseDetDataset', ann_file=None)),
     'ann_file of MultiLabelDataset': ('pkl', dataset('mmpretrain.MultiLabelDataset', ann_file=None)),
     'ann_file, YAML': ('yml', dataset('mmpretrain.MultiLabelDataset', ann_file=None)),
     'ann_file, JSON': ('json', dataset('mmpretrain.MultiLabelDataset', ann_file=None)),
