@@ -23,7 +23,6 @@ FEW = {
 UNGUARDED = (
     'init_cfg',
     'teacher_ckpt',
-    'queue_path',
     *(name for name, (suffix, _) in DOORS.items() if suffix == 'pkl'),
 )
 
