@@ -31,6 +31,7 @@ lint: .venv/.ready
 
 campaigns: .venv/.ready
 	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.kill
+	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.doors
 	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.fuzz
 	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.memory
 

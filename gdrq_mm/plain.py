@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from .core.convert import Report, quantize_model
 from .core.errors import UserError
 from .core.modules import quant_layers
 from .core.quantizers import Stage, learned_parameters
+from .core.reading import read_torch
 from .core.step import after_step, set_stage
 from .core.topology import Plan, record
 
@@ -161,7 +161,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
 
     if is_packed(path):
         return load_packed(model, path)[0]
-    content = _read(path)
+    content = read_torch(path)
     try:
         settings, plan = content['meta']['quantization'], Plan.from_dict(content['meta']['plan'])
         state = content['state_dict']
@@ -231,13 +231,3 @@ def _remembered(model: nn.Module) -> tuple[dict[str, Any], Plan]:
     if found is None:
         raise UserError('the model is not quantized: call gdrq_mm.quantize first')
     return found
-
-
-def _read(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise UserError(f'checkpoint {path} does not exist')
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # a damaged file can raise anything in the unpickler
-        reason = f'{type(error).__name__} {error}'.splitlines()[0]
-        raise UserError(f'checkpoint {path} cannot be read as tensors and plain data: {reason}') from None

@@ -62,7 +62,7 @@ def run() -> None:
     load(runner, calibrate)
     model, start = bare_model(runner.model), None
     if args.float_checkpoint:
-        start = read_checkpoint(args.float_checkpoint, 'cpu', args.unsafe_load)
+        start = read_checkpoint(args.float_checkpoint, args.unsafe_load)
         check_fits(model, start, args.float_checkpoint, share=1.0)
         start = state_of(start)
     found = analyze(runner, args.layers, args.samples, args.metric, None if args.no_metric else args.reference)

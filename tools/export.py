@@ -19,7 +19,8 @@ from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends
 from gdrq_mm.deploy.verify import compare, first_difference
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import export_graphs, write_bundle
-from gdrq_mm.openmmlab.cli import ConfigOptions, check_data, check_writable, main
+from gdrq_mm.openmmlab.cli import ConfigOptions, add_unsafe_load, check_data, check_writable, main
+from gdrq_mm.openmmlab.data_only import data_only
 
 CONSOLE = Console()
 
@@ -35,13 +36,11 @@ def parse_args() -> argparse.Namespace:
         help='picture to check with; graphs that cannot take any size take its (default: first of the test set)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value')
-    parser.add_argument(
-        '--unsafe-load', action='store_true', help='unpickle anything a checkpoint holds; that runs its code'
-    )
+    add_unsafe_load(parser)
     return parser.parse_args()
 
 
-def first_picture(cfg: Config) -> str:
+def first_picture(cfg: Config, unsafe: bool = False) -> str:
     """Path of the first picture of the config's test set.
 
     Raises:
@@ -49,7 +48,8 @@ def first_picture(cfg: Config) -> str:
     """
     try:
         check_data(cfg)
-        dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': False})
+        with data_only(unsafe):
+            dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': False})
         path = dataset.get_data_info(0).get('img_path') if len(dataset) else None
     except (UserError, OSError) as error:
         raise UserError(f'{error}; or give a picture with --image') from None
@@ -138,7 +138,7 @@ def export() -> None:
     model = init_model(args.config, args.checkpoint, 'cpu', args.cfg_options, args.unsafe_load)
     if 'quantization' not in model.cfg:
         raise UserError(f'{args.config} has no quantization: there are no integers to export')
-    image = args.image or first_picture(model.cfg)
+    image = args.image or first_picture(model.cfg, args.unsafe_load)
     merged = merge_model(model, model.plan)
     if not Quantization.from_dict(model.cfg.quantization).deployable:
         CONSOLE.print('The model was trained with deployable=False: more stays float, which is slower.')

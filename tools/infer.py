@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.apis import draw, infer, init_model
-from gdrq_mm.openmmlab.cli import ConfigOptions, main, read_config
+from gdrq_mm.openmmlab.cli import ConfigOptions, add_unsafe_load, main, read_config
 from gdrq_mm.report.plots import side_by_side
 
 
@@ -24,9 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--score-thr', type=float, default=0.3, help='leave out boxes below this score (default: 0.3)')
     parser.add_argument('--device', help='such as cuda:0 (default: a GPU if there is one)')
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, help='override settings: key=value')
-    parser.add_argument(
-        '--unsafe-load', action='store_true', help='unpickle anything a checkpoint holds; that runs its code'
-    )
+    add_unsafe_load(parser)
     return parser.parse_args()
 
 

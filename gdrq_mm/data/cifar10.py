@@ -5,44 +5,38 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import shutil
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import cv2
 import numpy as np
 from rich.progress import track
 
 from ..core.errors import UserError
+from ..core.reading import read_pickle
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 COUNTS = {'train': 50000, 'test': 10000}
+LARGEST = 64 << 20
+"""Bytes of a file in an archive; an official batch has half of it."""
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads the official batches and refuses everything but plain data and NumPy arrays, which could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module.split('.')[0], name) in {('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy', '_reconstruct')}:
-            return np._core.multiarray._reconstruct if name == '_reconstruct' else getattr(np, name)  # type: ignore[attr-defined]
-        if (module, name) == ('_codecs', 'encode'):
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f'{module}.{name} is not allowed in a CIFAR-10 batch')
-
-
-def _official(name: str, data: bytes) -> Iterator[tuple[str, str, bytes]]:
+def _official(name: str, data: bytes, source: str = 'CIFAR-10') -> Iterator[tuple[str, str, bytes]]:
     """The pictures of one official batch as ('split/class', file name, PNG bytes)."""
-    batch = _ArrayUnpickler(io.BytesIO(data), encoding='bytes').load()
+    batch = read_pickle(data, f'{source}: {name}', encoding='bytes')
     split = 'test' if name.startswith('test') else 'train'
-    pictures = batch[b'data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[..., ::-1]  # RGB planes to BGR pixels
-    for number, (picture, label) in enumerate(zip(pictures, batch[b'labels'])):
+    planes, labels = batch[b'data'], batch[b'labels']
+    if not isinstance(planes, np.ndarray) or planes.dtype != np.uint8 or not isinstance(labels, list):
+        raise ValueError(f'{name} has no pixels or no labels')
+    pictures = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[..., ::-1]  # RGB planes to BGR pixels
+    for number, (picture, label) in enumerate(zip(pictures, labels)):
+        if type(label) is not int or label < 0:
+            raise ValueError(f'{name} has the label {label!r}')
         ok, png = cv2.imencode('.png', np.ascontiguousarray(picture))
         assert ok
         yield f'{split}/{CLASSES[label]}', f'{name}_{number:05}.png', png.tobytes()
@@ -53,9 +47,11 @@ def _pictures(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         path = PurePosixPath(member.name)
         if not member.isfile():
             continue
+        if member.size > LARGEST:
+            raise ValueError(f'{member.name} claims {member.size} bytes')
         data = archive.extractfile(member).read()  # type: ignore[union-attr]
         if path.name.startswith(('data_batch_', 'test_batch')):
-            yield from _official(path.name, data)
+            yield from _official(path.name, data, str(archive.name))
         elif len(path.parts) >= 3 and path.parts[-3] in COUNTS and path.parts[-2] in CLASSES:
             yield '/'.join(path.parts[-3:-1]), path.name, data
 
@@ -97,8 +93,8 @@ def build(source: str | Path, root: str | Path, show_progress: bool = True) -> P
             os.replace(unfinished / split, root / split)
     except UserError:
         raise
-    # What tarfile, zlib, pickle and NumPy raise on a damaged archive or batch.
-    except (tarfile.TarError, zlib.error, EOFError, OSError, pickle.UnpicklingError, LookupError, ValueError) as error:
+    # What tarfile, zlib and NumPy raise on a damaged archive, and a batch that is none.
+    except (tarfile.TarError, zlib.error, EOFError, OSError, LookupError, TypeError, ValueError) as error:
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise UserError(f'{source} is not a readable CIFAR-10 archive: {reason}') from None
     finally:

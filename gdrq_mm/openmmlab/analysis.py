@@ -28,6 +28,7 @@ from ..report.record import MAIN_METRICS, OTHER_METRICS
 from ..report.units import Unit, choose, only, units_of
 from .checkpoints import read_checkpoint
 from .cli import prepare_test
+from .data_only import data_only
 from .models import bare_model
 from .runner import QuantRunner
 from .seeding import kept_random_state, seed_all
@@ -53,7 +54,7 @@ def prepare(cfg: Config, checkpoint: str, unsafe: bool = False) -> bool:
     """
     if 'quantization' not in cfg:
         raise UserError('the config has no quantization: there is nothing to analyze')
-    content = read_checkpoint(checkpoint, 'cpu', unsafe)
+    content = read_checkpoint(checkpoint, unsafe)
     is_float = len(without_quantizers(content)['state_dict']) == len(state_of(content))
     if is_float:
         cfg.load_from, cfg.resume = checkpoint, False
@@ -152,6 +153,18 @@ def analyze(
     Raises:
         UserError: there is nothing to analyze, or a pattern or the metric does not exist.
     """
+    with data_only(bool(runner.cfg.get('unsafe_load'))):
+        return _analyze(runner, patterns, samples, metric, reference, show_progress)
+
+
+def _analyze(
+    runner: Runner,
+    patterns: Sequence[str],
+    samples: int | None,
+    metric: str | None,
+    reference: str | None,
+    show_progress: bool,
+) -> Analysis:
     model, task = bare_model(runner.model), task_of(runner.cfg)
     units = choose(units_of(model, runner.report.plan), patterns)
     available = len(runner.test_loop.dataloader.dataset)

@@ -20,6 +20,7 @@ from ..deploy.packed import is_packed, load_packed
 from .checkpoints import read_checkpoint
 from .cli import read_config
 from .compat import check_environment
+from .data_only import data_only
 from .models import drop_pretrained, prepare_model, quantization_of, read_quantization
 from .tasks import task_of
 from .weights import load_weights, meta_of, plan_of
@@ -48,7 +49,7 @@ def init_model(
             integers of the trained model, computed by torch.
         device: such as 'cuda:0'; by default a GPU if there is one.
         cfg_options: settings to override, such as {'model.test_cfg.score_thr': 0.1}.
-        unsafe_load: unpickle whatever the checkpoint holds; that runs its code.
+        unsafe_load: unpickle whatever the checkpoint, and others that the model loads, hold; that runs their code.
 
     Raises:
         UserError: the config or the checkpoint cannot be read, or they do not fit.
@@ -64,7 +65,8 @@ def init_model(
     drop_pretrained(cfg.model)
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
+    with data_only(unsafe_load):
+        model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.cfg = model._config = cfg
     if task == 'cls':  # how mmpretrain finds its inferencer
         model._metainfo = SimpleNamespace(results=[SimpleNamespace(task='Image Classification')])
@@ -72,7 +74,7 @@ def init_model(
     if checkpoint is not None and is_packed(checkpoint):
         _load_packed(model, checkpoint)
     else:
-        content = None if checkpoint is None else read_checkpoint(str(checkpoint), 'cpu', unsafe_load)
+        content = None if checkpoint is None else read_checkpoint(str(checkpoint), unsafe_load)
         plan = None if content is None else plan_of(model, content, str(checkpoint))
         noise = np.random.default_rng(0).integers(0, 256, (*NOISE, 3), np.uint8)
         model.plan = prepare_model(model, cfg, lambda: infer(model, noise), plan).plan

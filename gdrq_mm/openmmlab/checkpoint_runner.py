@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from ..core.convert import Report
 from ..core.errors import UserError
 from ..core.files import file_digest
 from ..core.topology import Plan
-from .checkpoints import ALLOWED, last_written, read_checkpoint, written_whole
-from .compat import weights_only
+from .checkpoints import last_written, read_checkpoint, written_whole
+from .data_only import data_only
 from .hooks import StopHook
 from .loading import go_on
 from .models import bare_model, quantization_of
@@ -27,7 +25,8 @@ from .weights import load_weights, meta_of, plan_of, renamed
 class CheckpointRunner(Runner):
     """What QuantRunner does with checkpoints.
 
-    `unsafe_load = True` in the config unpickles whatever a checkpoint holds (tools: --unsafe-load).
+    Files that the libraries read for it are read as data, see data_only.py. `unsafe_load = True` in the config lets
+    checkpoints and data files run what they hold (tools: --unsafe-load).
     """
 
     report: Report
@@ -39,7 +38,8 @@ class CheckpointRunner(Runner):
         self.needed_share = 0.5
         """Share of the parameters that a checkpoint to start from must have: another head may start anew."""
         self._read: dict[str, dict[str, Any]] = {}  # file name -> a checkpoint that waits to be loaded
-        super().__init__(*args, **kwargs)
+        with data_only(bool((kwargs.get('cfg') or {}).get('unsafe_load'))):
+            super().__init__(*args, **kwargs)
 
     @property
     def _unsafe(self) -> bool:
@@ -55,32 +55,22 @@ class CheckpointRunner(Runner):
         file = self._load_from or (find_latest_checkpoint(self.work_dir) if self._resume else None)
         if file is None or self._starts:
             return None
-        self._read[file] = read_checkpoint(file, 'cpu', self._unsafe)
+        self._read[file] = read_checkpoint(file, self._unsafe)
         return plan_of(model, self._read[file], file)
-
-    def _init_model_weights(self) -> None:
-        """Initial weights; a pretrained file is not executed."""
-        if self._unsafe:
-            super()._init_model_weights()
-            return
-        try:
-            with weights_only(ALLOWED):
-                super()._init_model_weights()
-        except pickle.UnpicklingError as error:
-            files = re.findall(r"'checkpoint': '([^']*)'", str(self.cfg.model))
-            raise UserError(
-                f'init_cfg: checkpoint {" or ".join(files)} is damaged or holds more than tensors and data, and was '
-                f'not loaded: {str(error).splitlines()[0][:80]} (--unsafe-load runs what it holds)'
-            ) from None
 
     def load_checkpoint(
         self, filename: str, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = ((r'^module.', ''),)
     ) -> dict:
-        """Load weights; nothing in the file is executed, and a checkpoint of another model is refused."""
+        """Load weights, on the CPU first; nothing in the file runs, and a checkpoint of another model is refused.
+
+        The config in its meta data, which mmengine would parse as Python when it resumes, is left out.
+        """
         filename = str(filename)
-        checkpoint = self._read.pop(filename, None) or read_checkpoint(filename, map_location, self._unsafe)
+        checkpoint = self._read.pop(filename, None) or read_checkpoint(filename, self._unsafe)
         state = renamed(checkpoint.get('state_dict', checkpoint), revise_keys)
         checkpoint = {**(checkpoint if 'state_dict' in checkpoint else {}), 'state_dict': state}
+        if 'meta' in checkpoint:
+            checkpoint['meta'] = {k: v for k, v in meta_of(checkpoint).items() if k not in ('cfg', 'config')}
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         use = 'start' if self._starts else 'resume' if self._resume else 'test'
         share = self.needed_share if self._starts else 1.0
@@ -105,16 +95,33 @@ class CheckpointRunner(Runner):
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
         """Resume; data loading goes on with the seed of the checkpoint, in the middle of an epoch too."""
-        super().resume(*args, **kwargs)
+        with data_only(self._unsafe):
+            super().resume(*args, **kwargs)
         iterations = all_gather_object(self.iter)
         if len(set(iterations)) > 1:
             raise UserError(f'the processes resume from different checkpoints, after {iterations} iterations')
         go_on(self.train_loop, self.seed)
 
+    def load_or_resume(self) -> None:
+        """Load the checkpoint of the config, if it names one."""
+        with data_only(self._unsafe):
+            super().load_or_resume()
+
+    def val(self) -> dict:
+        """Validate."""
+        with data_only(self._unsafe):
+            return super().val()
+
+    def test(self) -> dict:
+        """Test."""
+        with data_only(self._unsafe):
+            return super().test()
+
     def train(self) -> nn.Module:
         """Train; a file that cannot be read or written on the way, as on a full disk, ends it with what is left."""
         try:
-            return super().train()
+            with data_only(self._unsafe):
+                return super().train()
         except OSError as error:
             if not self.iter:
                 raise

@@ -2,92 +2,77 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
-import re
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.fileio import get as fetch
 from mmengine.logging.history_buffer import HistoryBuffer
 
 from ..core.errors import UserError
+from ..core.reading import Stand, read_torch
 
 POINTER = 'last_checkpoint'
 """mmengine's file in a work directory that holds the path of the newest checkpoint."""
 
 
-def _history_method(owner: Any, name: str) -> Any:
-    """Stands for `getattr` in a pickle: resolves the statistics of a HistoryBuffer and nothing else."""
-    if owner is not HistoryBuffer or name not in ('max', 'min', 'current', 'mean'):
-        raise pickle.UnpicklingError(f'Unsupported attribute {name!r} of {owner!r}')
-    return getattr(owner, name)
+class _History(Stand):
+    """Stands for mmengine's HistoryBuffer, which its message hub keeps in a training checkpoint."""
+
+    def finished(self, finish: Callable[[Any], Any]) -> HistoryBuffer:
+        state = finish(getattr(self, 'state', None))
+        values: list[Any] = (
+            [state.get(key) for key in ('_log_history', '_count_history')] if isinstance(state, dict) else []
+        )
+        if not values or any(not isinstance(v, np.ndarray) or v.ndim != 1 or v.dtype.kind not in 'iuf' for v in values):
+            raise pickle.UnpicklingError('Unsupported class HistoryBuffer without its arrays')
+        if len(values[0]) != len(values[1]):
+            raise ValueError('a history has other lengths of its values and counts')
+        limit = state.get('max_length')
+        return HistoryBuffer(*values, **(dict(max_length=limit) if type(limit) is int and limit > 0 else {}))
 
 
-ALLOWED: list[Any] = [
-    (_history_method, 'builtins.getattr'),
-    HistoryBuffer,  # what mmengine's message hub keeps in a training checkpoint
-    OrderedDict,
-    bytes,  # an empty array
-    np.ndarray,
-    np.dtype,
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    *(type(np.dtype(t)) for t in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')),
-]
+class _Method(Stand):
+    """Stands for a statistic of a HistoryBuffer, such as its mean."""
+
+    def __init__(self, owner: Any, name: Any) -> None:
+        if owner is not _History or name not in ('max', 'min', 'current', 'mean'):
+            raise pickle.UnpicklingError(f'Unsupported attribute {name!r} of {getattr(owner, "__name__", owner)!r}')
+        self.state = name
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError('Unsupported attribute with a state')
+
+    def finished(self, finish: Callable[[Any], Any]) -> Any:
+        return getattr(HistoryBuffer, self.state)
 
 
-def read_checkpoint(filename: str, map_location: Any = 'cpu', unsafe: bool = False) -> dict[str, Any]:
-    """A checkpoint as a dict; its tensors and plain data only.
+NAMES: dict[str, Any] = {'mmengine.logging.history_buffer.HistoryBuffer': _History, 'builtins.getattr': _Method}
+HINT = ' (--unsafe-load runs what it holds)'
+
+
+def read_checkpoint(filename: str, unsafe: bool = False) -> dict[str, Any]:
+    """A checkpoint as a dict, on the CPU; its tensors and plain data only.
 
     Args:
         filename: a local path or an http(s) address.
         unsafe: unpickle anything. That runs whatever code the file holds.
 
     Raises:
-        UserError: missing, empty, truncated, not a checkpoint, or with anything in it but tensors and plain data.
+        UserError: missing, empty, truncated, compressed, not a checkpoint, or with more than tensors and plain data.
     """
+    content = None
     if '://' in filename:
         try:
-            source: Any = io.BytesIO(fetch(filename))
+            content = fetch(filename)
         except Exception as error:  # each storage backend has errors of its own
             reason = f'{type(error).__name__} {error}'.splitlines()[0]
             raise UserError(f'checkpoint {filename} cannot be fetched: {reason}') from None
-    else:
-        source = filename
-        if not os.path.isfile(filename):
-            raise UserError(f'checkpoint {filename} does not exist{_neighbours(filename)}')
-        if os.path.getsize(filename) == 0:
-            raise UserError(f'checkpoint {filename} is empty')
-    try:
-        if zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                if archive.testzip() is not None:  # torch does not look at the checksums that it writes
-                    raise ValueError('a checksum does not fit')
-        if isinstance(source, io.BytesIO):
-            source.seek(0)
-        with torch.serialization.safe_globals(ALLOWED):
-            checkpoint = torch.load(source, map_location=map_location, weights_only=not unsafe)
-    except Exception as error:  # a damaged file can raise anything in the unpickler
-        refused = re.search(
-            r'(GLOBAL [\w.]+|Unsupported (?:global|class|attribute)[^\n]*|Can only build[^\n]*)', str(error)
-        )
-        if isinstance(error, pickle.UnpicklingError) and refused:
-            raise UserError(
-                f'checkpoint {filename} holds more than tensors and plain data and was not loaded: '
-                f'{refused[1]} (--unsafe-load runs what it holds)'
-            ) from None
-        reason = f'{type(error).__name__} {error}'.splitlines()[0]
-        if 'Weights only load failed' in reason:  # followed by advice that is not ours
-            reason = 'it cannot be read as tensors and plain data'
-        raise UserError(f'checkpoint {filename} is truncated or damaged: {reason}') from None
+    checkpoint = read_torch(filename, NAMES, unsafe, content, HINT)
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(state, dict):
         raise UserError(f'checkpoint {filename} holds a {type(state).__name__}, not a dict of tensors')
@@ -182,9 +167,3 @@ def written_whole(out_dir: str, filename: str, work_dir: str | Path) -> Iterator
     finally:
         with suppress(OSError):  # a folder may have become read-only
             Path(source).unlink(missing_ok=True)
-
-
-def _neighbours(filename: str) -> str:
-    folder = Path(filename).parent
-    found = sorted(p.name for p in folder.glob('*.pth')) if folder.is_dir() else []
-    return f'; {folder} has {", ".join(found[:5])}' if found else ''

@@ -17,6 +17,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..core.errors import Stopped, UserError
+from .checkpoint_runner import CheckpointRunner
 from .compat import check_environment, mend_bases
 from .mistakes import config_mistake
 from .processes import leave
@@ -44,8 +45,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--launcher', choices=['none', *LAUNCHERS], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    add_unsafe_load(parser)
+
+
+def add_unsafe_load(parser: argparse.ArgumentParser) -> None:
+    """The option that lets files run code."""
     parser.add_argument(
-        '--unsafe-load', action='store_true', help='unpickle anything a checkpoint holds; that runs its code'
+        '--unsafe-load',
+        action='store_true',
+        help='run the code that checkpoints, pretrained weights and pickled data files (.pkl, .yml, .npy) hold',
     )
 
 
@@ -131,6 +139,11 @@ def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
         raise UserError(
             f'runner_type={name!r} does not quantize: it would ignore the quantization config; '
             'take gdrq_mm.openmmlab.QuantRunner'
+        )
+    if not issubclass(runner_class, CheckpointRunner) and not args.unsafe_load:
+        raise UserError(
+            f'runner_type={name!r} runs the code that checkpoints and data files hold; take '
+            'gdrq_mm.openmmlab.QuantRunner, which leaves a model without quantization config float (or --unsafe-load)'
         )
     if args.unsafe_load:
         cfg.unsafe_load = True

@@ -10,8 +10,6 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -105,26 +103,3 @@ def init_without_gpu(launcher: str, options: dict[str, Any]) -> None:
     if options.get('timeout') is not None:
         options['timeout'] = datetime.timedelta(seconds=options['timeout'])
     torch.distributed.init_process_group(**{**options, 'backend': 'gloo'})
-
-
-@contextmanager
-def weights_only(allowed: list[Any]) -> Iterator[None]:
-    """Let torch.load unpickle tensors and plain data only, whoever calls it.
-
-    Where a file of `init_cfg=dict(type='Pretrained')` holds more, onedl-mmengine 0.10.12 loads it once more without
-    that limit, which runs what it holds (https://github.com/open-mmlab/mmengine/pull/1650 asks for it).
-
-    Args:
-        allowed: classes and functions that a file may name, beside torch's own.
-    """
-    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-    before = os.environ.get(name)
-    os.environ[name] = '1'
-    try:
-        with torch.serialization.safe_globals(allowed):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

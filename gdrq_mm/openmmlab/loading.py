@@ -162,6 +162,10 @@ class _Checked:
         path = path or data.get('img_path')
         try:
             loaded = self.transform(data)
+        except DataError:
+            raise
+        except UserError as error:  # of data_only: it names the file
+            raise DataError(str(error)) from error
         # What mmcv, OpenCV and Pillow raise on a damaged file; other errors are the config's.
         except (OSError, AssertionError, AttributeError, SyntaxError, cv2.error) as error:
             reason = getattr(error, 'strerror', None) or f'damaged or not a picture ({error})'.splitlines()[0]

@@ -18,6 +18,7 @@ from ..core.errors import UserError
 from ..report.layers import layer_table
 from .checkpoint_runner import CheckpointRunner
 from .compat import init_without_gpu
+from .data_only import data_only
 from .describe import describe_model
 from .distributed import synchronized, wrapper_config
 from .hooks import CalibrationHook, hooks_of, with_whole_checkpoints
@@ -79,7 +80,7 @@ class QuantRunner(CheckpointRunner):
 
     def build_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """A data loader; what is wrong with its data is told with the name of the file."""
-        with checked_reading(self.cfg.get('default_scope')):
+        with data_only(self._unsafe), checked_reading(self.cfg.get('default_scope')):
             loader = super().build_dataloader(*args, **kwargs)
         check_loader(loader, self.cfg)
         return loader
@@ -115,7 +116,8 @@ class QuantRunner(CheckpointRunner):
         self._train_loop = self.build_train_loop(self._train_loop)
         self.needed_share = 1.0
         self.load_or_resume()
-        calibration.before_train(self)
+        with data_only(self._unsafe):
+            calibration.before_train(self)
 
     def calibrate(self, path: str) -> None:
         """Load the weights, find thresholds on training batches, and write the quantized checkpoint without training.

@@ -13,7 +13,7 @@ from mmengine.runner.checkpoint import load_state_dict
 
 from ..core.config import first_difference
 from ..core.errors import UserError
-from ..core.quantizers import Quantizer, learned_parameters
+from ..core.quantizers import Quantizer, Stage, learned_parameters
 from ..core.topology import Plan
 from .checkpoints import iterations_of
 
@@ -87,6 +87,7 @@ def load_weights(
         UserError: the checkpoint is of another model, of another quantization, or has values that are not finite.
     """
     check_fits(model, checkpoint, filename, share)
+    check_quantizers(checkpoint, filename)
     if use == 'resume':
         check_resumable(checkpoint, filename)
     mismatch = other_quantization(model, checkpoint, quantization, resume=use == 'resume')
@@ -111,6 +112,23 @@ def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], filename: str, s
             f'checkpoint {filename} is of another model: {len(parameters) - len(wrong)} of {len(parameters)} '
             f'parameters match by name and shape; the first that does not is {wrong[0]}'
         )
+
+
+def check_quantizers(checkpoint: Mapping[str, Any], filename: str) -> None:
+    """Raise UserError if what a checkpoint holds of its quantizers is not what quantizers write."""
+    stages = {int(stage) for stage in Stage}
+    for name, value in state_of(checkpoint).items():
+        if not _QUANTIZER_ENTRY.search(name):
+            continue
+        good = isinstance(value, torch.Tensor)
+        if good and name.endswith('.state'):
+            good = value.dtype == torch.int32 and value.shape == (5,)
+            if good:
+                stage, calibrated, lo, hi, bits = value.tolist()
+                good = stage in stages and calibrated in (0, 1) and 0 < bits <= 32
+                good = good and -(2**bits) <= lo <= 0 <= hi <= 2**bits
+        if not good:
+            raise UserError(f'checkpoint {filename} is damaged: {name} is {" ".join(repr(value).split())[:60]}')
 
 
 def check_finite(model: nn.Module, filename: str) -> None:

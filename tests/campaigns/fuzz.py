@@ -20,11 +20,14 @@ import runpy
 import sys
 import tempfile
 import traceback
+import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
+from mmengine.logging import HistoryBuffer
 
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.errors import UserError
@@ -33,13 +36,15 @@ from gdrq_mm.data import digits
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.packed import load_packed, read_packed, write_packed
 from gdrq_mm.openmmlab import cli
+from gdrq_mm.openmmlab.checkpoints import iterations_of, read_checkpoint
 from gdrq_mm.openmmlab.models import read_quantization
+from gdrq_mm.openmmlab.weights import load_weights, plan_of
 from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import find_records
 from tests.campaigns.report import FIGURES, report
 from tests.deploy.builders import header_of, payload_of, prepared, summed, text_of
-from tests.helpers import ROOT, Block
+from tests.helpers import ROOT, Block, same
 from tests.runs import COUNTS
 
 MEMORY = 1 << 30
@@ -150,6 +155,82 @@ class Packed:
         with contextlib.suppress(UserError):
             self.crafted(chance)
         load_packed(self.build(), self.path)
+
+
+class Checkpoints:
+    """Cases of a training checkpoint: all that such a file may hold, in torch's present format and in the old one."""
+
+    SETTINGS = dict(weight=dict(bits=3, method='lsq'), activation=dict(bits=4), first_last_bits=4)
+
+    def __init__(self, folder):
+        self.path = folder / 'checkpoint.pth'
+        self.model, plan = self.build()
+        history = HistoryBuffer([0.5, 0.25], [1, 1])
+        meta = dict(iter=3, epoch=1, seed=0, experiment_name='x', dataset_meta=dict(classes=('a',), palette=np.eye(3)))
+        meta |= dict(quantization=self.SETTINGS, plan=plan.to_dict(), config='model = 1', start=None)
+        hub = dict(log_scalars={'train/loss': history}, runtime_info=dict(iter=3, lr=np.float64(0.1)), resumed_keys={})
+        optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9).state_dict()
+        self.whole = dict(meta=meta, state_dict=self.model.state_dict(), message_hub=hub, optimizer=optimizer)
+        self.saved = []
+        for new_format in (True, False):
+            torch.save(self.whole, self.path, _use_new_zipfile_serialization=new_format)
+            self.saved.append(self.path.read_bytes())
+        with zipfile.ZipFile(io.BytesIO(self.saved[0])) as archive:
+            self.parts = {name: archive.read(name) for name in archive.namelist()}
+
+    @staticmethod
+    def build():
+        """A small quantized model and its plan."""
+        torch.manual_seed(0)
+        settings = {key: value for key, value in Checkpoints.SETTINGS.items() if key != 'first_last_bits'}
+        return prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), *torch.rand(2, 4, 3, 9, 9), **settings)
+
+    def bytes(self, chance):
+        """The checksums catch every change but those of the padding."""
+        content = damaged(self.saved[0], chance)
+        self.path.write_bytes(content)
+        found = read_checkpoint(str(self.path))
+        assert same(found['state_dict'], self.whole['state_dict']), 'a change went unseen'
+
+    def crafted(self, chance):
+        """The checksums fit what was changed: the pickle, a tensor or the old format, which has none."""
+        if chance.random() < 0.3:
+            self.path.write_bytes(damaged(self.saved[1], chance))
+        else:
+            name = chance.choice([n for n in self.parts if 'data' in n] + ['archive/data.pkl', 'archive/data.pkl'])
+            name = next(n for n in self.parts if n.endswith(name.removeprefix('archive')))
+            with zipfile.ZipFile(self.path, 'w', chance.choice((0, 0, 0, zipfile.ZIP_DEFLATED))) as archive:
+                for each, content in self.parts.items():
+                    archive.writestr(each, damaged(content, chance) if each == name else content)
+        self.use(read_checkpoint(str(self.path)), chance)
+
+    def changed(self, chance):
+        """Whole files whose data are not what they have to be."""
+        whole = {**self.whole, 'state_dict': dict(self.whole['state_dict'])}
+        part = chance.choice(list(whole))
+        if part == 'state_dict' and chance.random() < 0.8:
+            name = chance.choice(list(whole[part]))
+            value = whole[part][name]
+            whole[part][name] = chance.choice(
+                (odd(chance), value[..., None], value.double(), torch.full_like(value, 9), np.zeros(3), value[None][:0])
+            )
+        elif part == 'meta':
+            whole[part] = {key: value for key, value in whole[part].items() if key != 'dataset_meta'}
+            whole[part] = mutated(whole[part], chance)
+        else:
+            whole[part] = odd(chance)
+        if chance.random() < 0.1:
+            del whole[chance.choice(list(whole))]
+        torch.save(whole, self.path)
+        self.use(read_checkpoint(str(self.path)), chance)
+
+    def use(self, checkpoint, chance):
+        """Into the model, as a test, a resumed and a new training do it."""
+        iterations_of(checkpoint)
+        plan_of(self.model, checkpoint, 'x.pth')
+        use = chance.choice(('test', 'resume', 'start'))
+        share = chance.choice((0.0, 0.5, 1.0))
+        load_weights(copy.deepcopy(self.model), checkpoint, 'x.pth', self.SETTINGS, share, use)
 
 
 class Records:
@@ -334,7 +415,7 @@ def attack(name, case, number, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--cases', type=int, default=100_000, help='packed files; the others have less')
+    parser.add_argument('--cases', type=int, default=100_000, help='packed files and checkpoints; others have less')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', default='')
     parser.add_argument('--out', type=Path, default=FIGURES / 'fuzz.json')
@@ -343,12 +424,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         packed, records, commands = Packed(folder), Records(folder), Commands(folder)
+        checkpoints = Checkpoints(folder)
         used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
         kinds = {
             'packed files, bytes': (packed.bytes, args.cases // 4),
             'packed files, header': (packed.crafted, args.cases * 3 // 4),
             'packed files, into a model': (packed.loaded, args.cases // 50),
+            'checkpoints, bytes': (checkpoints.bytes, args.cases // 4),
+            'checkpoints, crafted': (checkpoints.crafted, args.cases // 2),
+            'checkpoints, other data': (checkpoints.changed, args.cases // 4),
             'run records': (records.one, args.cases // 20),
             'quantization dicts': (settings, args.cases // 2),
             'command lines': (commands.one, args.cases // 50),
