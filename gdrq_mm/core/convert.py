@@ -12,6 +12,7 @@ from .errors import UserError
 from .layers import QUANTIZED, QuantLayer
 from .modules import activation_quantizers, quant_layers, replace_modules
 from .pyramid import split_pyramid
+from .quantizers import ModeOfModel
 from .topology import Plan
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
@@ -86,6 +87,8 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
         outputs = quantize_outputs(model, config, plan, edges)
         round_biases(model, plan)
     _name_quantizers(model)
+    _follow_model(model)
+    _freeze_learned(model)
     return Report(rows, outputs, plan)
 
 
@@ -96,6 +99,25 @@ def _name_quantizers(model: nn.Module) -> None:
     for name, layer in quant_layers(model).items():
         if layer.weight_quant is not None:
             layer.weight_quant.name = name
+
+
+def _follow_model(model: nn.Module) -> None:
+    """Let layers and quantizers go by the mode of the model, see ModeOfModel."""
+    for module in model.modules():
+        if isinstance(module, ModeOfModel):
+            module.root = (model,)
+
+
+def _freeze_learned(model: nn.Module) -> None:
+    """What the quantizers of a layer learn stands still if its weight does, as in `frozen_stages`.
+
+    The model is not wrapped yet: DistributedDataParallel waits for the gradient of each Parameter that wants one then.
+    """
+    for layer in quant_layers(model).values():
+        if not layer.weight.requires_grad:
+            for quantizer in (layer.weight_quant, layer.own_input_quant):
+                if quantizer is not None:
+                    quantizer.requires_grad_(False)
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:

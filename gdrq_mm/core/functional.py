@@ -143,9 +143,8 @@ def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | N
     """
     threshold = threshold.detach()
     low = -threshold if low is None else low.detach()
-    clipped = torch.minimum(torch.maximum(x.detach(), low), threshold) if gradient == 'straight_through' else None
-    if clipped is not None:
-        return x + (clipped - x.detach())
+    if gradient == 'straight_through':
+        return straight_through(x, torch.minimum(torch.maximum(x, low), threshold))
     return torch.clamp(x, low, threshold)
 
 

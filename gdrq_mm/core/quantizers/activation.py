@@ -134,20 +134,20 @@ class ActivationQuantizer(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same shape; an empty tensor passes."""
         if x.numel() == 0 or self.stage == Stage.FLOAT:
-            return x
+            return self.unused(x)
         if self.stage == Stage.OBSERVE:
             self.observe(x)
             return x
         if not self.calibrated:
-            if not self.training:
+            if not self.trains:
                 raise UserError(uncalibrated(self.name))
             self.observe(x)
             self.start(self.observed())
-        if self.training and self.stage != Stage.FREEZE and torch._C._current_graph_task_id() == -1:
+        if self.trains and self.stage != Stage.FREEZE and torch._C._current_graph_task_id() == -1:
             self.track(x.detach())  # a graph task is a backward pass, where a checkpointed segment runs a second time
         with torch.autocast(x.device.type, enabled=False):
             if self.stage == Stage.RESHAPE:
-                return self.reshape(x, self.threshold)
+                return self.unused(self.reshape(x, self.threshold))
             return self.quantize(x, self.step())
 
     def extra_repr(self) -> str:
