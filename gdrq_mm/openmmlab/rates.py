@@ -1,4 +1,4 @@
-"""The learning rate and weight decay of what quantizers learn: those of the layer, times the multiples of the method."""
+"""Learning rate and weight decay of what quantizers learn: those of the layer, times the multiples of the method."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def set_rates(optim_wrapper: Any, model: nn.Module) -> None:
         return
     optimizer = optim_wrapper.optimizer
     settings = {id(p): group for group in optimizer.param_groups for p in group['params']}
-    optimizer.param_groups[:] = [
-        part for group in optimizer.param_groups for part in _split(group, learned, settings)
-    ]
+    optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, learned, settings)]
     if optim_wrapper.base_param_settings is None and len(optimizer.param_groups) > 1:
         # What mmengine does where the constructor makes several groups: the log shows the rate that has no multiple
         optim_wrapper.base_param_settings = dict(params=torch.tensor([0.0]), **optimizer.defaults)

@@ -119,6 +119,7 @@ class QuantRunner(CheckpointRunner):
         self._train_loop = self.build_train_loop(self._train_loop)
         self.needed_share = 1.0
         self.load_or_resume()
+        calibration.trains_next = False
         calibration.before_train(self)
 
     def calibrate(self, path: str) -> None:

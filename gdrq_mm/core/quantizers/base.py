@@ -189,10 +189,14 @@ def learned_parameters(model: nn.Module) -> dict[str, Quantizer]:
     }
 
 
+def layer_called(name: str) -> str:
+    """A layer in a message."""
+    return 'a layer' if name == '?' else f'layer {name}'  # one that a hand-written model has built itself
+
+
 def uncalibrated(name: str) -> str:
     """The message of a quantizer that is used before it has a threshold."""
-    layer = 'a layer' if name == '?' else f'layer {name}'  # one that a hand-written model has built itself
     return (
-        f'{layer} has no threshold yet: train it first, or load a checkpoint of the quantized model '
+        f'{layer_called(name)} has no threshold yet: train it first, or load a checkpoint of the quantized model '
         '(a float checkpoint holds no thresholds)'
     )

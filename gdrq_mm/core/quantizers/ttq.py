@@ -80,7 +80,8 @@ class TTQWeight(WeightQuantizer):
         if self.stage == Stage.FREEZE:
             learned = F.straight_through(0 * learned, self.frozen)
         up, down = (self.spread(values) for values in learned)
-        scaled = torch.where(code > 0, up, down).detach() / self.spread(F.max_abs(weight, self.sizes))
+        top = self.spread(F.max_abs(weight, self.sizes))
+        scaled = torch.where(code > 0, up, down).detach() / torch.where(top > 0, top, 1)
         surrogate = weight * torch.where(code == 0, 1, scaled)
         value = torch.where(code > 0, up, torch.where(code < 0, -down, 0))
         return value + F.straight_through(surrogate, torch.zeros_like(surrogate))
