@@ -47,8 +47,9 @@ def calibrate(
 
     Returns:
         Names of the batch normalizations whose running statistics are grossly wrong, as after a few iterations of
-        training. If the model is trained next they normalize by the batch, as training will do: thresholds that fit
-        wrong statistics would clip almost everything. Those that training leaves alone (`norm_eval`) are not judged.
+        training. If there are some and the model is trained next, all normalize by the batch, as training will do:
+        thresholds that fit wrong statistics would clip almost everything, or nothing. Those that training leaves alone
+        (`norm_eval`) are not judged and keep their statistics.
     """
     for module in model.modules():
         if isinstance(module, Quantizer):
@@ -62,11 +63,11 @@ def calibrate(
         with _judging(judged) as verdicts:
             for batch in first:
                 predict(batch)
-        wrong, once_more = _wrong_norms(verdicts)
+        wrong, called, once_more = _wrong_norms(verdicts)
         if once_more:
             for quantizer in activation_quantizers(model).values():
                 quantizer.forget()
-            for norm in wrong if trains_next else ():
+            for norm in called if wrong and trains_next else ():
                 norm.training, norm.momentum = True, 0.0
             for batch in again:
                 predict(batch)
@@ -133,13 +134,17 @@ def _judging(norms: list[Any]) -> Iterator[dict[Any, list[bool]]]:
         yield found
 
 
-def _wrong_norms(verdicts: dict[Any, list[bool]]) -> tuple[set[Any], bool]:
-    """The BN of which most calls, in any process, said that its running statistics are wrong; whether any call did."""
-    wrong = [2 * sum(calls) > len(calls) for calls in verdicts.values()]
-    flags = torch.tensor([*wrong, any(map(any, verdicts.values()))], dtype=torch.int32)
+def _wrong_norms(verdicts: dict[Any, list[bool]]) -> tuple[set[Any], set[Any], bool]:
+    """The BN of which most calls, in any process, said that its running statistics are wrong.
+
+    Also those that were judged at all, and whether any call said so.
+    """
+    rows = [(2 * sum(calls) > len(calls), bool(calls), any(calls)) for calls in verdicts.values()]
+    flags = torch.tensor(rows, dtype=torch.int32).view(-1, 3)
     all_reduce(flags, 'max')  # synchronized BN needs the same mode, and the same calls, in all processes
-    *found, once_more = flags.tolist()
-    return {norm for norm, flag in zip(verdicts, found) if flag}, bool(once_more)
+    wrong, called, once_more = flags.bool().unbind(1)
+    norms = list(verdicts)
+    return {norms[i] for i in wrong.nonzero()}, {norms[i] for i in called.nonzero()}, bool(once_more.any())
 
 
 def wrong_statistics(names: list[str], by_batch: bool) -> str:

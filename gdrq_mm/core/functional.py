@@ -120,6 +120,16 @@ def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
     return torch.where(torch.isfinite(total), total / count, large)
 
 
+def mean_of_chosen(weight: Tensor, chosen: Tensor, sizes: Tensor) -> Tensor:
+    """mean(|w|) over the weights of each group that a mask of the same shape chooses; 0 where it chooses none."""
+    weight, chosen = weight.detach().float().abs(), chosen.float()
+    total = per_group((weight * chosen).flatten(1).sum(1), sizes)
+    count = per_group(chosen.flatten(1).sum(1), sizes).clamp(min=1)
+    if weight.device.type == 'cpu' and not bool(torch.isfinite(total).all()):  # beyond float32
+        total = per_group((weight * chosen).flatten(1).sum(1, dtype=torch.float64), sizes)
+    return (total / count).float()
+
+
 def max_abs(weight: Tensor, sizes: Tensor) -> Tensor:
     """max|w| of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
     return per_group(weight.detach().float().flatten(1).abs().amax(1), sizes, 'max')

@@ -52,9 +52,7 @@ class TTQWeight(WeightQuantizer):
     def start(self, weight: Tensor) -> None:
         code = self.round(weight, weight)
         for sign, scale in ((1, self.positive), (-1, self.negative)):
-            chosen = (code == sign).float()
-            total = F.per_group((weight.abs() * chosen).flatten(1).sum(1), self.sizes)
-            mean = total / F.per_group(chosen.flatten(1).sum(1), self.sizes).clamp(min=1)
+            mean = F.mean_of_chosen(weight, code == sign, self.sizes)
             scale.data.copy_(F.nonzero_start(mean, weight))
         super().start(weight)
 
