@@ -10,9 +10,8 @@ from .config import FLOAT_BITS, Quantization
 from .deployable import QuantizedOutput, quantize_outputs, round_biases, share_inputs
 from .errors import UserError
 from .layers import QUANTIZED, QuantLayer
-from .modules import activation_quantizers, quant_layers, replace_modules
+from .modules import quant_layers, replace_modules, settle_in
 from .pyramid import split_pyramid
-from .quantizers import ModeOfModel
 from .topology import Plan
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
@@ -86,38 +85,8 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
         share_inputs(model, plan)
         outputs = quantize_outputs(model, config, plan, edges)
         round_biases(model, plan)
-    _name_quantizers(model)
-    _follow_model(model)
-    _freeze_learned(model)
+    settle_in(model)
     return Report(rows, outputs, plan)
-
-
-def _name_quantizers(model: nn.Module) -> None:
-    """Give every quantizer the name of its layer, for messages."""
-    for name, quantizer in activation_quantizers(model).items():
-        quantizer.name = name.replace('.own_input_quant', '')
-    for name, layer in quant_layers(model).items():
-        if layer.weight_quant is not None:
-            layer.weight_quant.name = name
-
-
-def _follow_model(model: nn.Module) -> None:
-    """Let layers and quantizers go by the mode of the model, see ModeOfModel."""
-    for module in model.modules():
-        if isinstance(module, ModeOfModel):
-            module.root = (model,)
-
-
-def _freeze_learned(model: nn.Module) -> None:
-    """What the quantizers of a layer learn stands still if its weight does, as in `frozen_stages`.
-
-    The model is not wrapped yet: DistributedDataParallel waits for the gradient of each Parameter that wants one then.
-    """
-    for layer in quant_layers(model).values():
-        if not layer.weight.requires_grad:
-            for quantizer in (layer.weight_quant, layer.own_input_quant):
-                if quantizer is not None:
-                    quantizer.requires_grad_(False)
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:

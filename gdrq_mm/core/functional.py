@@ -111,13 +111,16 @@ def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
     flat = weight.detach().float().flatten(1)
     rows = max(1, block_size() // max(1, flat.shape[1])) if flat.device.type == 'cpu' else len(flat)
     total = per_group(torch.cat([part.abs().sum(1) for part in flat.split(max(1, rows))]), sizes)
+    if flat.device.type == 'cpu' and bool(torch.isfinite(total).all()):  # reading a number makes only a GPU wait
+        return total / (sizes * flat.shape[1])
+    return _mean_beyond(flat, sizes, total)
+
+
+def _mean_beyond(flat: Tensor, sizes: Tensor, total: Tensor) -> Tensor:
+    """The mean of each group, also where float32 does not hold its sum."""
+    scaled = per_group(flat.abs().mul(2.0**-64).sum(1), sizes)  # exactly as with the numbers themselves
     count = sizes * flat.shape[1]
-    if flat.device.type == 'cpu':  # reading a number makes only a GPU wait
-        if bool(torch.isfinite(total).all()):
-            return total / count
-        return (per_group(flat.abs().sum(1, dtype=torch.float64), sizes) / count).float()
-    large = per_group(flat.abs().mul(2.0**-64).sum(1), sizes) / count * 2.0**64
-    return torch.where(torch.isfinite(total), total / count, large)
+    return torch.where(torch.isfinite(total), total / count, scaled / count * 2.0**64)
 
 
 def mean_of_chosen(weight: Tensor, chosen: Tensor, sizes: Tensor) -> Tensor:

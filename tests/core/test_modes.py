@@ -11,8 +11,8 @@ from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
-from gdrq_mm.core.quantizers import learned_parameters
-from gdrq_mm.core.step import after_step
+from gdrq_mm.core.quantizers import Stage, learned_parameters
+from gdrq_mm.core.step import after_step, set_stage
 from gdrq_mm.core.topology import record
 from tests.helpers import Block, Net
 
@@ -86,20 +86,18 @@ def test_a_copied_part_goes_by_its_own_mode_and_does_not_hold_the_model():
 
 
 def test_what_frozen_layers_learn_wants_no_gradient():
-    model, _ = frozen_model(method='lsq')
-    learned, parameters = learned_parameters(model), dict(model.named_parameters())
-    frozen = {name for name in learned if not parameters[name].requires_grad}
-    assert frozen and frozen == {name for name in learned if name.startswith('blocks.0.conv')} | {
-        name for name in frozen if 'output_quant' in name
-    }
+    """Right after the model is quantized: then it is wrapped for several processes."""
+    model, x = Net(Block()), torch.randn(2, 4, 8, 8)
+    model.stem.requires_grad_(False)
+    quantize_model(model, Quantization.from_dict(dict(method='lsq')), record(model, lambda: model(x)))
+    parameters = dict(model.named_parameters())
+    frozen = {name for name in learned_parameters(model) if not parameters[name].requires_grad}
+    assert frozen == {'stem.weight_quant.learned_step', 'stem.own_input_quant.learned_step'}
 
 
 @pytest.mark.parametrize('reshape', [True, False])
 def test_what_is_learned_has_a_gradient_in_every_stage(reshape):
     """DistributedDataParallel waits for it."""
-    from gdrq_mm.core.quantizers import Stage
-    from gdrq_mm.core.step import set_stage
-
     torch.manual_seed(0)
     model, x = Net(Block()).train(), torch.randn(4, 4, 8, 8)
     quantize_model(model, Quantization.from_dict(dict(method='lsq')), record(model, lambda: model(x)))

@@ -90,7 +90,7 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Filters (C, ...) to filters of the same shape."""
         if self.stage in (Stage.OBSERVE, Stage.FLOAT):
-            return self.unused(weight)
+            return weight if self.stage == Stage.OBSERVE else self.unused(weight)
         if not self.calibrated:
             if not self.trains:
                 raise UserError(uncalibrated(self.name))
