@@ -26,7 +26,8 @@ class StopHook(Hook):
 
     A signal to one process stops all of them after the same iteration: each asks the others after every optimizer step.
     Between two steps of gradient accumulation nothing is saved: that checkpoint would hold the gradients too. A signal
-    during validation counts after the next step; one before training starts ends the process, as it does without this hook.
+    during validation counts after the next step; one before training starts ends the process, as it does without this
+    hook.
 
     Example:
         custom_hooks = [dict(type='StopHook')]   # QuantRunner adds it by itself
