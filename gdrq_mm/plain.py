@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .core.calibrate import calibrate as _calibrate
+from .core.calibrate import wrong_statistics
 from .core.config import Quantization
 from .core.convert import Report, quantize_model
 from .core.errors import UserError
@@ -91,7 +93,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any],
         _run(model, x.to(device) if isinstance(x, Tensor) else x)
 
     count = Quantization.from_dict(settings).calibration_batches
-    _calibrate(model, islice(batches, count), predict or run)
+    wrong = _calibrate(model, islice(batches, count), predict or run)
+    if wrong:
+        warnings.warn(wrong_statistics(wrong, by_batch=True), stacklevel=2)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0, lr: float | None = None) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ def train() -> None:
         cfg.resume, cfg.load_from = True, args.resume
     runner = build_runner(cfg, args)
     if reason:
-        runner.logger.warning(f'{reason}; resuming from {cfg.load_from}, the newest whole checkpoint')
+        how = f'resuming from {cfg.load_from}, the newest whole checkpoint' if cfg.resume else 'starting anew'
+        runner.logger.warning(f'{reason}; {how}')
     runner.train()
 
 

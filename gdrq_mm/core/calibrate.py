@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modules import activation_quantizers, modes_kept, mute_leaves, quant_layers
+from .modules import activation_quantizers, hooked, modes_kept, mute_leaves, quant_layers
 from .quantizers import ActivationQuantizer, Quantizer, Stage
 from .ranks import all_gather, all_reduce, world_size
+
+GROSSLY_WRONG = 3.0
+"""Running statistics are grossly wrong if they give the median channel of a batch a root mean square above this number,
+or below 1 / this number (ours); right ones give it 1."""
+
+FEWEST = 32
+"""Values of a channel in a batch, below which its statistics say too little (ours)."""
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], predict: Callable[[Any], Any] | None = None, training: bool = False
-) -> None:
+    model: nn.Module,
+    batches: Iterable[Any],
+    predict: Callable[[Any], Any] | None = None,
+    training: bool = False,
+    trains_next: bool = True,
+) -> list[str]:
     """Start all thresholds, ranges and zero points from a few batches; from then on every quantizer quantizes.
 
     The batches change nothing else: dropout is off, and BN normalizes by its running statistics without updating them.
@@ -29,44 +43,118 @@ def calibrate(
         predict: runs one batch; None: `model(batch)`.
         training: `predict` computes a loss. Modules with children are then in training mode: some models compute a loss
             in that mode only.
+        trains_next: the model is trained with these thresholds.
+
+    Returns:
+        Names of the batch normalizations whose running statistics are grossly wrong, as after a few iterations of
+        training. If there are some and the model is trained next, all normalize by the batch, as training will do:
+        thresholds that fit wrong statistics would clip almost everything, or nothing. Those that training leaves alone
+        (`norm_eval`) are not judged and keep their statistics.
     """
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.set_state(stage=Stage.OBSERVE)
     for layer in quant_layers(model).values():
         layer.seen = False
-    with _quiet(model, training):
+    predict, batches = predict or model, iter(batches)
+    with _quiet(model, training) as judged:
+        first = list(islice(batches, 1))
+        again = copy.deepcopy(first) if judged else []  # a model may change what it is given
+        with _judging(judged) as verdicts:
+            for batch in first:
+                predict(batch)
+        wrong, called, once_more = _wrong_norms(verdicts)
+        if once_more:
+            for quantizer in activation_quantizers(model).values():
+                quantizer.forget()
+            for norm in called if wrong and trains_next else ():
+                norm.training, norm.momentum = True, 0.0
+            for batch in again:
+                predict(batch)
         for batch in batches:
-            (predict or model)(batch)
+            predict(batch)
     _start_thresholds(model)
+    return [name for name, module in model.named_modules() if module in wrong]
 
 
 @contextmanager
-def _quiet(model: nn.Module, training: bool) -> Iterator[None]:
+def _quiet(model: nn.Module, training: bool) -> Iterator[list[Any]]:
     """Evaluation mode, or training mode without dropout and with BN that does not update its running statistics.
+
+    Gives the BN whose running statistics are used here, and are not used in training.
 
     BN that has no statistics yet (a start without a checkpoint) normalizes by those of the batch. With its initial mean
     0 and variance 1 the values would grow from layer to layer, and the thresholds with them.
     """
     with modes_kept(model):
         model.train()
-        fresh: list[Any] = [module for module in model.modules() if _is_fresh(module)]
-        before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in fresh]
+        tracked: list[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and _has_state(m)]
+        fresh = [norm for norm in tracked if _is_fresh(norm)]
+        before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in tracked]
         mute_leaves(model) if training else model.eval()
         for norm in fresh:
             norm.training, norm.momentum = True, 0.0
         try:
-            yield
+            yield [norm for norm in tracked if norm not in fresh]
         finally:
-            for norm, (momentum, count) in zip(fresh, before):
+            for norm, (momentum, count) in zip(tracked, before):
                 norm.momentum = momentum
                 norm.num_batches_tracked.copy_(count)
 
 
-def _is_fresh(module: Any) -> bool:
-    if not isinstance(module, _BatchNorm) or not module.training or module.running_mean is None:
-        return False
-    return not bool(module.running_mean.any()) and bool(torch.all(module.running_var == 1))  # type: ignore[arg-type]
+def _has_state(norm: Any) -> bool:
+    return norm.running_mean is not None and norm.num_batches_tracked is not None
+
+
+def _is_fresh(norm: Any) -> bool:
+    return not bool(norm.running_mean.any()) and bool(torch.all(norm.running_var == 1))
+
+
+@contextmanager
+def _judging(norms: list[Any]) -> Iterator[dict[Any, list[bool]]]:
+    """Tells of each BN and call whether its running statistics are grossly wrong for its input.
+
+    The call then gives what the statistics of the batch make of the input, so that the BN behind it are judged fairly.
+    """
+    found: dict[Any, list[bool]] = {norm: [] for norm in norms}
+
+    def judge(norm: Any, args: Any, out: Tensor) -> Tensor | None:
+        x = args[0].float()
+        if x.numel() < FEWEST * x.shape[1]:
+            return None
+        variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        square = variance + (mean - norm.running_mean).square()
+        size = float(((square + norm.eps) / (norm.running_var + norm.eps)).sqrt().median())
+        found[norm].append(not 1 / GROSSLY_WRONG < size < GROSSLY_WRONG)
+        if not found[norm][-1]:
+            return None
+        return nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps).to(out.dtype)
+
+    with hooked(norm.register_forward_hook(judge) for norm in norms):
+        yield found
+
+
+def _wrong_norms(verdicts: dict[Any, list[bool]]) -> tuple[set[Any], set[Any], bool]:
+    """The BN of which most calls, in any process, said that its running statistics are wrong.
+
+    Also those that were judged at all, and whether any call said so.
+    """
+    rows = [(2 * sum(calls) > len(calls), bool(calls), any(calls)) for calls in verdicts.values()]
+    flags = torch.tensor(rows, dtype=torch.int32).view(-1, 3)
+    all_reduce(flags, 'max')  # synchronized BN needs the same mode, and the same calls, in all processes
+    wrong, called, once_more = flags.bool().unbind(1)
+    norms = list(verdicts)
+    return {norms[i] for i in wrong.nonzero()}, {norms[i] for i in called.nonzero()}, bool(once_more.any())
+
+
+def wrong_statistics(names: list[str], by_batch: bool) -> str:
+    """A warning for batch normalizations that :func:`calibrate` returned."""
+    instead = 'thresholds fit the statistics of the batches' if by_batch else 'thresholds fit them all the same'
+    shown = ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+    return (
+        f'the running statistics of {len(names)} batch normalizations do not fit the data, as if the model had hardly '
+        f'been trained, or on other data: {shown}; {instead}'
+    )
 
 
 def _start_thresholds(model: nn.Module) -> None:

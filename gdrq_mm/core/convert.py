@@ -10,7 +10,7 @@ from .config import FLOAT_BITS, Quantization
 from .deployable import QuantizedOutput, quantize_outputs, round_biases, share_inputs
 from .errors import UserError
 from .layers import QUANTIZED, QuantLayer
-from .modules import activation_quantizers, quant_layers, replace_modules
+from .modules import quant_layers, replace_modules, settle_in
 from .pyramid import split_pyramid
 from .topology import Plan
 
@@ -85,17 +85,8 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
         share_inputs(model, plan)
         outputs = quantize_outputs(model, config, plan, edges)
         round_biases(model, plan)
-    _name_quantizers(model)
+    settle_in(model)
     return Report(rows, outputs, plan)
-
-
-def _name_quantizers(model: nn.Module) -> None:
-    """Give every quantizer the name of its layer, for messages."""
-    for name, quantizer in activation_quantizers(model).items():
-        quantizer.name = name.replace('.own_input_quant', '')
-    for name, layer in quant_layers(model).items():
-        if layer.weight_quant is not None:
-            layer.weight_quant.name = name
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .kernels import FakeQuantize, LearnedStep, StraightThrough, block_size, blocks
 
+LARGEST = 2.0**126
+"""The largest threshold: float32 holds four times as much, so that no multiple of the step is infinite."""
+
 
 def code_range(bits: int, signed: bool, narrow_range: bool = True, zero_point: int = 0) -> tuple[int, int]:
     """Smallest and largest code of an n-bit quantizer.
@@ -107,8 +110,27 @@ def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
     """mean(|w|) of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
     flat = weight.detach().float().flatten(1)
     rows = max(1, block_size() // max(1, flat.shape[1])) if flat.device.type == 'cpu' else len(flat)
-    sums = torch.cat([part.abs().sum(1) for part in flat.split(max(1, rows))])
-    return per_group(sums, sizes) / (sizes * flat.shape[1])
+    total = per_group(torch.cat([part.abs().sum(1) for part in flat.split(max(1, rows))]), sizes)
+    if flat.device.type == 'cpu' and bool(torch.isfinite(total).all()):  # reading a number makes only a GPU wait
+        return total / (sizes * flat.shape[1])
+    return _mean_beyond(flat, sizes, total)
+
+
+def _mean_beyond(flat: Tensor, sizes: Tensor, total: Tensor) -> Tensor:
+    """The mean of each group, also where float32 does not hold its sum."""
+    scaled = per_group(flat.abs().mul(2.0**-64).sum(1), sizes)  # exactly as with the numbers themselves
+    count = sizes * flat.shape[1]
+    return torch.where(torch.isfinite(total), total / count, scaled / count * 2.0**64)
+
+
+def mean_of_chosen(weight: Tensor, chosen: Tensor, sizes: Tensor) -> Tensor:
+    """mean(|w|) over the weights of each group that a mask of the same shape chooses; 0 where it chooses none."""
+    weight, chosen = weight.detach().float().abs(), chosen.float()
+    total = per_group((weight * chosen).flatten(1).sum(1), sizes)
+    count = per_group(chosen.flatten(1).sum(1), sizes).clamp(min=1)
+    if weight.device.type == 'cpu' and not bool(torch.isfinite(total).all()):  # beyond float32
+        total = per_group((weight * chosen).flatten(1).sum(1, dtype=torch.float64), sizes)
+    return (total / count).float()
 
 
 def max_abs(weight: Tensor, sizes: Tensor) -> Tensor:
@@ -117,11 +139,12 @@ def max_abs(weight: Tensor, sizes: Tensor) -> Tensor:
 
 
 def sum_abs(x: Tensor) -> Tensor:
-    """sum|x| of a dense tensor, a float32 scalar."""
+    """sum|x| of a dense tensor, a float32 scalar; on a CPU a float64 one where float32 does not hold it."""
     pieces = blocks((x,), (x.new_zeros(()),)) if torch.ops.aten.is_non_overlapping_and_dense(x) else None
     if pieces is None:
         return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
-    return torch.stack([block[0].abs().sum(dtype=torch.float32) for block in pieces]).sum()
+    total = torch.stack([block[0].abs().sum(dtype=torch.float32) for block in pieces]).sum()
+    return total if bool(torch.isfinite(total)) else x.abs().sum(dtype=torch.float64)
 
 
 # ---- Scale-Clip ---------------------------------------------------------------------------------------------------
@@ -132,7 +155,7 @@ def scale_clip_threshold(weight: Tensor, k: float, sizes: Tensor) -> Tensor:
 
     k = 2 is the smallest k that leaves a uniform distribution unchanged.
     """
-    return k * mean_abs(weight, sizes)
+    return (k * mean_abs(weight, sizes)).clamp(max=LARGEST)
 
 
 def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | None = None) -> Tensor:
@@ -143,9 +166,8 @@ def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | N
     """
     threshold = threshold.detach()
     low = -threshold if low is None else low.detach()
-    clipped = torch.minimum(torch.maximum(x.detach(), low), threshold) if gradient == 'straight_through' else None
-    if clipped is not None:
-        return x + (clipped - x.detach())
+    if gradient == 'straight_through':
+        return straight_through(x, torch.minimum(torch.maximum(x, low), threshold))
     return torch.clamp(x, low, threshold)
 
 

@@ -60,7 +60,7 @@ def bias_in_use(layer: Any, quant: ActivationQuantizer | None) -> Tensor | None:
         quant: the quantizer of this call's input.
     """
     bias, norm = layer.bias, layer.norm
-    if layer.training or not layer.deployable or layer.weight_quant is None or quant is None:
+    if layer.trains or not layer.deployable or layer.weight_quant is None or quant is None:
         return bias
     for quantizer in (layer.weight_quant, quant):
         if quantizer.uneven or quantizer.stage not in (Stage.QUANTIZE, Stage.FREEZE):

@@ -19,7 +19,7 @@ from .config import FLOAT_BITS, Activation, Quantization, Weight
 from .errors import UserError
 from .integer_bias import bias_in_use
 from .pyramid import InputQuant, PyramidQuantizers, quantizers_of
-from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, WeightQuantizer
+from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, ModeOfModel, WeightQuantizer
 
 
 def make_weight_quantizer(cfg: Weight, filters: Tensor) -> WeightQuantizer | None:
@@ -36,7 +36,7 @@ def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
     return ACTIVATION_METHODS[cfg.method](cfg.bits, cfg.range, **cfg.options)
 
 
-class QuantLayer:
+class QuantLayer(ModeOfModel):
     """What quantized layers have in common; a mixin for a torch layer."""
 
     weight_quant: WeightQuantizer | None

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn as nn
 
 from .layers import QuantLayer
-from .quantizers import ActivationQuantizer, FollowingQuantizer, Quantizer, Stage
+from .quantizers import ActivationQuantizer, FollowingQuantizer, ModeOfModel, Quantizer, Stage
 
 
 def quant_layers(model: nn.Module) -> dict[str, Any]:
@@ -34,6 +34,25 @@ def replace_modules(model: nn.Module, replaced: Mapping[Any, nn.Module]) -> None
         for name, child in list(parent._modules.items()):
             if child in replaced:
                 parent._modules[name] = replaced[child]
+
+
+def settle_in(model: nn.Module) -> None:
+    """Tell the quantizers of a model where they are: the name of their layer, the model, and whether the layer learns.
+
+    What the quantizers of a layer learn stands still if its weight does, as in `frozen_stages`. The model is not
+    wrapped yet: DistributedDataParallel waits for the gradient of each Parameter that wants one then.
+    """
+    for module in model.modules():
+        if isinstance(module, ModeOfModel):
+            module.root = (model,)
+    for name, quantizer in activation_quantizers(model).items():
+        quantizer.name = name.replace('.own_input_quant', '')
+    for name, layer in quant_layers(model).items():
+        if layer.weight_quant is not None:
+            layer.weight_quant.name = name
+        for quantizer in (layer.weight_quant, layer.own_input_quant):
+            if quantizer is not None and not layer.weight.requires_grad:
+                quantizer.requires_grad_(False)
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from ..core.convert import Report
 from ..core.errors import UserError
 from ..core.files import file_digest
 from ..core.topology import Plan
+from .accumulation import accumulated, is_between_steps, restore
 from .checkpoints import last_written, read_checkpoint, written_whole
 from .data_only import data_only
-from .hooks import StopHook
+from .hooks import StopHook, WorkDirHook
 from .loading import go_on
 from .models import bare_model, quantization_of
 from .recipe import trained_as, training_of
@@ -37,6 +38,13 @@ class CheckpointRunner(Runner):
         """What the checkpoint says of the run that wrote it: seed, epochs, iterations, and where it started from."""
         self.needed_share = 0.5
         """Share of the parameters that a checkpoint to start from must have: another head may start anew."""
+        self.run_id = ''
+        """The training that the checkpoints in the work directory belong to; a resumed one keeps it."""
+        self.resumed = False
+        self.validated_at = -1
+        """The iteration after which validation began last."""
+        self.resumed_unvalidated = False
+        """Whether the checkpoint that was resumed had been saved before the validation of its state."""
         self._read: dict[str, dict[str, Any]] = {}  # file name -> a checkpoint that waits to be loaded
         with data_only(bool((kwargs.get('cfg') or {}).get('unsafe_load'))):
             super().__init__(*args, **kwargs)
@@ -78,18 +86,27 @@ class CheckpointRunner(Runner):
         left_out = load_weights(bare_model(self.model), checkpoint, filename, quantization, share, use, strict)
         if left_out:
             self.logger.info(f'Thresholds of {filename} are left out: {left_out}.')
-        meta = meta_of(checkpoint)
+        meta = self._meta = meta_of(checkpoint)
         start = dict(file=Path(filename).name, sha256=file_digest(filename)) if self._starts else meta.get('start')
         self.training = dict(start=start, **training_of(meta))
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
 
-    @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint, which is whole or not there, with the plan and the `quantization` dict in its `meta`."""
-        ours = dict(plan=self.report.plan.to_dict(), **trained_as(self.cfg, self.iter > 0, get_world_size()))
-        kwargs['meta'] = {**(kwargs.get('meta') or {}), 'start': self.training.get('start'), **ours}
+        """Save a checkpoint, which is whole or not there, with the plan and the `quantization` dict in its `meta`.
+
+        Between two optimizer steps it also holds what was accumulated since the last one, so all processes call this.
+        """
+        meta = {**(kwargs.get('meta') or {}), 'start': self.training.get('start'), 'run': self.run_id}
+        meta.update(plan=self.report.plan.to_dict(), **trained_as(self.cfg, self.iter > 0, get_world_size()))
+        meta['validated'] = meta.get('iter') == self.validated_at
+        if kwargs.get('save_optimizer', True) and is_between_steps(self.optim_wrapper):
+            meta['accumulated'] = accumulated(bare_model(self.model))
+        self._write_checkpoint(out_dir, filename, *args, **{**kwargs, 'meta': meta})
+
+    @master_only
+    def _write_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         with written_whole(out_dir, filename, self.work_dir) as temporary:
             super().save_checkpoint(out_dir, temporary, *args, **kwargs)
 
@@ -101,6 +118,11 @@ class CheckpointRunner(Runner):
         if len(set(iterations)) > 1:
             raise UserError(f'the processes resume from different checkpoints, after {iterations} iterations')
         go_on(self.train_loop, self.seed)
+        if 'accumulated' in self._meta:
+            restore(bare_model(self.model), self._meta['accumulated'])
+            self.logger.info('What was accumulated before the checkpoint, which lies between two steps, is restored.')
+        self.resumed, self.run_id = True, str(self._meta.get('run', ''))
+        self.resumed_unvalidated = not self._meta.get('validated', False)
 
     def load_or_resume(self) -> None:
         """Load the checkpoint of the config, if it names one."""
@@ -128,5 +150,5 @@ class CheckpointRunner(Runner):
             raise UserError(f'{str(error).splitlines()[0]}; {last_written(self.work_dir)}') from error
         finally:
             for hook in self.hooks:
-                if isinstance(hook, StopHook):
+                if isinstance(hook, (StopHook, WorkDirHook)):
                     hook.after_train(self)

@@ -18,6 +18,8 @@ from ..core.reading import Stand, read_torch
 
 POINTER = 'last_checkpoint'
 """mmengine's file in a work directory that holds the path of the newest checkpoint."""
+MARKER = '.training'
+"""Our file in a work directory that says which training was begun there last; its checkpoints name it too."""
 
 
 class _History(Stand):
@@ -86,29 +88,36 @@ def find_resumable(work_dir: str | Path, out_dir: str | Path | None = None, unsa
     """The checkpoint from which the training of a work directory goes on.
 
     The one that `last_checkpoint` names if it is whole; no other is read then. Else, of the whole ones in the work
-    directory, the one after most iterations.
+    directory, the one after most iterations. Those of an earlier training than the last that was begun do not count.
 
     Args:
         out_dir: the folder of the checkpoints, if it is not the work directory.
 
     Returns:
-        Its path, '' if there is nothing to resume; and why it is not that of `last_checkpoint`, '' if it is.
+        Its path, '' if there is nothing to resume; and why it is not that of `last_checkpoint`, '' if it is or if there
+        is none.
 
     Raises:
         UserError: a training was begun here, but none of its checkpoints is whole.
     """
-    pointer = Path(work_dir) / POINTER
+    pointer, run = Path(work_dir) / POINTER, _begun_last(work_dir)
     named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    earlier: list[Any] = []
     if named:
         try:
-            if iterations_of(read_checkpoint(named, unsafe=unsafe)) is not None:
+            checkpoint = read_checkpoint(named, unsafe=unsafe)
+            if iterations_of(checkpoint) is None:
+                reason = f'{named} does not hold the state of a training'
+            elif _is_of(checkpoint, run):
                 return named, ''
-            reason = f'{named} does not hold the state of a training'
+            else:
+                reason = f'{named} is of an earlier training'
         except UserError as error:
             reason = str(error)
     else:
         reason = f'{pointer} {"is empty" if pointer.exists() else "is missing"}'
-    whole, damaged = [], []
+    whole: list[Any] = []
+    damaged = []
     for path in sorted({p for folder in {work_dir, out_dir or work_dir} for p in Path(folder).glob('*.pth')}):
         try:
             checkpoint = read_checkpoint(str(path), unsafe=unsafe)
@@ -117,15 +126,26 @@ def find_resumable(work_dir: str | Path, out_dir: str | Path | None = None, unsa
             continue
         iterations = iterations_of(checkpoint)
         if iterations is not None and 'optimizer' in checkpoint:  # those of the best score have none
-            whole.append((iterations, str(path)))
+            (whole if _is_of(checkpoint, run) else earlier).append((iterations, str(path)))
     if whole:
         return max(whole)[1], reason
-    if not damaged and not pointer.exists():
-        return '', ''
+    if not damaged and (earlier or not pointer.exists()):
+        return '', f'the training that was begun last in {work_dir} has not written a checkpoint yet' if earlier else ''
     others = f', nor is {", ".join(damaged)}' if damaged else ''
     raise UserError(
         f'{work_dir} has no whole checkpoint to resume from: {reason}{others}; leave --resume out to start anew'
     )
+
+
+def _begun_last(work_dir: str | Path) -> str:
+    """The training that was begun last in a work directory; '' if nothing says so."""
+    marker = Path(work_dir) / MARKER
+    return marker.read_text(errors='replace').strip() if marker.is_file() else ''
+
+
+def _is_of(checkpoint: Mapping[str, Any], run: str) -> bool:
+    """Whether a training checkpoint is of this training, or may be."""
+    return not run or checkpoint['meta'].get('run') == run
 
 
 def iterations_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from ..core.config import Quantization
 from ..core.convert import Report, float_report, quantize_model
 from ..core.errors import UserError
-from ..core.quantizers import learned_parameters
 from ..core.topology import Plan, record
 from .heads import TRAINING_ONLY, last_layers
 
@@ -77,6 +75,7 @@ def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any], pla
     if quantization is None:
         return float_report(bare, plan)
     report = quantize_model(bare, quantization, plan)
+    bare.train(bare.training)  # models with frozen parts freeze them here: what was added to these parts too
     model.to(next(model.parameters()).device)
     return report
 
@@ -97,21 +96,6 @@ def read_quantization(cfg: Config) -> Quantization | None:
 def quantization_of(cfg: Config) -> dict[str, Any] | None:
     """The `quantization` dict of a config as plain data, as checkpoints hold it."""
     return cfg.quantization.to_dict() if 'quantization' in cfg else None
-
-
-def with_learned(optim_wrapper: Any, model: nn.Module) -> Any:
-    """An `optim_wrapper` config in which what quantizers learn has the learning rate and decay of its method."""
-    learned = learned_parameters(model)
-    if not (learned and isinstance(optim_wrapper, dict) and 'optimizer' in optim_wrapper):
-        return optim_wrapper
-    optim_wrapper = copy.deepcopy(optim_wrapper)
-    given = optim_wrapper.get('paramwise_cfg') or {}
-    keys = {n: dict(lr_mult=q.lr_mult, decay_mult=q.decay_mult) for n, q in learned.items()}
-    if optim_wrapper['optimizer'].get('weight_decay') is None:  # then mmengine refuses a multiple of it
-        keys = {n: dict(lr_mult=q.lr_mult) for n, q in learned.items()}
-    # ConfigDict stores copies: what its setdefault returns is not what it holds
-    optim_wrapper['paramwise_cfg'] = {**given, 'custom_keys': {**given.get('custom_keys', {}), **keys}}
-    return optim_wrapper
 
 
 def drop_pretrained(cfg: Any) -> None:

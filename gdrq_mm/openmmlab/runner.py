@@ -24,7 +24,8 @@ from .distributed import synchronized, wrapper_config
 from .hooks import CalibrationHook, hooks_of, with_whole_checkpoints
 from .loading import check_loader, checked_reading, loader_of, predict_sample
 from .mistakes import not_found
-from .models import bare_model, drop_pretrained, prepare_model, read_quantization, with_learned
+from .models import bare_model, drop_pretrained, prepare_model, read_quantization
+from .rates import set_rates
 from .seeding import SeedHook, seed_dataloader
 
 
@@ -92,12 +93,15 @@ class QuantRunner(CheckpointRunner):
         return super().build_train_loop(loop)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """The optimizer; what quantizers learn takes weight decay and learning rate as its method says."""
+        """The optimizer; what quantizers learn takes weight decay and learning rate of its layer as its method says."""
         optimizer = optim_wrapper.get('optimizer') if isinstance(optim_wrapper, dict) else None
         kind = optimizer.get('type') if isinstance(optimizer, dict) else None
         if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:  # mmengine calls the None
             raise UserError(f'optim_wrapper.optimizer: {not_found(kind, OPTIMIZERS)}')
-        return super().build_optim_wrapper(with_learned(optim_wrapper, bare_model(self.model)))
+        built = super().build_optim_wrapper(optim_wrapper)
+        if built is not optim_wrapper:  # mmengine asks again for one that is built already
+            set_rates(built, bare_model(self.model))
+        return built
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """The config's hooks, and those of ours that it does not set itself."""
@@ -116,6 +120,7 @@ class QuantRunner(CheckpointRunner):
         self._train_loop = self.build_train_loop(self._train_loop)
         self.needed_share = 1.0
         self.load_or_resume()
+        calibration.trains_next = False
         with data_only(self._unsafe):
             calibration.before_train(self)
 

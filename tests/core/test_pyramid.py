@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
@@ -103,6 +104,19 @@ def test_gradients_averages_and_checkpoints():
     assert activation_quantizers(model)[names[1]].name == 'head.cls_conv.1'
     (row,) = [line for line in layer_table(model, report).splitlines() if line.startswith('head.cls_conv ')]
     assert 'signed, 3 pyramid levels' in row
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_activation_checkpointing_is_refused(use_reentrant):
+    """A level that is computed again in the backward pass would take the quantizer of the last level."""
+    model, x, _ = model_of()
+    calibrate(model, [x])
+    layer = model.head.cls_conv
+    forward, compute_again = layer.forward, torch.utils.checkpoint.checkpoint
+    layer.forward = lambda x: compute_again(forward, x, use_reentrant=use_reentrant)
+    out = sum(a.sum() + b.sum() for a, b in model.train()(x.requires_grad_()))
+    with pytest.raises(UserError, match='per_level does not go with activation checkpointing'):
+        out.backward()
 
 
 def test_layers_that_are_called_once_are_left_alone():

@@ -184,6 +184,44 @@ def test_what_is_not_finite_in_one_process_stops_both(train_on_two, tmp_path, wh
         assert last.endswith(f'the last good checkpoint is {tmp_path}/spoilt/epoch_1.pth')
 
 
+FROZEN = {
+    # of mmpretrain's ResNets the CIFAR one cannot be frozen: its stem has another name
+    'model.backbone.type': 'ResNet',
+    'model.backbone.frozen_stages': 1,
+    'model.backbone.norm_eval': True,
+}
+
+
+@pytest.mark.parametrize(
+    ('method', 'schedule'),
+    [('lsq', {}), ('lsq', dict(reshape=0.4, freeze=0.8)), ('lsq_plus', {}), ('gdrq', {})],
+    ids=['lsq', 'lsq in all stages', 'lsq_plus', 'gdrq'],
+)
+def test_frozen_stages_train_on_two_processes(train_on_two, tmp_path, method, schedule):
+    """What frozen layers learn is not waited for, and what is not learned in a stage does not miss its gradient."""
+    settings = dict(method=method, calibration_batches=2, schedule=schedule)
+    finished(train_on_two('run', quantization=settings, **FROZEN))
+    first, *_, last = same_states(tmp_path / 'run')
+    frozen = [name for name in first if 'layer1' in name and name.endswith(('learned_step', '.weight'))]
+    assert frozen and all(torch.equal(first[name], last[name]) for name in frozen)
+    moving = [name for name in first if 'layer2' in name and name.endswith('own_input_quant.threshold')]
+    assert moving and all(not torch.equal(first[name], last[name]) for name in moving)
+
+
+@pytest.mark.parametrize('learning', [False, True])
+def test_accumulation_over_the_end_of_an_epoch_resumes_exactly_on_two_processes(train_on_two, tmp_path, learning):
+    """Each process gets its own gradients and sums back, which were not averaged yet."""
+    settings = dict(method='lsq', calibration_batches=2) if learning else W4A4
+    changes = {'optim_wrapper.accumulative_counts': 3, 'quantization': settings, **SYNC}
+    finished(train_on_two('whole', **changes))
+    kill = dict(type='tests.rank_hooks.Kill', at=6, number='SIGKILL')
+    train_on_two('killed', custom_hooks=[kill], **changes)
+    meta = torch.load(tmp_path / 'killed/epoch_1.pth', weights_only=False)['meta']
+    assert len(meta['accumulated']) == 2
+    finished(train_on_two('killed', '--resume', **changes))
+    assert same(end_of(tmp_path / 'whole'), end_of(tmp_path / 'killed'))
+
+
 def test_a_forked_process_ends_at_a_signal(make):
     """As the pools do that some metrics start: they end their workers by SIGTERM and wait for them without limit."""
     codes = []

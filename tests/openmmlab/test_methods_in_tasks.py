@@ -89,7 +89,8 @@ def test_the_optimizer_settings_of_a_config_are_kept(make):
     found = {name: groups[id(p)] for name, p in runner.model.named_parameters()}
     assert found['backbone.bn1.weight'] == (base.lr, 0) and found['backbone.conv1.weight'] == (base.lr, 5e-4)
     assert found['head.fc.weight'] == (3 * base.lr, base.weight_decay)
-    assert {found[name] for name in learned_parameters(runner.model)} == {(base.lr, 0)}
+    rates = {name: (3 if name.startswith('head.fc') else 1) * base.lr for name in learned_parameters(runner.model)}
+    assert {name: found[name] for name in rates} == {name: (rate, 0) for name, rate in rates.items()}
     assert runner.cfg.optim_wrapper.paramwise_cfg == given, 'the config is left as it was'
 
 

@@ -141,6 +141,11 @@ VARIANTS = {
         quantization=quantization(), custom_hooks=[dict(type='EMAHook', momentum=0.1, update_buffers=True)]
     ),
     'accumulation': {'quantization': quantization(), 'optim_wrapper.accumulative_counts': 2},
+    'accumulation over the end of an epoch': {'quantization': quantization(), 'optim_wrapper.accumulative_counts': 3},
+    'accumulation of what learns': {
+        'quantization': quantization(method='lsq'),
+        'optim_wrapper.accumulative_counts': 3,
+    },
     'bfloat16': {'quantization': quantization(), 'optim_wrapper.type': 'gdrq_mm.openmmlab.amp.CPUAmpOptimWrapper'},
     'float, random numbers in the main process': {
         'quantization': None,

@@ -5,7 +5,7 @@ import pkgutil
 
 from ..typed import Bounds
 from .activation import ActivationQuantizer, Statistics
-from .base import OF_BITS, Quantizer, Stage, learned_parameters
+from .base import OF_BITS, ModeOfModel, Quantizer, Stage, learned_parameters
 from .following import FollowingQuantizer
 from .registry import ACTIVATION_METHODS, METHODS, TITLES, WEIGHT_METHODS, register
 from .weight import WeightQuantizer
@@ -19,6 +19,7 @@ __all__ = [
     'Bounds',
     'FollowingQuantizer',
     'METHODS',
+    'ModeOfModel',
     'OF_BITS',
     'Quantizer',
     'Stage',

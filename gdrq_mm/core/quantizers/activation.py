@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..errors import UserError
-from .base import Quantizer, Stage, uncalibrated
+from .base import Quantizer, Stage, layer_called, uncalibrated
 
 SAMPLES = 1 << 13
 """Values that a method which looks at more than mean and extremes keeps of each calibration batch (ours)."""
@@ -56,12 +56,20 @@ class ActivationQuantizer(Quantizer):
     def observe(self, x: Tensor) -> None:
         """Collect statistics of a calibration batch: sum|x|, count, count of non-zeros, -min, max."""
         x = x.detach().float()
+        total = x.abs().sum()
+        if not bool(torch.isfinite(total)):  # beyond float32, if the values are finite
+            total = x.abs().sum(dtype=torch.float64)
         low, high = torch.aminmax(x)
         count = torch.tensor(float(x.numel()), device=x.device)
-        self._observed.append(torch.stack([x.abs().sum(), count, torch.count_nonzero(x).float(), -low, high]).double())
+        counts = count, torch.count_nonzero(x).float()
+        self._observed.append(torch.stack([v.double() for v in (total, *counts, -low, high)]))
         if self.keeps_samples:
             few = x.flatten()[:: math.ceil(x.numel() / SAMPLES)].clone()  # the model may go on in place
             self.samples = few if self.samples is None else torch.cat([self.samples, few])
+
+    def forget(self) -> None:
+        """Start the calibration anew."""
+        self._observed, self.samples = [], None
 
     def observed(self) -> Tensor:
         """(5,) float64 summary of the calibration so far; count 0 if nothing came through."""
@@ -76,6 +84,8 @@ class ActivationQuantizer(Quantizer):
         total, count, nonzero, negative, high = observed.tolist()
         if count == 0:
             return
+        if not math.isfinite(total):
+            raise UserError(f'{layer_called(self.name)} has inputs in calibration that are not finite')
         means, low = (total / count, total / max(nonzero, 1)), min(-negative, 0.0)
         seen = Statistics(*(self.threshold.new_tensor(v) for v in (*means, low, max(high, 0.0))))
         self.set_range(F.decide_range(-negative, high) if self.range == 'auto' else self.range)
@@ -87,7 +97,7 @@ class ActivationQuantizer(Quantizer):
                 start = self.start_threshold(seen)
         if not self.follows and not start > 0:  # zeros only, such as a residual branch at first: 0 would stay for good
             start = torch.ones_like(start)
-        self.threshold.copy_(start)
+        self.threshold.copy_(start.clamp(max=F.LARGEST))
         self.set_state(calibrated=True)
         self.samples = None
 
@@ -134,20 +144,20 @@ class ActivationQuantizer(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same shape; an empty tensor passes."""
         if x.numel() == 0 or self.stage == Stage.FLOAT:
-            return x
+            return self.unused(x)
         if self.stage == Stage.OBSERVE:
             self.observe(x)
             return x
         if not self.calibrated:
-            if not self.training:
+            if not self.trains:
                 raise UserError(uncalibrated(self.name))
             self.observe(x)
             self.start(self.observed())
-        if self.training and self.stage != Stage.FREEZE and torch._C._current_graph_task_id() == -1:
+        if self.trains and self.stage != Stage.FREEZE and torch._C._current_graph_task_id() == -1:
             self.track(x.detach())  # a graph task is a backward pass, where a checkpointed segment runs a second time
         with torch.autocast(x.device.type, enabled=False):
             if self.stage == Stage.RESHAPE:
-                return self.reshape(x, self.threshold)
+                return self.unused(self.reshape(x, self.threshold))
             return self.quantize(x, self.step())
 
     def extra_repr(self) -> str:

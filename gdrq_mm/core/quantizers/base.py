@@ -14,6 +14,7 @@ and where it needs them `round` (codes of weights), `reshape` and `after_step`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -45,7 +46,36 @@ OF_BITS = dict(of_bits=True)
 """Metadata of an option whose value suits the bits beside it only: a layer with other bits takes its default."""
 
 
-class Quantizer(nn.Module):
+class ModeOfModel:
+    """What goes by whether the model is in training, not by the mode of a module around it.
+
+    Some models set parts of themselves to evaluation mode while they train: `norm_eval` the BN, `frozen_stages` whole
+    stages. What quantizers below them do depends on the stage of training alone.
+    """
+
+    root: tuple[nn.Module, ...] = ()
+    """The model, set by convert.py; in a tuple, else torch would register it as a child. A layer that a hand-written
+    model has built itself has none, and goes by its own mode."""
+
+    training: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is in training."""
+        return self.root[0].training if self.root else self.training
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy belongs to the copy of the model; if the model is not copied as a whole, it has no model."""
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
+        root = self.__dict__.get('root', ())
+        state = {name: value for name, value in self.__dict__.items() if name != 'root'}
+        new.__dict__.update(copy.deepcopy(state, memo))
+        if root and id(root[0]) in memo:
+            new.root = (memo[id(root[0])],)
+        return new
+
+
+class Quantizer(ModeOfModel, nn.Module):
     """A quantizer with stage, calibration flag and code range, all saved in the checkpoint.
 
     A method that learns registers its Parameters in `__init__`; they are in the optimizer.
@@ -120,6 +150,14 @@ class Quantizer(nn.Module):
         self.settle(*weight)
         self.set_state(stage=Stage.FREEZE)
 
+    def unused(self, x: Tensor) -> Tensor:
+        """x itself, where a stage does not use what this quantizer learns: with a gradient of 0 for that.
+
+        A gradient must not be missing: DistributedDataParallel waits for all of them.
+        """
+        learned = [p.sum() for p in self.parameters() if p.requires_grad] if self.trains else []
+        return x + (0 * sum(learned)).to(x.dtype) if learned else x  # type: ignore[union-attr]
+
     def learn(self, x: Tensor, step: Tensor, scale: Tensor | float, inside: bool = True) -> Tensor:
         """Fake quantization whose step learns, see functional.learned_step_quantize.
 
@@ -151,10 +189,14 @@ def learned_parameters(model: nn.Module) -> dict[str, Quantizer]:
     }
 
 
+def layer_called(name: str) -> str:
+    """A layer in a message."""
+    return 'a layer' if name == '?' else f'layer {name}'  # one that a hand-written model has built itself
+
+
 def uncalibrated(name: str) -> str:
     """The message of a quantizer that is used before it has a threshold."""
-    layer = 'a layer' if name == '?' else f'layer {name}'  # one that a hand-written model has built itself
     return (
-        f'{layer} has no threshold yet: train it first, or load a checkpoint of the quantized model '
+        f'{layer_called(name)} has no threshold yet: train it first, or load a checkpoint of the quantized model '
         '(a float checkpoint holds no thresholds)'
     )

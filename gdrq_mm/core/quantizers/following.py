@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from .. import functional as F
 from ..typed import Bounds
 from .activation import ActivationQuantizer
 
@@ -49,27 +50,31 @@ class FollowingQuantizer(ActivationQuantizer):
 
 
 def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
-    """s and n of each quantizer since the last move, (N, 2) float32; may be summed over ranks."""
+    """s and n of each quantizer since the last move, (N, 2) float64; may be summed over ranks."""
     device = next(iter(quantizers)).threshold.device
-    return torch.stack(
-        [_vector([q.sum for q in quantizers], device), _vector([q.count for q in quantizers], device)], 1
-    )
+    sums, counts = _vector([q.sum for q in quantizers], device), _vector([q.count for q in quantizers], device)
+    return torch.stack([sums.double(), counts.double()], 1)
 
 
 def move_thresholds(quantizers: Collection[FollowingQuantizer], statistics: Tensor) -> None:
     """Move T by (N, 2) statistics, and start them anew; a T whose n is 0 stays."""
-    total, count = statistics.unbind(1)
+    exact, total, count = statistics[:, 0] / statistics[:, 1].clamp(min=1), *statistics.float().unbind(1)
     thresholds = [q.threshold for q in quantizers]
     before, k = torch.stack(thresholds), torch.stack([q.k for q in quantizers])
     momentum = _vector([q.options.momentum for q in quantizers], before.device)
-    moved = before + momentum * (k * total / count.clamp(min=1) - before)
+    target = k * total / count.clamp(min=1)
+    overflow = torch.isfinite(exact) & ~torch.isfinite(target)  # what is not finite itself stays so, and is reported
+    target = torch.where(overflow, (k * exact).clamp(max=F.LARGEST).float(), target)
+    moved = before + momentum * (target - before)
     torch._foreach_copy_(thresholds, list(torch.where(count > 0, moved, before).unbind()))
     for quantizer in quantizers:
         quantizer.sum, quantizer.count = 0.0, 0
 
 
 def _vector(values: list[Any], device: torch.device) -> Tensor:
-    """Numbers and scalar tensors as one float32 vector."""
-    if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float32, device=device)
-    return torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+    """Numbers and scalar tensors as one float32 vector; a float64 one if a number is too large for float32."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    if not tensors:
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in values])

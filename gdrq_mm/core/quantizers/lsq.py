@@ -58,7 +58,7 @@ class LSQWeight(WeightQuantizer):
     def start_threshold(self, weight: Tensor) -> Tensor:
         if self.options.start == 'scale_clip':
             return F.scale_clip_threshold(weight, default_weight_k(self.bits, self.lo, self.hi), self.sizes)
-        return 2 * F.mean_abs(weight, self.sizes) / self.hi**0.5 * max(-self.lo, self.hi)
+        return (2 * F.mean_abs(weight, self.sizes) / self.hi**0.5 * max(-self.lo, self.hi)).clamp(max=F.LARGEST)
 
     def current_threshold(self, weight: Tensor) -> Tensor:
         return self.learned_step.abs() * max(-self.lo, self.hi)  # abs: a step that crosses 0 goes on learning

@@ -32,11 +32,13 @@ class LSQPlusWeight(LSQWeight):
     def start_threshold(self, weight: Tensor) -> Tensor:
         flat = weight.detach().float().flatten(1)
         count = self.sizes * flat.shape[1]
+        if bool(flat.abs().amax() > 1e15):  # its square sums up to more than float32 holds
+            flat = flat.double()
         mean = F.per_group(flat.sum(1), self.sizes) / count
         square = F.per_group(flat.square().sum(1), self.sizes) / count
         sigma = (square - mean.square()).clamp(min=0).sqrt()
         step = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / 2 ** (self.bits - 1)
-        return step * max(-self.lo, self.hi)
+        return (step * max(-self.lo, self.hi)).clamp(max=F.LARGEST).float()
 
 
 @register('lsq_plus')
@@ -60,7 +62,8 @@ class LSQPlusActivation(LSQActivation):
 
     def zero_point(self) -> Tensor:
         """The code that the offset stands for now, a scalar; `lo` is the number that `settle` last read from it."""
-        return (-self.beta / self.learned_step.abs()).detach().round().clamp(1, (2**self.bits - 1) // 2)
+        step = self.learned_step.detach().abs()
+        return (-self.beta / torch.where(step > 0, step, 1)).detach().round().clamp(1, (2**self.bits - 1) // 2)
 
     def learns_offset(self) -> bool:
         """Whether beta is in use and not frozen."""
@@ -91,6 +94,6 @@ class LSQPlusActivation(LSQActivation):
         low = F.straight_through(beta * scale, -zero_point * learned)
         high = F.straight_through(low + levels * step, (levels - zero_point) * learned)
         wide = x.float()
-        inside = step * F.round_ste(wide / step)
+        inside = step * F.round_ste(wide / torch.where(step > 0, step, 1))
         clipped = torch.where(wide <= low, low, torch.where(wide >= high, high, inside))
         return clipped.to(x.dtype)

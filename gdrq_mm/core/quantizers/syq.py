@@ -47,7 +47,10 @@ class SYQWeight(WeightQuantizer):
         self.register_buffer('threshold', torch.zeros(places))
 
     def start(self, weight: Tensor) -> None:
-        mean = weight.float().abs().flatten(2).mean((0, 1)) if len(self.shape) > 2 else weight.abs().mean()
+        values = weight.abs().float().flatten(2) if len(self.shape) > 2 else weight.abs()
+        mean = values.mean((0, 1))
+        if not bool(torch.isfinite(mean).all()):  # the sum is beyond float32
+            mean = values.double().mean((0, 1)).float()
         # a sign has no zero: with one bit a place of zeros keeps the scale 0
         self.alpha.data.copy_(mean if self.bits == 1 else F.nonzero_start(mean, weight))
         super().start(weight)

@@ -52,9 +52,7 @@ class TTQWeight(WeightQuantizer):
     def start(self, weight: Tensor) -> None:
         code = self.round(weight, weight)
         for sign, scale in ((1, self.positive), (-1, self.negative)):
-            chosen = (code == sign).float()
-            total = F.per_group((weight.abs() * chosen).flatten(1).sum(1), self.sizes)
-            mean = total / F.per_group(chosen.flatten(1).sum(1), self.sizes).clamp(min=1)
+            mean = F.mean_of_chosen(weight, code == sign, self.sizes)
             scale.data.copy_(F.nonzero_start(mean, weight))
         super().start(weight)
 
@@ -80,7 +78,8 @@ class TTQWeight(WeightQuantizer):
         if self.stage == Stage.FREEZE:
             learned = F.straight_through(0 * learned, self.frozen)
         up, down = (self.spread(values) for values in learned)
-        scaled = torch.where(code > 0, up, down).detach() / self.spread(F.max_abs(weight, self.sizes))
+        top = self.spread(F.max_abs(weight, self.sizes))
+        scaled = torch.where(code > 0, up, down).detach() / torch.where(top > 0, top, 1)
         surrogate = weight * torch.where(code == 0, 1, scaled)
         value = torch.where(code > 0, up, torch.where(code < 0, -down, 0))
         return value + F.straight_through(surrogate, torch.zeros_like(surrogate))

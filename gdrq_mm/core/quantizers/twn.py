@@ -28,9 +28,7 @@ class TWNWeight(WeightQuantizer):
 
     def current_threshold(self, weight: Tensor) -> Tensor:
         weight = weight.detach().float()
-        large = (weight.abs() > self._delta(weight)).float()
-        total = F.per_group((weight.abs() * large).flatten(1).sum(1), self.sizes)
-        return total / F.per_group(large.flatten(1).sum(1), self.sizes).clamp(min=1)
+        return F.mean_of_chosen(weight, weight.abs() > self._delta(weight), self.sizes)
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         return torch.sign(weight) * (weight.abs() > self._delta(weight))

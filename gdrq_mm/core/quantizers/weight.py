@@ -90,14 +90,14 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Filters (C, ...) to filters of the same shape."""
         if self.stage in (Stage.OBSERVE, Stage.FLOAT):
-            return weight
+            return weight if self.stage == Stage.OBSERVE else self.unused(weight)
         if not self.calibrated:
-            if not self.training:
+            if not self.trains:
                 raise UserError(uncalibrated(self.name))
             self.start(weight.detach())
         with torch.autocast(weight.device.type, enabled=False):
             if self.stage == Stage.RESHAPE:
-                return self.reshape(weight, self.spread(self.current_threshold(weight)))
+                return self.unused(self.reshape(weight, self.spread(self.current_threshold(weight))))
             return self.quantize(weight, self.step(weight))
 
     def extra_repr(self) -> str:

@@ -15,9 +15,12 @@ from .stages import StageHook
 from .statistics import StatisticsHook
 from .stop import StopHook
 from .thresholds import ThresholdHook
+from .validation import DueValidationHook
+from .work_dir import WorkDirHook
 
 __all__ = [
     'CalibrationHook',
+    'DueValidationHook',
     'FiniteLossHook',
     'NormHook',
     'StageHook',
@@ -25,6 +28,7 @@ __all__ = [
     'StopHook',
     'ThresholdHook',
     'WholeCheckpointHook',
+    'WorkDirHook',
     'hooks_of',
     'with_whole_checkpoints',
 ]
@@ -32,7 +36,7 @@ __all__ = [
 
 def hooks_of(quantization: Quantization | None) -> list[Hook]:
     """The hooks of a run, for a float model (None) or a quantized one."""
-    hooks: list[Hook] = [FiniteLossHook(), NormHook(), StopHook()]
+    hooks: list[Hook] = [WorkDirHook(), FiniteLossHook(), NormHook(), StopHook(), DueValidationHook()]
     if quantization is not None:
         schedule = quantization.schedule
         hooks += [CalibrationHook(quantization.calibration_batches), StageHook(schedule.reshape, schedule.freeze)]

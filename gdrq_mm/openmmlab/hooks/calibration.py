@@ -5,16 +5,19 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from mmengine.dataset import DefaultSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import DATA_SAMPLERS, HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ...core.calibrate import calibrate
+from ...core.calibrate import calibrate, wrong_statistics
 from ...core.quantizers import Quantizer
 from ..models import bare_model
 from ..seeding import kept_random_state
+
+EVERY_SAMPLE = ('DefaultSampler', 'InfiniteSampler', DefaultSampler, InfiniteSampler)
+"""Samplers that give every sample as often as any other: calibration draws as the first one does, shuffled."""
 
 
 @HOOKS.register_module()
@@ -32,6 +35,8 @@ class CalibrationHook(Hook):
 
     def __init__(self, batches: int = 8) -> None:
         self.batches = batches
+        self.trains_next = True
+        """Whether the model is trained with these thresholds."""
 
     def before_train(self, runner: Runner) -> None:
         model = bare_model(runner.model)
@@ -45,12 +50,24 @@ class CalibrationHook(Hook):
             model(**model.data_preprocessor(batch, training=True), mode='loss')
 
         with kept_random_state():
-            calibrate(model, islice(_own_loader(runner), self.batches), predict, training=True)
+            batches = islice(_own_loader(runner), self.batches)
+            wrong = calibrate(model, batches, predict, training=True, trains_next=self.trains_next)
+        if wrong:
+            runner.logger.warning(wrong_statistics(wrong, self.trains_next))
 
 
 def _own_loader(runner: Runner) -> DataLoader:
     """The training data once more, so that the sampler of the run is not moved by calibration."""
-    loader = runner.train_dataloader
-    batch_size = loader.batch_size or loader.batch_sampler.batch_size
-    sampler = DefaultSampler(loader.dataset, shuffle=True, seed=runner.seed)
-    return DataLoader(loader.dataset, batch_size, sampler=sampler, collate_fn=loader.collate_fn)
+    loader, cfg = runner.train_dataloader, runner.cfg.get('train_dataloader')
+    dataset, collate = loader.dataset, loader.collate_fn
+    cfg = cfg if isinstance(cfg, dict) else {}
+    sampler_cfg, batch_cfg = cfg.get('sampler') or {}, cfg.get('batch_sampler')
+    size = loader.batch_size or loader.batch_sampler.batch_size
+    if not isinstance(sampler_cfg, dict) or sampler_cfg.get('type', DefaultSampler) in EVERY_SAMPLE:
+        sampler: Any = DefaultSampler(dataset, shuffle=True, seed=runner.seed)
+    else:
+        sampler = DATA_SAMPLERS.build(sampler_cfg, default_args=dict(dataset=dataset, seed=runner.seed))
+    if isinstance(batch_cfg, dict):
+        batches = DATA_SAMPLERS.build(batch_cfg, default_args=dict(sampler=sampler, batch_size=size))
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+    return DataLoader(dataset, size, sampler=sampler, drop_last=bool(cfg.get('drop_last')), collate_fn=collate)

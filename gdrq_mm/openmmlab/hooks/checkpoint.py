@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 
 from ...core.files import write_whole
 from ..checkpoints import POINTER
+from .work_dir import only_user
 
 
 class _RemovesLater:
@@ -43,6 +44,12 @@ class WholeCheckpointHook(CheckpointHook):
     """
 
     file_backend: Any
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        if self.out_dir != runner.work_dir and '://' not in self.out_dir:
+            Path(self.out_dir).mkdir(parents=True, exist_ok=True)
+            self.lock = only_user(Path(self.out_dir))  # two work directories of one name share it
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         with self._old_ones_last():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch.nn as nn
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, EMAHook, Hook
+from mmengine.optim import ReduceOnPlateauParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +24,8 @@ class StageHook(Hook):
         reshape: fraction of the training length until which nothing is rounded; 0 leaves the stage out.
         freeze: fraction from which thresholds and BN statistics stand still; 1 leaves the stage out.
 
-    When rounding begins, the best score so far is forgotten: it belongs to a model that was not quantized.
+    When rounding begins, the scores so far are forgotten: they belong to a model that was not quantized. So the best
+    checkpoint, early stopping and schedules that wait for a plateau start anew; and no score ends training before.
 
     Example:
         custom_hooks = [dict(type='StageHook', reshape=0.3, freeze=0.9)]   # QuantRunner adds it by itself
@@ -32,6 +36,7 @@ class StageHook(Hook):
     def __init__(self, reshape: float = 0.0, freeze: float = 1.0) -> None:
         self.reshape, self.freeze = reshape, freeze
         self.stage: Stage | None = None
+        self.stopped_before = False
 
     def stage_at(self, progress: float) -> Stage:
         """Stage at a fraction of the training length."""
@@ -49,12 +54,22 @@ class StageHook(Hook):
                     _copy_state(model, hook.ema_model.module)
                     set_stage(hook.ema_model.module, stage)
             if set_stage(model, stage) == Stage.RESHAPE:
-                _forget_best(runner)
+                _forget_scores(runner)
             self.stage = stage
         if stage == Stage.FREEZE:
             for module in model.modules():  # model.train() of the next epoch would start the statistics again
                 if isinstance(module, _BatchNorm) and module.training:
                     module.eval()
+
+    def before_val(self, runner: Runner) -> None:
+        self.stopped_before = getattr(runner.train_loop, 'stop_training', False) if self.stage is not None else False
+
+    def after_val(self, runner: Runner) -> None:
+        # Other hooks have seen the scores; this point is behind all of theirs
+        if self.stage == Stage.RESHAPE and runner.train_loop.stop_training and not self.stopped_before:
+            runner.logger.info('Training goes on: that score is not one of the quantized model.')
+            runner.train_loop.stop_training = False
+            _forget_early_stopping(runner)
 
 
 def _copy_state(model: nn.Module, average: nn.Module) -> None:
@@ -64,7 +79,7 @@ def _copy_state(model: nn.Module, average: nn.Module) -> None:
             theirs.set_state(stage=ours.stage, calibrated=ours.calibrated, lo=ours.lo, hi=ours.hi)
 
 
-def _forget_best(runner: Runner) -> None:
+def _forget_scores(runner: Runner) -> None:
     for key in list(runner.message_hub.runtime_info):
         if key.startswith(('best_score', 'best_ckpt')):
             runner.message_hub.pop_info(key)
@@ -73,3 +88,16 @@ def _forget_best(runner: Runner) -> None:
             hook.best_ckpt_path = None
             paths = getattr(hook, 'best_ckpt_path_dict', {})  # there with several indicators
             paths.update(dict.fromkeys(paths))
+    _forget_early_stopping(runner)
+    schedulers = runner.param_schedulers or []
+    for each in schedulers.values() if isinstance(schedulers, dict) else [schedulers]:
+        for scheduler in each:
+            if isinstance(scheduler, ReduceOnPlateauParamScheduler):
+                scheduler._reset()
+
+
+def _forget_early_stopping(runner: Runner) -> None:
+    for hook in runner.hooks:
+        if isinstance(hook, EarlyStoppingHook):
+            hook.wait_count = 0
+            hook.best_score = -inf if hook.rule == 'greater' else inf

@@ -25,8 +25,9 @@ class StopHook(Hook):
     """On SIGUSR1 or SIGTERM save a checkpoint after the current iteration and end with errors.Stopped.
 
     A signal to one process stops all of them after the same iteration: each asks the others after every optimizer step.
-    Between two steps of gradient accumulation nothing is saved, as the gradients so far would be lost. A signal during
-    validation counts after the next step; one before training starts ends the process, as it does without this hook.
+    Between two steps of gradient accumulation nothing is saved: that checkpoint would hold the gradients too. A signal
+    during validation counts after the next step; one before training starts ends the process, as it does without this
+    hook.
 
     Example:
         custom_hooks = [dict(type='StopHook')]   # QuantRunner adds it by itself

@@ -1,0 +1,50 @@
+"""What a checkpoint between two optimizer steps holds of gradient accumulation, so that a resumed run goes on exactly.
+
+Gradients are not yet averaged over processes then, nor are the sums that move thresholds. So those of each process are
+saved, in the order of their ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn as nn
+from mmengine.dist import all_gather_object, get_rank, get_world_size
+
+from ..core.errors import UserError
+from ..core.modules import moving_quantizers
+
+Accumulated = list[dict[str, Any]]
+
+
+def is_between_steps(optim_wrapper: Any) -> bool:
+    """Whether gradients wait for the next optimizer step."""
+    count = getattr(optim_wrapper, '_inner_count', 0)
+    return count > 0 and not optim_wrapper.should_update()
+
+
+def accumulated(model: nn.Module) -> Accumulated:
+    """Gradients and sums of a bare model, for each process. All processes call it."""
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    sums = {name: (float(q.sum), float(q.count)) for name, q in moving_quantizers(model).items()}
+    return all_gather_object(dict(gradients=gradients, sums=sums))
+
+
+def restore(model: nn.Module, saved: Accumulated) -> None:
+    """Give a bare model back what was accumulated in this process.
+
+    Raises:
+        UserError: another number of processes goes on.
+    """
+    if len(saved) != get_world_size():
+        raise UserError(
+            f'the checkpoint was saved between two optimizer steps of {len(saved)} processes and cannot be resumed '
+            f'with {get_world_size()}'
+        )
+    ours = saved[get_rank()]
+    parameters, moving = dict(model.named_parameters()), moving_quantizers(model)
+    for name, gradient in ours['gradients'].items():
+        parameter = parameters[name]
+        parameter.grad = gradient.to(parameter)
+    for name, (total, count) in ours['sums'].items():
+        moving[name].sum, moving[name].count = total, count
