@@ -37,6 +37,30 @@ def dataset_of(loader: Mapping[str, Any]) -> Any:
     return dataset
 
 
+def pipeline_of(cfg: Config) -> list[Any]:
+    """The transforms of the test data, or where there are none of the validation data; those of a wrapper come last.
+
+    Of several data sets it is the pipeline of the first one.
+    """
+    for name in ('test_dataloader', 'val_dataloader'):
+        if cfg.get(name):
+            return _transforms(cfg[name].get('dataset'))
+    return []
+
+
+def _transforms(dataset: Any) -> list[Any]:
+    if not isinstance(dataset, Mapping):
+        return []
+    inner = dataset.get('dataset') or next(iter(dataset.get('datasets') or ()), None)
+    return [*_transforms(inner), *(dataset.get('pipeline') or ())]
+
+
+def type_name(part: Any) -> str:
+    """The name of what a part of a config is, without its scope or module; a pure Python config has the class."""
+    kind = part.get('type', '') if isinstance(part, Mapping) else type(part)
+    return (kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))).split('.')[-1]
+
+
 def use_tta(cfg: Config) -> None:
     """Test-time augmentation: with the config's `tta_model` and `tta_pipeline`, else by a flip, as OpenMMLab does.
 
