@@ -21,6 +21,7 @@ from ..core.errors import UserError
 from ..core.quantizers import learned_parameters
 from ..core.topology import Plan, record
 from .heads import TRAINING_ONLY, last_layers
+from .tasks import type_name
 
 
 def bare_model(model: nn.Module) -> Any:
@@ -163,7 +164,7 @@ def drop_pretrained(cfg: Any) -> None:
         if isinstance(cfg.get('pretrained'), str):
             cfg['pretrained'] = None
         init = cfg.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        if isinstance(init, dict) and type_name(init) in ('Pretrained', 'PretrainedInit'):
             cfg['init_cfg'] = None
         for value in cfg.values():
             drop_pretrained(value)

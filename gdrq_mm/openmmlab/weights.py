@@ -86,7 +86,9 @@ def load_weights(
     Raises:
         UserError: the checkpoint is of another model, of another quantization, or has values that are not finite.
     """
-    check_fits(model, checkpoint, filename, share)
+    # A library may convert an old checkpoint or another size of picture while it loads: what arrives is checked.
+    arriving = {**checkpoint, 'state_dict': converted(model, state_of(checkpoint))}
+    check_fits(model, arriving, filename, share)
     if use == 'resume':
         check_resumable(checkpoint, filename)
     mismatch = other_quantization(model, checkpoint, quantization, resume=use == 'resume')
@@ -95,6 +97,29 @@ def load_weights(
     load_state_dict(model, state_of(without_quantizers(checkpoint) if mismatch else checkpoint), strict)
     check_finite(model, filename)
     return mismatch
+
+
+def converted(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state dict arrives at the parameters and buffers of a model; nothing is loaded.
+
+    mmdet renames layers of old FCOS heads while it loads, mmpretrain resizes position embeddings, for example.
+    """
+    arriving: dict[str, Any] = OrderedDict()
+
+    def note(module: nn.Module, given: dict[str, Any], prefix: str, *others: Any) -> None:
+        for hook in module._load_state_dict_pre_hooks.values():
+            hook(given, prefix, *others)
+        for name in (*module._parameters, *module._buffers):
+            if prefix + name in given:
+                arriving[prefix + name] = given[prefix + name]
+
+    original = nn.Module._load_from_state_dict
+    nn.Module._load_from_state_dict = note  # type: ignore[method-assign, assignment]  # what all overrides end with
+    try:
+        load_state_dict(model, renamed(state, []))
+    finally:
+        nn.Module._load_from_state_dict = original  # type: ignore[method-assign]
+    return arriving
 
 
 def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], filename: str, share: float) -> None:

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn as nn
-from mmengine.config import utils
+from mmengine.config import Config, utils
 from mmengine.dist import init_dist
 from mmengine.hooks import CheckpointHook
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import ALLOWED
-from gdrq_mm.openmmlab.compat import PRIVATE, TOLD_BY, weights_only
+from gdrq_mm.openmmlab.compat import PRIVATE, TOLD_BY, mend_bases, weights_only
 from tests.helpers import ENV, ROOT
 from tests.tools import Payload
 
@@ -74,6 +74,20 @@ def test_mend_bases_is_needed(tmp_path, scope, message):
     done = base_of(scope, tmp_path)
     assert done.returncode != 0 and message in done.stderr
     assert utils.MODULE2PACKAGE.get('mmdet') == 'mmdet'
+
+
+def test_the_scope_of_a_base_is_a_package_with_registries(tmp_path):
+    """Ours has none: what its configs build is looked for in their default_scope."""
+    bases = {
+        'ours': 'gdrq_mm::_base_/default_runtime_cls.py',
+        'theirs': 'mmpretrain::_base_/models/resnet18.py',
+    }
+    (tmp_path / 'leaf.py').write_text(f'_base_ = {list(bases.values())}\nhooks = {{{{_base_.default_hooks}}}}')
+    mend_bases()
+    mend_bases()
+    cfg = Config.fromfile(tmp_path / 'leaf.py')
+    assert cfg.model['_scope_'] == 'mmpretrain'
+    assert '_scope_' not in cfg.visualizer and not cfg.hooks.get('_scope_')
 
 
 @without_gpu
