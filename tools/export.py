@@ -13,9 +13,9 @@ from rich.table import Table
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.deploy.export import ExportedPart, ExportReport, properties
-from gdrq_mm.deploy.merge import merge_model
+from gdrq_mm.deploy.merge import IntegerLayer, merge_model
 from gdrq_mm.deploy.packed import is_packed, write_packed
-from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends
+from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends, products
 from gdrq_mm.deploy.verify import compare, first_difference
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import export_graphs, write_bundle
@@ -70,12 +70,18 @@ def show(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> None:
 
 def show_part(part: ExportedPart) -> None:
     """How many codes each runtime makes otherwise than the trained model, and how far the furthest value is off."""
-    rows = []
+    codes, outputs = [], []
     for pieces in zip(*part.pieces.values(), strict=True):
         off = [f'{p.differing}' + (f', {p.wrong} wrong' if p.wrong else '') for p in pieces]
-        rows.append((pieces[0].name, pieces[0].values, *off, f'{max(p.largest for p in pieces):.4f}'))
+        furthest = f'{max(p.largest for p in pieces):.4f}'
+        if pieces[0].step:
+            codes.append((pieces[0].name, pieces[0].values, *off, furthest))
+        else:
+            outputs.append((pieces[0].name, pieces[0].values, furthest))
     columns = ['quantizer', 'codes', *part.pieces, 'furthest']
-    show(f'\n{part.name}: codes that differ from the trained model', columns, rows)
+    show(f'\n{part.name}: codes that differ from the trained model', columns, codes)
+    title = f'{part.name}: outputs; through the whole graph, a tie that was rounded otherwise may grow'
+    show(title, ['output', 'values', 'largest relative difference'], outputs)
     report = ExportReport([part])
     for backend, differing in report.differing.items():
         ties = 'by the rounding of ties and of biases'
@@ -108,6 +114,15 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str)
         if name not in installed:
             CONSOLE.print(f"{name} is not installed and was not compared: uv pip install 'gdrq-mm[deploy]'")
     write_bundle(out, model, checkpoint, report)
+    if report.unread:
+        CONSOLE.print(f'Not exported, as nothing reads what they make: {", ".join(report.unread)}', soft_wrap=True)
+    narrow = [layer for layer in merged.modules() if isinstance(layer, IntegerLayer) and layer.weight_bits < 4]
+    if narrow:
+        CONSOLE.print(
+            f'{len(narrow)} layers have weights of less than 4 bits, which take 4 in ONNX; --format packed takes as '
+            'many as they have',
+            soft_wrap=True,
+        )
     for part in report.parts:
         path = out / f'{part.name}.onnx'
         text = f'{path}: {path.stat().st_size / 1e6:.2f} MB, for inputs of {sizes_of(part.graph)}'
@@ -118,6 +133,8 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str)
         if one.float_layers:
             others = ', '.join(one.float_layers)
             text += f', the others in float, most of them because their output is not quantized: {others}'
+        if products(part.graph):
+            text += f'; {len(products(part.graph))} products of two activations, as in attention, are in float'
         CONSOLE.print(text, soft_wrap=True)
 
 

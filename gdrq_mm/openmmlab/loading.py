@@ -53,7 +53,7 @@ def loader_of(runner: Any, name: str) -> DataLoader:
 def trials_of(runner: Any, model: nn.Module) -> list[Callable[[], None]]:
     """What may tell the plan of a model: a prediction on the first sample to validate or test, then a training loss."""
     names = [n for n in ('_val_dataloader', '_test_dataloader') if getattr(runner, n, None) is not None]
-    trials = [partial(_predict_sample, runner, model, name) for name in names[:1]]
+    trials: list[Callable[[], None]] = [partial(_predict_sample, runner, model, name) for name in names[:1]]
     if getattr(runner, '_train_dataloader', None) is not None:
         trials.append(partial(_lose_sample, runner, model))
     return trials

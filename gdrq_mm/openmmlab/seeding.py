@@ -6,7 +6,6 @@ main process by (seed, rank, iteration). So neither the number of workers nor an
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,7 +85,6 @@ class _SeededSampler:
             yield _seeded_index(index, (self.seed, get_rank(), getattr(self.sampler, 'epoch', 0), position))
 
 
-@functools.cache
 def _seeded_class(cls: type) -> type:
     """A subclass of a data set's class that seeds before it loads a sample; spawned workers make it anew."""
 
@@ -96,7 +94,7 @@ def _seeded_class(cls: type) -> type:
         return cls.__getitem__(self, int(index))  # type: ignore[attr-defined, index]
 
     def reduce(self: Any, protocol: Any) -> Any:
-        function, args, *state = cls.__reduce_ex__(self, protocol)
+        function, args, *state = cls.__reduce_ex__(self, protocol)  # type: ignore[call-arg, str-unpack]
         function, *args = (cls if part is seeded else part for part in (function, *args))
         return _seeded_copy, (function, *args), *state
 
