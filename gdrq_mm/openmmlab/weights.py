@@ -86,9 +86,7 @@ def load_weights(
     Raises:
         UserError: the checkpoint is of another model, of another quantization, or has values that are not finite.
     """
-    # A library may convert an old checkpoint or another size of picture while it loads: what arrives is checked.
-    arriving = {**checkpoint, 'state_dict': converted(model, state_of(checkpoint))}
-    check_fits(model, arriving, filename, share)
+    check_fits(model, checkpoint, filename, share)
     if use == 'resume':
         check_resumable(checkpoint, filename)
     mismatch = other_quantization(model, checkpoint, quantization, resume=use == 'resume')
@@ -113,10 +111,13 @@ def converted(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
             if prefix + name in given:
                 arriving[prefix + name] = given[prefix + name]
 
+    tensors = renamed(state, [])
+    for name in [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        del tensors[name]
     original = nn.Module._load_from_state_dict
     nn.Module._load_from_state_dict = note  # type: ignore[method-assign, assignment]  # what all overrides end with
     try:
-        load_state_dict(model, renamed(state, []))
+        load_state_dict(model, tensors)
     finally:
         nn.Module._load_from_state_dict = original  # type: ignore[method-assign]
     return arriving
@@ -125,12 +126,13 @@ def converted(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], filename: str, share: float) -> None:
     """Raise UserError if less than `share` of the model's parameters are in the checkpoint, with their shape.
 
-    Parameters of quantizers do not count: a float checkpoint has none.
+    Parameters of quantizers do not count: a float checkpoint has none. What counts is the state dict as the libraries
+    convert it while they load.
     """
-    state = state_of(checkpoint)
+    state = converted(model, state_of(checkpoint))
     learned = learned_parameters(model)
     parameters = {n: p for n, p in model.named_parameters() if n not in learned}
-    wrong = [n for n, p in parameters.items() if n not in state or getattr(state[n], 'shape', None) != p.shape]
+    wrong = [n for n, p in parameters.items() if n not in state or state[n].shape != p.shape]
     if len(parameters) - len(wrong) < share * len(parameters):
         raise UserError(
             f'checkpoint {filename} is of another model: {len(parameters) - len(wrong)} of {len(parameters)} '

@@ -416,6 +416,8 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     done = tool('export.py', '--out', 'exported')
     assert done.returncode == 0, done.stderr
     assert '21 of 21 layers as integer kernels' in done.stdout and 'by the rounding of ties' in done.stdout
+    codes, outputs = done.stdout.split('model: outputs')
+    assert 'y0' not in codes and 'whole graph: y0' in outputs and 'largest relative difference' in outputs
     accuracy = []
     for options in ((), *(('--backend', name, '--exported', 'exported') for name in RUNTIMES)):
         done = tool('test.py', '--record', 'record.json', *options)

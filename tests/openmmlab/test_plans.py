@@ -12,8 +12,10 @@ from mmengine.registry import DefaultScope
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.openmmlab import apis, checkpoint_runner, models
 from gdrq_mm.openmmlab.apis import infer, init_model
+from gdrq_mm.openmmlab.bundle import export_graphs, use_runtime, write_bundle
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.models import record_plan
 from gdrq_mm.openmmlab.runner import QuantRunner
@@ -64,7 +66,7 @@ def segmentor(scenes_root, tmp_path):
 
 
 def test_a_segmentor_with_sliding_windows(segmentor, tmp_path):
-    """It has the plan of one without, trains, is tested, and infers what the test predicts."""
+    """It has the plan of one without, trains, is tested, infers what the test predicts, and is exported."""
     whole = QuantRunner.from_cfg(segmentor('whole'))
     runner = QuantRunner.from_cfg(segmentor('slide', **SLIDE))
     assert runner.report.plan == whole.report.plan
@@ -81,6 +83,11 @@ def test_a_segmentor_with_sliding_windows(segmentor, tmp_path):
     with torch.no_grad():
         (expected,) = tester.model.eval().test_step(next(iter(tester.test_dataloader)))
     assert torch.equal(infer(model, expected.img_path).seg_logits.data, expected.seg_logits.data)
+    report = export_graphs(model, merge_model(model, model.plan), lambda: infer(model, expected.img_path), str)
+    write_bundle(tmp_path / 'exported', model, str(tmp_path / 'slide/epoch_1.pth'), report)
+    use_runtime(model, tmp_path / 'exported', 'onnxruntime', str(tmp_path / 'slide/epoch_1.pth'))
+    labels = infer(model, expected.img_path).pred_sem_seg.data
+    assert (labels == expected.pred_sem_seg.data).float().mean() > 0.95
 
 
 @pytest.mark.parametrize('task', ['cls', 'det', 'seg'])

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import time
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,9 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
 from gdrq_mm.core.quantizers import Quantizer, Stage, WeightQuantizer
 from gdrq_mm.core.quantizers import gdrq as gdrq_module
+from gdrq_mm.openmmlab import models
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
+from gdrq_mm.openmmlab.hooks import StatisticsHook
 from gdrq_mm.report.layers import layer_table
 from tests import reference
 from tests.helpers import same
@@ -482,3 +485,50 @@ def test_a_handwritten_layer_trains_under_the_stock_runner(config):
         runner.val()
     train(runner, lambda r: seen.append(float(layer.input_quant.threshold)))
     assert layer.weight_quant.bits == 3 and layer.weight_quant.calibrated and len(set(seen)) == 4
+
+
+def test_the_picture_of_the_statistics_is_no_time_of_loading_data(make, monkeypatch):
+    """By a clock that goes on by an hour while it is drawn."""
+    clock, passed, draw = time.time, [], StatisticsHook._write
+
+    def slow(self, *args):
+        passed.append(3600)
+        draw(self, *args)
+
+    monkeypatch.setattr(time, 'time', lambda: clock() + sum(passed))
+    monkeypatch.setattr(StatisticsHook, '_write', slow)
+    runner = make(epochs=1, custom_hooks=[dict(type='StatisticsHook', interval=1)])
+    runner.train()
+    scalars = runner.message_hub.log_scalars
+    assert len(passed) == 4
+    assert max(max(scalars[f'train/{name}'].data[0]) for name in ('data_time', 'time')) < 3600
+
+
+def test_a_model_that_can_train_and_not_predict_is_trained(make, monkeypatch):
+    """As mmdet 3.5.1 cannot predict by its SSD head: the plan comes from a training loss."""
+    before = make('before', epochs=1)
+
+    def fail(self, *args, **kwargs):
+        raise KeyError('border')
+
+    monkeypatch.setattr('mmpretrain.models.ImageClassifier.predict', fail)
+    changes = dict(val_dataloader=None, val_cfg=None, val_evaluator=None)
+    told = []
+    monkeypatch.setattr(models, '_warn', told.append)
+    runner = make(epochs=1, **changes, test_dataloader=make('other').cfg.test_dataloader)
+    assert (runner.report.plan.norms, runner.report.outputs) == (before.report.plan.norms, before.report.outputs)
+    assert list(runner.model.state_dict()) == list(before.model.state_dict())
+    (message,) = told
+    assert message.startswith("a trial prediction failed (KeyError: 'border'); what feeds what is recorded from")
+    train(runner)
+    make('float', epochs=1, quantization=None, **changes, train_dataloader=None, train_cfg=None, optim_wrapper=None)
+
+
+def test_a_trial_that_fails_names_its_exception_and_says_what_it_was(make, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise KeyError('border')
+
+    monkeypatch.setattr('mmpretrain.models.ImageClassifier.predict', fail)
+    with pytest.raises(KeyError, match='border') as raised:
+        make(**TEST_ONLY)
+    assert 'It was a trial' in raised.value.__notes__[0]
