@@ -49,7 +49,10 @@ def first_picture(cfg: Config) -> str:
     """
     try:
         check_data(cfg)
-        dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': False})
+        loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
+        if not loader:
+            raise UserError('the config has no test_dataloader')
+        dataset = DATASETS.build({**loader.dataset, 'lazy_init': False})
         path = dataset.get_data_info(0).get('img_path') if len(dataset) else None
     except (UserError, OSError) as error:
         raise UserError(f'{error}; or give a picture with --image') from None

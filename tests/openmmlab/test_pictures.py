@@ -10,6 +10,7 @@ from mmengine.registry import DefaultScope
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.runner import QuantRunner
+from gdrq_mm.openmmlab.tasks import use_tta
 from tests.helpers import ROOT
 from tests.runs import TEST_ONLY, checkpoint_of, task_config, tiny_config
 
@@ -107,3 +108,13 @@ def test_test_data_without_a_pipeline_are_told(digits_root, tmp_path):
         cfg[name].dataset.pop('pipeline')
     with pytest.raises(UserError, match=r'test_dataloader\.dataset\.pipeline is missing'):
         init_model(cfg)
+
+
+def test_augmentation_reaches_wrapped_test_data(digits_root, tmp_path):
+    cfg = tiny_config(digits_root, tmp_path)
+    one = cfg.test_dataloader.dataset
+    joined = dict(type='ConcatDataset', datasets=[one, copy.deepcopy(one)])
+    cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=joined)
+    use_tta(cfg)
+    pipelines = [each.pipeline for each in cfg.test_dataloader.dataset.dataset.datasets]
+    assert pipelines[0] == pipelines[1] == cfg.tta_pipeline and pipelines[0][-1].type == 'TestTimeAug'

@@ -179,6 +179,39 @@ def test_a_plan_that_cannot_be_used_is_refused(trained, config, tmp_path, change
         init_model(config('infer'), path)
 
 
+# ---- trials that fail -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_can_train_and_not_predict_is_trained(make, monkeypatch):
+    """As mmdet 3.5.1 cannot predict by its SSD head: the plan comes from a training loss."""
+    before = make('before', epochs=1)
+
+    def fail(self, *args, **kwargs):
+        raise KeyError('border')
+
+    monkeypatch.setattr('mmpretrain.models.ImageClassifier.predict', fail)
+    changes = dict(val_dataloader=None, val_cfg=None, val_evaluator=None)
+    told = []
+    monkeypatch.setattr(models, '_warn', told.append)
+    runner = make(epochs=1, **changes)
+    assert (runner.report.plan.norms, runner.report.outputs) == (before.report.plan.norms, before.report.outputs)
+    assert list(runner.model.state_dict()) == list(before.model.state_dict())
+    (message,) = told
+    assert message.startswith("a trial prediction failed (KeyError: 'border'); what feeds what is recorded from")
+    train(runner)
+    assert make('float', quantization=None, **TEST_ONLY).report.layers  # only its table needs the plan
+
+
+def test_a_trial_that_fails_names_its_exception_and_says_what_it_was(make, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise KeyError('border')
+
+    monkeypatch.setattr('mmpretrain.models.ImageClassifier.predict', fail)
+    with pytest.raises(KeyError, match='border') as raised:
+        make(**TEST_ONLY)
+    assert 'It was a trial' in raised.value.__notes__[0]
+
+
 # ---- checkpoints of another quantization ----------------------------------------------------------------------------
 
 

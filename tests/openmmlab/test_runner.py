@@ -19,7 +19,6 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
 from gdrq_mm.core.quantizers import Quantizer, Stage, WeightQuantizer
 from gdrq_mm.core.quantizers import gdrq as gdrq_module
-from gdrq_mm.openmmlab import models
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.hooks import StatisticsHook
 from gdrq_mm.report.layers import layer_table
@@ -502,33 +501,3 @@ def test_the_picture_of_the_statistics_is_no_time_of_loading_data(make, monkeypa
     scalars = runner.message_hub.log_scalars
     assert len(passed) == 4
     assert max(max(scalars[f'train/{name}'].data[0]) for name in ('data_time', 'time')) < 3600
-
-
-def test_a_model_that_can_train_and_not_predict_is_trained(make, monkeypatch):
-    """As mmdet 3.5.1 cannot predict by its SSD head: the plan comes from a training loss."""
-    before = make('before', epochs=1)
-
-    def fail(self, *args, **kwargs):
-        raise KeyError('border')
-
-    monkeypatch.setattr('mmpretrain.models.ImageClassifier.predict', fail)
-    changes = dict(val_dataloader=None, val_cfg=None, val_evaluator=None)
-    told = []
-    monkeypatch.setattr(models, '_warn', told.append)
-    runner = make(epochs=1, **changes, test_dataloader=make('other').cfg.test_dataloader)
-    assert (runner.report.plan.norms, runner.report.outputs) == (before.report.plan.norms, before.report.outputs)
-    assert list(runner.model.state_dict()) == list(before.model.state_dict())
-    (message,) = told
-    assert message.startswith("a trial prediction failed (KeyError: 'border'); what feeds what is recorded from")
-    train(runner)
-    make('float', epochs=1, quantization=None, **changes, train_dataloader=None, train_cfg=None, optim_wrapper=None)
-
-
-def test_a_trial_that_fails_names_its_exception_and_says_what_it_was(make, monkeypatch):
-    def fail(self, *args, **kwargs):
-        raise KeyError('border')
-
-    monkeypatch.setattr('mmpretrain.models.ImageClassifier.predict', fail)
-    with pytest.raises(KeyError, match='border') as raised:
-        make(**TEST_ONLY)
-    assert 'It was a trial' in raised.value.__notes__[0]
