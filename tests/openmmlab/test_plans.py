@@ -179,7 +179,7 @@ def test_a_plan_that_cannot_be_used_is_refused(trained, config, tmp_path, change
         init_model(config('infer'), path)
 
 
-# ---- trials that fail -------------------------------------------------------------------------------------------------
+# ---- trials that fail -----------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_can_train_and_not_predict_is_trained(make, monkeypatch):

@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from mmengine.config import Config
 from rich.console import Console
 
 from gdrq_mm.core.errors import UserError
