@@ -13,9 +13,9 @@ from rich.table import Table
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.deploy.export import ExportedPart, ExportReport, properties
-from gdrq_mm.deploy.merge import merge_model
+from gdrq_mm.deploy.merge import IntegerLayer, merge_model
 from gdrq_mm.deploy.packed import is_packed, write_packed
-from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends
+from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends, products
 from gdrq_mm.deploy.verify import compare, first_difference
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import export_graphs, write_bundle
@@ -48,8 +48,11 @@ def first_picture(cfg: Config, unsafe: bool = False) -> str:
     """
     try:
         check_data(cfg)
+        loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
+        if not loader:
+            raise UserError('the config has no test_dataloader')
         with data_only(unsafe):
-            dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': False})
+            dataset = DATASETS.build({**loader.dataset, 'lazy_init': False})
         path = dataset.get_data_info(0).get('img_path') if len(dataset) else None
     except (UserError, OSError) as error:
         raise UserError(f'{error}; or give a picture with --image') from None
@@ -70,12 +73,18 @@ def show(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> None:
 
 def show_part(part: ExportedPart) -> None:
     """How many codes each runtime makes otherwise than the trained model, and how far the furthest value is off."""
-    rows = []
+    codes, outputs = [], []
     for pieces in zip(*part.pieces.values(), strict=True):
         off = [f'{p.differing}' + (f', {p.wrong} wrong' if p.wrong else '') for p in pieces]
-        rows.append((pieces[0].name, pieces[0].values, *off, f'{max(p.largest for p in pieces):.4f}'))
+        furthest = f'{max(p.largest for p in pieces):.4f}'
+        if pieces[0].step:
+            codes.append((pieces[0].name, pieces[0].values, *off, furthest))
+        else:
+            outputs.append((pieces[0].name, pieces[0].values, furthest))
     columns = ['quantizer', 'codes', *part.pieces, 'furthest']
-    show(f'\n{part.name}: codes that differ from the trained model', columns, rows)
+    show(f'\n{part.name}: codes that differ from the trained model', columns, codes)
+    title = f'{part.name}: outputs; through the whole graph, a tie that was rounded otherwise may grow'
+    show(title, ['output', 'values', 'largest relative difference'], outputs)
     report = ExportReport([part])
     for backend, differing in report.differing.items():
         ties = 'by the rounding of ties and of biases'
@@ -108,6 +117,15 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str)
         if name not in installed:
             CONSOLE.print(f"{name} is not installed and was not compared: uv pip install 'gdrq-mm[deploy]'")
     write_bundle(out, model, checkpoint, report)
+    if report.unread:
+        CONSOLE.print(f'Not exported, as nothing reads what they make: {", ".join(report.unread)}', soft_wrap=True)
+    narrow = [layer for layer in merged.modules() if isinstance(layer, IntegerLayer) and layer.weight_bits < 4]
+    if narrow:
+        CONSOLE.print(
+            f'{len(narrow)} layers have weights of less than 4 bits, which take 4 in ONNX; --format packed takes as '
+            'many as they have',
+            soft_wrap=True,
+        )
     for part in report.parts:
         path = out / f'{part.name}.onnx'
         text = f'{path}: {path.stat().st_size / 1e6:.2f} MB, for inputs of {sizes_of(part.graph)}'
@@ -118,6 +136,8 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str)
         if one.float_layers:
             others = ', '.join(one.float_layers)
             text += f', the others in float, most of them because their output is not quantized: {others}'
+        if products(part.graph):
+            text += f'; {len(products(part.graph))} products of two activations, as in attention, are in float'
         CONSOLE.print(text, soft_wrap=True)
 
 

@@ -24,6 +24,11 @@ _ACTIVATIONS = set(
     'celu elu gelu hardsigmoid hardswish leaky_relu logsigmoid mish prelu rrelu selu sigmoid silu softplus tanh'.split()
 )
 """Names of functions that a runtime cannot express by the clip of a quantizer, as it does ReLU."""
+_PRODUCTS = {
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
+    *(torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm),
+    *(torch.einsum, nn.functional.scaled_dot_product_attention),
+}
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -54,6 +59,8 @@ class Plan:
     additions: list[Addition] = field(default_factory=list)
     activated: list[str] = field(default_factory=list)
     """Modules all of whose results an activation function other than ReLU reads."""
+    products: list[str] = field(default_factory=list)
+    """Modules whose forward multiplies two tensors that depend on the picture, as attention does; they stay float."""
     last: list[str] = field(default_factory=list)
     """Layers that make the model's outputs; empty: the one that was called last."""
     training_only: list[str] = field(default_factory=list)
@@ -77,6 +84,8 @@ class Plan:
             ValueError: `content` is not of that form.
         """
         names = [f.name for f in dataclasses.fields(Plan)]
+        if isinstance(content, Mapping):
+            content = {'products': [], **content}  # which the first plans do not have
         if not isinstance(content, Mapping) or set(content) != set(names):
             raise ValueError(f'a plan has {", ".join(names)}')
         for name in ('calls', 'inputs', 'macs'):
@@ -84,7 +93,7 @@ class Plan:
                 raise ValueError(f'{name} of the plan is not a dict of integers')
         if not _is_dict(content['norms'], str):
             raise ValueError('norms of the plan is not a dict of names')
-        for name in ('activated', 'last', 'training_only'):
+        for name in ('activated', 'products', 'last', 'training_only'):
             if not _is_names(content[name]):
                 raise ValueError(f'{name} of the plan is not a list of names')
         additions = content['additions']
@@ -144,6 +153,10 @@ class _Recorder(TorchFunctionMode):
         if getattr(func, '__name__', '').rstrip('_') in _ACTIVATIONS and pair and isinstance(pair[0], Tensor):
             for producer in self.producers.get(self.number(pair[0]), [])[:1]:
                 self.activated.setdefault(producer, set()).add(self.number(pair[0]))
+        if func in _PRODUCTS and self.stack and self.stack[-1] not in self.plan.products:
+            factors = [a for part in args for a in (part if isinstance(part, (list, tuple)) else [part])]
+            if sum(isinstance(a, Tensor) and not isinstance(a, nn.Parameter) for a in factors) > 1:
+                self.plan.products.append(self.stack[-1])
         numbers = {self.number(a) for a in args if isinstance(a, Tensor)}
         out = func(*args, **kwargs)
         if isinstance(out, (Tensor, tuple)) and not isinstance(out, torch.Size):  # a size or a type is no reading

@@ -22,11 +22,20 @@ KEYS = {
 """The keys of a COCO file that mmdet reads."""
 
 
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(('id', 'image_id', 'category_id'), ((int, float, str), 'a number or a name')),
+    **dict.fromkeys(('width', 'height', 'area'), ((int, float), 'a number')),
+    **dict.fromkeys(('file_name', 'name'), ((str,), 'a text')),
+}
+"""What stands under a key: Python types, and the same in words."""
+
+
 def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[str, Any]:
     """The content of a COCO file.
 
     Raises:
-        UserError: it is not JSON, or lacks what mmdet reads. `annotations` may be missing: prediction needs none.
+        UserError: it is not JSON, lacks what mmdet reads, or has null or text where a number belongs. `annotations` may
+            be missing: prediction needs none.
     """
     name = name or path
     try:
@@ -43,6 +52,11 @@ def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[s
             if not isinstance(entry, dict) or not keys <= entry.keys():
                 lacking = ', '.join(sorted(keys - set(entry))) if isinstance(entry, dict) else f'all keys: {entry!r}'
                 raise UserError(f'{name}: entry {number} of {part!r} lacks {lacking}')
+            for key, value in entry.items():
+                types, words = KINDS.get(key, ((object,), ''))
+                if not isinstance(value, types) or (isinstance(value, float) and not math.isfinite(value) and words):
+                    one = dict(images='image', categories='category', annotations='annotation')[part]
+                    raise UserError(f'{name}: {one} {entry["id"]} has {key}={value!r}, which is not {words}')
     return content
 
 

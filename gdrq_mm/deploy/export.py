@@ -6,8 +6,8 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..core.modules import quant_layers
 from ..core.topology import Plan
 from .flat import Flat
 from .merge import IntegerLayer, merge_model
+from .names import layer_of
 from .onnx_export import export_onnx
 from .packed import write_packed
 from .runtime import RuntimeFailed, float_layers, installed_backends, integer_layers, open_runtime
@@ -56,11 +57,15 @@ class ExportReport:
     """What was written and how it compares with the trained model."""
 
     parts: list[ExportedPart]
+    unread: list[str] = field(default_factory=list)
+    """Layers that are in no graph, as nothing reads what they make."""
 
     def __str__(self) -> str:
         """One line a fact: how many layers are integers, how many codes differ in each runtime."""
         fused, whole = self.layers
         lines = [f'ONNX Runtime computes {fused} of {whole} layers with integers'] if whole else []
+        if self.unread:
+            lines.append(f'not exported, as nothing reads what they make: {", ".join(self.unread)}')
         for backend, differing in self.differing.items():
             lines.append(f'{backend}: {differing} of {self.codes} codes differ, at rounding ties')
         return '\n'.join(lines)
@@ -127,11 +132,11 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
     part = export_part('model', Flat(trained), Flat(merged), x, any_size=x.dim() == 4)
     if part.wrong:
         raise UserError(f'{part.wrong}; nothing was written')
-    check_complete(merged, [part])
+    unread = check_complete(merged, [part])
     with whole_folder(out) as folder:
         write_whole(folder / 'model.onnx', part.graph.SerializeToString())
         write_packed(merged, folder / 'model.safetensors')
-    return ExportReport([part])
+    return ExportReport([part], unread)
 
 
 def example_batch(x: Tensor) -> Tensor:
@@ -218,9 +223,17 @@ def first_wrong(found: dict[str, list[Piece]], whole_biases: bool) -> str:
     return ''
 
 
-def check_complete(merged: nn.Module, parts: Iterable[ExportedPart]) -> None:
-    """Raise UserError if a merged layer is in none of the graphs."""
+def check_complete(merged: nn.Module, parts: Sequence[ExportedPart]) -> list[str]:
+    """Names of the merged layers that are in none of the graphs because nothing reads what they make.
+
+    Raises:
+        UserError: a merged layer did not run in any part.
+    """
     ran, names = set[str]().union(*(part.ran for part in parts)), aliases(merged)
-    for name, layer in merged.named_modules():
-        if isinstance(layer, IntegerLayer) and ran.isdisjoint(names[name]):
+    layers = {name: layer for name, layer in merged.named_modules() if isinstance(layer, IntegerLayer)}
+    for name in layers:
+        if ran.isdisjoint(names[name]):
             raise UserError(f'{type(merged).__name__} cannot be exported: layer {name} is in none of its graphs')
+    exported = {layer_of(node.name) for part in parts for node in part.graph.graph.node}
+    codes = {id(layer.codes) for name, layer in layers.items() if not exported.isdisjoint(names[name])}
+    return [name for name, layer in layers.items() if id(layer.codes) not in codes]  # pyramid levels share theirs

@@ -170,15 +170,12 @@ def _spread(layer: IntegerLayer, name: str) -> tuple[Tensor, int, Tensor, Tensor
     if codes.numel() and int(codes.max()) > (127 // factor):
         lowest = -int(codes.max())
         raise UserError(f'layer {name} cannot be exported: a negative gamma turns the code {lowest} into {-lowest}')
-    codes, scale, bias = codes * factor, scale.abs() / factor, layer.bias.double()
-    # A channel whose gamma is next to nothing: its bias would not fit, and next to it its sum does not count.
-    reach = codes.abs().flatten(1).sum(1) * max(-layer.lo, layer.hi) * step * scale
-    small = bias.abs() > LARGEST_BIAS * step * scale
-    if bool((small & (reach > 1e-4 * bias.abs())).any()):
-        raise UserError(f'layer {name} cannot be exported: the bias of a channel is too large for its sum')
-    idle = small | (scale == 0)
-    codes = torch.where(idle.view(shape), 0, codes)
-    scale = torch.where(idle, bias.abs().clamp(min=1e-30) / (2**20 * step), scale)
+    scale, bias = scale.abs() / factor, layer.bias.double()
+    # A channel whose gamma is next to nothing, as a residual branch has it that began with zeros: int32 does not hold
+    # its bias in units of its sum. Coarser codes have larger units; beside such a bias their rounding does not count.
+    coarser = torch.where(scale > 0, bias.abs() / (LARGEST_BIAS * step * scale), 1).clamp(min=1)
+    codes = torch.where((scale == 0).view(shape), 0, (codes / coarser.view(shape)).round()).to(torch.int32) * factor
+    scale = torch.where(scale > 0, scale * coarser, bias.abs().clamp(min=1e-30) / (2**20 * step))
     return codes.to(torch.int8), factor, scale, bias
 
 

@@ -208,15 +208,32 @@ def optimized(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def kernels(graph: onnx.ModelProto) -> Counter[str]:
-    """How often each operator stands in the graph that ONNX Runtime makes of this one."""
-    return Counter(node.op_type for node in optimized(graph).graph.node)
+    """How often each operator stands in the graph that ONNX Runtime makes of this one; products do not count."""
+    ran = optimized(graph)
+    return Counter(node.op_type for node in ran.graph.node) - Counter(node.op_type for node in products(ran))
+
+
+def products(graph: onnx.ModelProto) -> list[Any]:
+    """The nodes that multiply two tensors of which both depend on the input, as attention does: they are no layers."""
+    computed, found = {value.name for value in graph.graph.input}, []
+    for node in graph.graph.node:
+        factors = sum(name in computed for name in node.input)
+        if factors:
+            computed.update(node.output)
+        if factors > 1 and node.op_type in (*LAYERS, *INTEGER_KERNELS):
+            found.append(node)
+    return found
+
+
+def _layers(graph: onnx.ModelProto) -> list[Any]:
+    apart = {node.name for node in products(graph)}
+    return [node for node in graph.graph.node if node.op_type in LAYERS and node.name not in apart]
 
 
 def integer_layers(graph: onnx.ModelProto) -> tuple[int, int]:
     """How many layers ONNX Runtime computes with integers, and how many there are."""
     ran = kernels(graph)
-    whole = sum(node.op_type in LAYERS for node in graph.graph.node)
-    return sum(ran[kind] for kind in INTEGER_KERNELS), whole
+    return sum(ran[kind] for kind in INTEGER_KERNELS), len(_layers(graph))
 
 
 def float_layers(graph: onnx.ModelProto) -> list[str]:
@@ -224,8 +241,8 @@ def float_layers(graph: onnx.ModelProto) -> list[str]:
     left = {node.name for node in optimized(graph).graph.node if node.op_type not in INTEGER_KERNELS}
     made_by = {name: node for node in graph.graph.node for name in node.output}
     found = []
-    for node in graph.graph.node:
-        if node.op_type in LAYERS and node.name in left:
+    for node in _layers(graph):
+        if node.name in left:
             weight = made_by.get(node.input[1])
             while weight is not None and layer_of(weight.name) is None:  # a Transpose
                 weight = made_by.get(weight.input[0])

@@ -9,10 +9,11 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import MODELS, VISUALIZERS, DefaultScope, init_default_scope
 from mmengine.structures import PixelData
 
 from ..core.errors import UserError
@@ -22,7 +23,8 @@ from .cli import read_config
 from .compat import check_environment
 from .data_only import data_only
 from .models import drop_pretrained, prepare_model, quantization_of, read_quantization
-from .tasks import task_of
+from .pictures import batch_of, picture_pipeline, read_image
+from .tasks import dataset_of, task_of
 from .weights import load_weights, meta_of, plan_of
 
 NOISE = (240, 320)
@@ -68,7 +70,11 @@ def init_model(
     with data_only(unsafe_load):
         model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.cfg = model._config = cfg
-    if task == 'cls':  # how mmpretrain finds its inferencer
+    if task == 'seg':  # what mmseg's inference_model reads
+        cfg.test_pipeline = picture_pipeline(cfg)
+    if task == 'cls':  # what mmpretrain's reads, and how it finds its inferencer
+        model._config = copy.deepcopy(cfg)
+        model._config.test_dataloader = dict(dataset=dict(pipeline=picture_pipeline(cfg)))
         model._metainfo = SimpleNamespace(results=[SimpleNamespace(task='Image Classification')])
     model.dataset_meta = model._dataset_meta = {}
     if checkpoint is not None and is_packed(checkpoint):
@@ -77,14 +83,14 @@ def init_model(
         content = None if checkpoint is None else read_checkpoint(str(checkpoint), unsafe_load)
         plan = None if content is None else plan_of(model, content, str(checkpoint))
         noise = np.random.default_rng(0).integers(0, 256, (*NOISE, 3), np.uint8)
-        model.plan = prepare_model(model, cfg, lambda: infer(model, noise), plan).plan
+        model.plan = prepare_model(model, cfg, [lambda: infer(model, noise)], plan).plan
         model.eval()
         if content is not None:
             load_weights(model, content, str(checkpoint), quantization_of(cfg))
             meta = meta_of(content).get('dataset_meta') or {}
             model.dataset_meta = model._dataset_meta = {key.lower(): value for key, value in meta.items()}
     if not model.dataset_meta.get('classes'):
-        model.dataset_meta.update(cfg.test_dataloader.dataset.get('metainfo') or {})
+        model.dataset_meta.update(dataset_of(cfg.get('test_dataloader') or {}).get('metainfo') or {})
     return model.to(device or get_device())
 
 
@@ -99,47 +105,17 @@ def _load_packed(model: Any, path: str | Path) -> None:
 def infer(model: Any, image: str | Path | np.ndarray) -> Any:
     """The prediction for one picture, as the data sample of the model's library.
 
+    The picture goes through the pipeline of the config's test data.
+
     Args:
         image: path, or BGR pixels (H, W, 3).
 
     Raises:
         UserError: the file cannot be read.
     """
-    image = read_image(image)
-    task, cfg = task_of(model.cfg), model.cfg
-    model.cfg = copy.deepcopy(cfg)  # mmdet and mmseg change the pipeline in it when they are given pixels
-    try:
-        if task == 'det':
-            from mmdet.apis import inference_detector
-
-            return inference_detector(model, image)
-        if task == 'seg':
-            from mmseg.apis import inference_model
-
-            return inference_model(model, image)
-        from mmpretrain.apis import ImageClassificationInferencer
-
-        inferencer = ImageClassificationInferencer(model)  # calling it would print a progress bar for one picture
-        (batch,) = inferencer.preprocess([image])
-        return inferencer.forward(batch)[0]
-    finally:
-        model.cfg = cfg
-
-
-def read_image(image: str | Path | np.ndarray) -> np.ndarray:
-    """A picture as BGR pixels, (H, W, 3).
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if isinstance(image, np.ndarray):
-        return image
-    if not Path(image).is_file():
-        raise UserError(f'picture {image} does not exist')
-    pixels = cv2.imread(str(image))
-    if pixels is None:
-        raise UserError(f'picture {image} cannot be read: damaged or not a picture')
-    return pixels
+    batch = batch_of(model.cfg, image)
+    with DefaultScope.overwrite_default_scope(model.cfg.default_scope), torch.no_grad():
+        return model.test_step(batch)[0]
 
 
 def draw(model: Any, image: str | Path | np.ndarray, prediction: Any, score_thr: float = 0.3) -> np.ndarray:

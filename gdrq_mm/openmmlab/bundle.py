@@ -51,8 +51,7 @@ def export_graphs(
         if found.wrong:
             raise UserError(f'{part.name}: {found.wrong}; nothing was written')
         exported.append(found)
-    check_complete(merged, exported)
-    return ExportReport(exported)
+    return ExportReport(exported, check_complete(merged, exported))
 
 
 def write_bundle(out: Path, model: Any, checkpoint: str, report: ExportReport) -> None:

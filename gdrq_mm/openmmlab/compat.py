@@ -11,9 +11,11 @@ import datetime
 import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dist import is_distributed
 
@@ -34,9 +36,22 @@ def mend_bases() -> None:
     """Make `_base_ = 'mmseg::...'` and `_base_ = 'gdrq_mm::...'` work.
 
     onedl-mmengine 0.10.12 maps the former to mmsegmentation, a package that the onedl one does not have, and accepts no
-    package that it does not list. Not reported upstream.
+    package that it does not list. It gives what a base config of a package builds the package's name as `_scope_`,
+    where registries are looked for; ours has none, so that the scope is the config's default_scope. Not reported
+    upstream.
     """
     MODULE2PACKAGE.update(mmseg='mmseg', gdrq_mm='gdrq_mm')
+    if Config._get_cfg_path is not _path_and_scope:
+        Config._get_cfg_path = staticmethod(_path_and_scope)
+
+
+_get_cfg_path = Config._get_cfg_path
+
+
+def _path_and_scope(path: str, filename: str) -> tuple[str, str | None]:
+    """Path of a base config, and the scope of what it builds; None if its package has no registries."""
+    path, scope = _get_cfg_path(path, filename)
+    return path, scope if scope and find_spec(f'{scope}.registry') else None
 
 
 def check_environment() -> None:

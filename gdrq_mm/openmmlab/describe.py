@@ -23,7 +23,7 @@ from ..core.quantizers import Quantizer, Stage
 from ..report.layers import totals
 from ..report.record import VERSION, git_revision, hardware, plain, versions
 from .recipe import settings_of
-from .tasks import dataset_of, task_of
+from .tasks import dataset_of, task_of, type_name
 
 LARGEST = 100_000
 """What an evaluator returned beside numbers is kept up to so many characters."""
@@ -98,17 +98,12 @@ def model_name(cfg: Config) -> str:
     """A short name such as 'ResNet_CIFAR-18', 'FasterRCNN ResNet-50' or 'PSP ResNetV1c-50'."""
     model = _bare(cfg.model)
     backbone = model.get('backbone') or {}
-    name = _type_name(backbone.get('type', ''))
+    name = type_name(backbone)
     size = backbone.get('depth') or backbone.get('arch')
     name = f'{name}-{size}' if isinstance(size, (int, str)) else name
     heads = model.get('decode_head') or model  # mmseg's models differ in it only
-    whole = _type_name((heads[-1] if isinstance(heads, list) else heads)['type']).removesuffix('Head')
+    whole = type_name(heads[-1] if isinstance(heads, list) else heads).removesuffix('Head')
     return name if whole == 'ImageClassifier' else f'{whole} {name}'.strip()
-
-
-def _type_name(kind: Any) -> str:
-    """The name of a type in a config: a class in a pure Python config, else a string that may have a scope."""
-    return kind.__name__ if isinstance(kind, type) else str(kind).split('.')[-1]
 
 
 def _data(cfg: Config) -> dict[str, Any]:
@@ -119,7 +114,7 @@ def _data(cfg: Config) -> dict[str, Any]:
     settings = _paths_below({k: v for k, v in dataset.items() if k not in ('data_root', '_scope_')}, root)
     parts = Path(root).parts
     below = parts[len(parts) - parts[::-1].index('data') :] if 'data' in parts else parts[-1:]
-    kind = _type_name(dataset_of(cfg.test_dataloader).get('type', ''))
+    kind = type_name(dataset_of(cfg.test_dataloader))
     return dict(
         name='/'.join(below) or kind,
         type=kind,

@@ -12,6 +12,7 @@ import os
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import cv2
@@ -49,23 +50,31 @@ def loader_of(runner: Any, name: str) -> DataLoader:
     return loader
 
 
-def predict_sample(runner: Any, model: nn.Module) -> None:
-    """One prediction on the first sample of the first data loader that a runner's config has: val, test or train."""
-    for name in ('_val_dataloader', '_test_dataloader', '_train_dataloader'):
-        if getattr(runner, name, None) is None:
-            continue
-        loader = loader_of(runner, name)
-        with kept_random_state():
-            batch = loader.collate_fn([loader.dataset[0]])
-            if name == '_train_dataloader':
-                mute_leaves(model.train())
-                data = model.data_preprocessor(batch, training=False)  # type: ignore[operator]
-                model(**data, mode='loss')
-            else:
-                if isinstance(model, BaseTTAModel):  # its loader gives a list with an entry for each augmentation
-                    batch = {key: value[0] for key, value in batch.items()}
-                bare_model(model).test_step(batch)
-        return
+def trials_of(runner: Any, model: nn.Module) -> list[Callable[[], None]]:
+    """What may tell the plan of a model: a prediction on the first sample to validate or test, then a training loss."""
+    names = [n for n in ('_val_dataloader', '_test_dataloader') if getattr(runner, n, None) is not None]
+    trials: list[Callable[[], None]] = [partial(_predict_sample, runner, model, name) for name in names[:1]]
+    if getattr(runner, '_train_dataloader', None) is not None:
+        trials.append(partial(_lose_sample, runner, model))
+    return trials
+
+
+def _predict_sample(runner: Any, model: nn.Module, name: str) -> None:
+    loader = loader_of(runner, name)
+    with kept_random_state():
+        batch = loader.collate_fn([loader.dataset[0]])
+        if isinstance(model, BaseTTAModel):  # its loader gives a list with an entry for each augmentation
+            batch = {key: value[0] for key, value in batch.items()}
+        bare_model(model).test_step(batch)
+
+
+def _lose_sample(runner: Any, model: nn.Module) -> None:
+    loader = loader_of(runner, '_train_dataloader')
+    with kept_random_state():
+        batch = loader.collate_fn([loader.dataset[0]])
+        mute_leaves(model.train())
+        data = model.data_preprocessor(batch, training=False)  # type: ignore[operator]
+        model(**data, mode='loss')
 
 
 def check_loader(loader: DataLoader, cfg: Config) -> None:
@@ -151,6 +160,10 @@ def _name(dataset: BaseDataset) -> str:
     return f'{type(dataset).__name__} of {next(filter(None, places), "")}'
 
 
+UNREADABLE = (OSError, AssertionError, AttributeError, SyntaxError, cv2.error)
+"""What mmcv, OpenCV and Pillow raise on a damaged file; other errors are the config's."""
+
+
 class _Checked:
     """A transform that loads a file, with errors that name it."""
 
@@ -166,8 +179,7 @@ class _Checked:
             raise
         except UserError as error:  # of data_only: it names the file
             raise DataError(str(error)) from error
-        # What mmcv, OpenCV and Pillow raise on a damaged file; other errors are the config's.
-        except (OSError, AssertionError, AttributeError, SyntaxError, cv2.error) as error:
+        except UNREADABLE as error:
             reason = getattr(error, 'strerror', None) or f'damaged or not a picture ({error})'.splitlines()[0]
             raise DataError(f'{path} cannot be read: {reason}') from error
         mask = (loaded or {}).get('gt_seg_map')

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 
 from ..core.config import Quantization
@@ -17,6 +19,7 @@ from ..core.convert import Report, float_report, quantize_model
 from ..core.errors import UserError
 from ..core.topology import Plan, record
 from .heads import TRAINING_ONLY, last_layers
+from .tasks import type_name
 
 
 def bare_model(model: nn.Module) -> Any:
@@ -58,11 +61,53 @@ def _any_score(model: nn.Module) -> Iterator[None]:
             cfg['score_thr'] = value
 
 
-def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any], plan: Plan | None = None) -> Report:
+def first_plan(model: nn.Module, trials: Sequence[Callable[[], Any]]) -> Plan:
+    """The plan from the first trial that does not fail; that of the last one is raised.
+
+    A library may fail to predict what it can train: mmdet 3.5.1 does for SSD.
+    """
+    *others, last = trials
+    for trial in others:
+        try:
+            return record_plan(model, trial)
+        except UserError:
+            raise
+        except Exception as error:
+            _warn(f'a trial prediction failed ({_told(error)}); what feeds what is recorded from a training loss')
+    try:
+        return record_plan(model, last)
+    except Exception as error:
+        error.add_note('It was a trial, which tells what feeds what in the model, before anything was quantized.')
+        raise
+
+
+def _plan_of_float(model: nn.Module, trials: Sequence[Callable[[], Any]]) -> Plan:
+    """The plan of a model that stays float: only its table needs one, so that it does without."""
+    try:
+        return first_plan(model, trials)
+    except UserError:
+        raise
+    except Exception as error:
+        _warn(f'a trial prediction failed ({_told(error)}); the table of layers has no numbers of operations')
+        return Plan()
+
+
+def _told(error: Exception) -> str:
+    return f'{type(error).__name__}: {error}'.splitlines()[0]
+
+
+def _warn(message: str) -> None:
+    print_log(message, logger='current', level=logging.WARNING)
+
+
+def prepare_model(
+    model: nn.Module, cfg: Config, trials: Sequence[Callable[[], Any]], plan: Plan | None = None
+) -> Report:
     """Give a model of a config its memory format and its quantized layers, in place.
 
     Args:
-        predict: one prediction of the model, from which is learned what feeds what.
+        trials: predictions of the model, or a training loss, from which is learned what feeds what. The first one that
+            does not fail counts.
         plan: that of a checkpoint, where there is one; then nothing is predicted.
     """
     memory_format = cfg.get('memory_format', 'contiguous')
@@ -71,10 +116,9 @@ def prepare_model(model: nn.Module, cfg: Config, predict: Callable[[], Any], pla
     if memory_format == 'channels_last':
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     bare, quantization = bare_model(model), read_quantization(cfg)
-    plan = plan or record_plan(bare, predict)
     if quantization is None:
-        return float_report(bare, plan)
-    report = quantize_model(bare, quantization, plan)
+        return float_report(bare, plan or _plan_of_float(bare, trials))
+    report = quantize_model(bare, quantization, plan or first_plan(bare, trials))
     bare.train(bare.training)  # models with frozen parts freeze them here: what was added to these parts too
     model.to(next(model.parameters()).device)
     return report
@@ -104,7 +148,7 @@ def drop_pretrained(cfg: Any) -> None:
         if isinstance(cfg.get('pretrained'), str):
             cfg['pretrained'] = None
         init = cfg.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        if isinstance(init, dict) and type_name(init) in ('Pretrained', 'PretrainedInit'):
             cfg['init_cfg'] = None
         for value in cfg.values():
             drop_pretrained(value)

@@ -40,7 +40,6 @@ def parts_of(model: Any, task: str) -> list[Part]:
     Raises:
         UserError: models of this kind cannot be exported.
     """
-    kind = type(model).__name__
     if task == 'cls' and hasattr(model, 'head') and hasattr(model, 'extract_feat'):
         return [_part('model', Flat(model, _class_scores), _replace_head(lambda m: m.head))]
     if task == 'seg' and not isinstance(getattr(model, 'decode_head', None), (nn.ModuleList, type(None))):
@@ -50,7 +49,23 @@ def parts_of(model: Any, task: str) -> list[Part]:
     dense = getattr(model, 'bbox_head', None) is not None and getattr(model, 'mask_head', None) is None
     if task == 'det' and dense and not hasattr(model, 'encoder'):
         return [_part('model', Flat(model, _dense), _replace_head(lambda m: m.bbox_head), any_size=True)]
-    raise UserError(f'{kind} cannot be exported: it is no classifier, no segmentor with one head, no detector with one')
+    raise UserError(f'{type(model).__name__} cannot be exported: {_reason(model, task)}')
+
+
+def _reason(model: Any, task: str) -> str:
+    """Why a model is not one of those that are exported."""
+    if task == 'cls':
+        return 'a classifier with extract_feat and a head is expected'
+    if task == 'seg':
+        cascade = getattr(model, 'decode_head', None)
+        return 'it has no decode_head' if cascade is None else f'its decode_head is a cascade of {len(cascade)} heads'
+    if hasattr(model, 'encoder'):
+        return 'its encoder and decoder stand between the backbone and the head, and are not exported'
+    if hasattr(model, 'roi_head'):
+        return 'it has no rpn_head: its proposals come from elsewhere'
+    if getattr(model, 'mask_head', None) is not None:
+        return 'its mask_head makes masks without regions, which is not exported'
+    return 'it has no bbox_head'
 
 
 def _class_scores(model: Any, x: Tensor) -> Any:

@@ -102,7 +102,9 @@ def _start_worker(init: Callable[[int], None] | None, number: int) -> None:
 
 def _obey_parent() -> None:
     """End at a signal of the main process only, which has to get rid of its workers."""
-    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # getppid() would be the fork server, where there is one
+    assert parent is not None
+    while signal.sigwaitinfo(SIGNALS).si_pid != parent.pid:
         pass
     os._exit(0)
 

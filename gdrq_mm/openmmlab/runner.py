@@ -22,7 +22,7 @@ from .data_only import data_only
 from .describe import describe_model
 from .distributed import synchronized, wrapper_config
 from .hooks import CalibrationHook, hooks_of, with_whole_checkpoints
-from .loading import check_loader, checked_reading, loader_of, predict_sample
+from .loading import check_loader, checked_reading, loader_of, trials_of
 from .mistakes import not_found
 from .models import bare_model, drop_pretrained, prepare_model, read_quantization
 from .rates import set_rates
@@ -76,7 +76,7 @@ class QuantRunner(CheckpointRunner):
         built = synchronized(built, self.cfg.get('sync_bn')) if self.distributed else revert_sync_batchnorm(built)
         self.quantization = read_quantization(self.cfg)
         plan = self.known_plan(bare_model(built))
-        self.report = prepare_model(built, self.cfg, lambda: predict_sample(self, built), plan)
+        self.report = prepare_model(built, self.cfg, trials_of(self, built), plan)
         return built
 
     def build_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:

@@ -6,7 +6,6 @@ main process by (seed, rank, iteration). So neither the number of workers nor an
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
-
-from ..core.errors import UserError
 
 
 def seed_all(*numbers: int, devices: bool = True) -> None:
@@ -89,27 +86,35 @@ class _SeededSampler:
 
 
 def _seeded_class(cls: type) -> type:
-    """A subclass of a data set's class that seeds before it loads a sample."""
+    """A subclass of a data set's class that seeds before it loads a sample; spawned workers make it anew."""
 
     def getitem(self: Any, index: int) -> Any:
         if isinstance(index, _SeededIndex):
             seed_all(*index.numbers, devices=False)
         return cls.__getitem__(self, int(index))  # type: ignore[attr-defined, index]
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        function, args, *state = cls.__reduce_ex__(self, protocol)  # type: ignore[call-arg, str-unpack]
+        function, *args = (cls if part is seeded else part for part in (function, *args))
+        return _seeded_copy, (function, *args), *state
+
     # No slots, or the memory layout differs and Python refuses to change the class of an object.
-    return type(cls.__name__, (cls,), {'__getitem__': getitem, '__module__': cls.__module__, '__slots__': ()})
+    members = {'__getitem__': getitem, '__reduce_ex__': reduce, '__module__': cls.__module__, '__slots__': ()}
+    seeded = type(cls.__name__, (cls,), members)
+    return seeded
+
+
+def _seeded_copy(function: Any, *args: Any) -> Any:
+    """A data set that was pickled: made as its own class says, and seeded again."""
+    dataset = function(*args)
+    dataset.__class__ = _seeded_class(type(dataset))
+    return dataset
 
 
 def seed_dataloader(loader: DataLoader, seed: int) -> None:
-    """Make what a data loader draws depend on seed, epoch and position only. Twice is the same as once.
-
-    Raises:
-        UserError: its workers are spawned: the class that seeds the samples exists in this process only.
-    """
+    """Make what a data loader draws depend on seed, epoch and position only. Twice is the same as once."""
     if isinstance(loader.sampler, _SeededSampler):
         return
-    if loader.num_workers and (loader.multiprocessing_context or multiprocessing).get_start_method() == 'spawn':
-        raise UserError("data workers cannot be spawned; set env_cfg.mp_cfg.mp_start_method='fork' or num_workers=0")
     batches: Any = loader.batch_sampler
     if hasattr(batches, 'sampler'):  # the loader's own is a placeholder if the config names a batch sampler
         sampler = batches.sampler = _SeededSampler(batches.sampler, seed)

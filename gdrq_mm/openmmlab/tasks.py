@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -37,6 +37,39 @@ def dataset_of(loader: Mapping[str, Any]) -> Any:
     return dataset
 
 
+def pipeline_of(cfg: Config) -> list[Any]:
+    """The transforms of the test data, or where there are none of the validation data; those of a wrapper come last.
+
+    Of several data sets it is the pipeline of the first one.
+    """
+    for name in ('test_dataloader', 'val_dataloader'):
+        if cfg.get(name):
+            return _transforms(cfg[name].get('dataset'))
+    return []
+
+
+def _transforms(dataset: Any) -> list[Any]:
+    if not isinstance(dataset, Mapping):
+        return []
+    inner = dataset.get('dataset') or next(iter(dataset.get('datasets') or ()), None)
+    return [*_transforms(inner), *(dataset.get('pipeline') or ())]
+
+
+def _leaves(dataset: Any) -> Iterator[Any]:
+    """The data sets in a wrapped one."""
+    inner = [each for each in (dataset.get('dataset'), *(dataset.get('datasets') or ())) if each]
+    for each in inner:
+        yield from _leaves(each)
+    if not inner:
+        yield dataset
+
+
+def type_name(part: Any) -> str:
+    """The name of what a part of a config is, without its scope or module; a pure Python config has the class."""
+    kind = part.get('type', '') if isinstance(part, Mapping) else type(part)
+    return (kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))).split('.')[-1]
+
+
 def use_tta(cfg: Config) -> None:
     """Test-time augmentation: with the config's `tta_model` and `tta_pipeline`, else by a flip, as OpenMMLab does.
 
@@ -44,7 +77,8 @@ def use_tta(cfg: Config) -> None:
         UserError: a segmentation config has neither, or --show is given for classification.
     """
     task = task_of(cfg)
-    dataset = dataset_of(cfg.test_dataloader)
+    datasets = list(_leaves(cfg.test_dataloader.dataset))
+    dataset = datasets[0]
     if not isinstance(dataset.get('pipeline'), list):
         raise UserError(f'--tta: the pipeline of the test data is {dataset.get("pipeline")!r}, not a list')
     if task == 'cls' and cfg.default_hooks.get('visualization', {}).get('enable'):
@@ -64,7 +98,8 @@ def use_tta(cfg: Config) -> None:
         flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
         cfg.tta_pipeline = [*dataset.pipeline[:-1], dict(type='TestTimeAug', transforms=[flips, [pack]])]
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset.pipeline = cfg.tta_pipeline
+    for dataset in datasets:
+        dataset.pipeline = cfg.tta_pipeline
 
 
 def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: float) -> None:

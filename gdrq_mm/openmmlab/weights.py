@@ -98,15 +98,42 @@ def load_weights(
     return mismatch
 
 
+def converted(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state dict arrives at the parameters and buffers of a model; nothing is loaded.
+
+    mmdet renames layers of old FCOS heads while it loads, mmpretrain resizes position embeddings, for example.
+    """
+    arriving: dict[str, Any] = OrderedDict()
+
+    def note(module: nn.Module, given: dict[str, Any], prefix: str, *others: Any) -> None:
+        for hook in module._load_state_dict_pre_hooks.values():
+            hook(given, prefix, *others)
+        for name in (*module._parameters, *module._buffers):
+            if prefix + name in given:
+                arriving[prefix + name] = given[prefix + name]
+
+    tensors = renamed(state, [])
+    for name in [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        del tensors[name]
+    original = nn.Module._load_from_state_dict
+    nn.Module._load_from_state_dict = note  # type: ignore[method-assign, assignment]  # what all overrides end with
+    try:
+        load_state_dict(model, tensors)
+    finally:
+        nn.Module._load_from_state_dict = original  # type: ignore[method-assign]
+    return arriving
+
+
 def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], filename: str, share: float) -> None:
     """Raise UserError if less than `share` of the model's parameters are in the checkpoint, with their shape.
 
-    Parameters of quantizers do not count: a float checkpoint has none.
+    Parameters of quantizers do not count: a float checkpoint has none. What counts is the state dict as the libraries
+    convert it while they load.
     """
-    state = state_of(checkpoint)
+    state = converted(model, state_of(checkpoint))
     learned = learned_parameters(model)
     parameters = {n: p for n, p in model.named_parameters() if n not in learned}
-    wrong = [n for n, p in parameters.items() if n not in state or getattr(state[n], 'shape', None) != p.shape]
+    wrong = [n for n, p in parameters.items() if n not in state or state[n].shape != p.shape]
     if len(parameters) - len(wrong) < share * len(parameters):
         raise UserError(
             f'checkpoint {filename} is of another model: {len(parameters) - len(wrong)} of {len(parameters)} '

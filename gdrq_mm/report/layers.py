@@ -88,6 +88,9 @@ def layer_table(model: nn.Module, report: Report) -> str:
             _range(layer.input_quant),
             note,
         )
+    for name in report.plan.products:
+        if name not in {row.name for row in report.layers}:
+            table.add_row(name, 'product', '', '32', '', '32', '', 'float: multiplies two activations')
     modules = dict(model.named_modules())
     for output in report.outputs:
         quant = getattr(modules.get(output.name), 'output_quant', None)

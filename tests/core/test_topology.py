@@ -378,6 +378,35 @@ def test_recording_keeps_no_tensor_alive():
     assert len(alive) == 30 and max(alive) <= 3
 
 
+SPELLINGS = {
+    '@': lambda a, b: a @ b,
+    'matmul': torch.matmul,
+    'bmm': torch.bmm,
+    'einsum': lambda a, b: torch.einsum('nij,njk->nik', a, b),
+    'attention': lambda a, b: nn.functional.scaled_dot_product_attention(a, b, b),
+}
+
+
+@pytest.mark.parametrize('spelling', SPELLINGS)
+def test_a_product_of_two_activations_is_recorded_however_it_is_written(spelling):
+    inner = Function(lambda m, x: SPELLINGS[spelling](x, x.transpose(1, 2).contiguous()))
+    model = Function(lambda m, x: m.inner(m.inner(x)), inner=inner)
+    assert record(model, lambda: model(torch.rand(2, 4, 4))).products == ['inner']
+
+
+def test_a_product_with_a_weight_is_none_of_two_activations():
+    inner = Function(lambda m, x: x @ m.weight)
+    inner.weight = nn.Parameter(torch.rand(4, 4))
+    model = Function(lambda m, x: m.inner(x), inner=inner)
+    assert record(model, lambda: model(torch.rand(2, 4, 4))).products == []
+
+
+def test_the_first_plans_know_of_no_products():
+    content = plan_of(net(Block())).to_dict()
+    del content['products']
+    assert Plan.from_dict(content).products == []
+
+
 def test_a_plan_survives_as_plain_data():
     plan = plan_for(Windows(), 8)
     again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))

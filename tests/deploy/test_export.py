@@ -21,7 +21,7 @@ from gdrq_mm.deploy.flat import Flat, check_nest, nest
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.names import Site
 from gdrq_mm.deploy.packed import load_packed
-from gdrq_mm.deploy.runtime import RUNTIMES, RuntimeFailed, kept_signal_stack, open_runtime
+from gdrq_mm.deploy.runtime import RUNTIMES, RuntimeFailed, kept_signal_stack, open_runtime, products
 from gdrq_mm.deploy.verify_onnx import Piece
 from tests.deploy.builders import pooled_network, prepared, trained_network
 from tests.helpers import ENV, Function
@@ -60,6 +60,35 @@ def test_one_example_is_enough_and_pictures_may_have_any_size(tmp_path):
             x = torch.randn(shape)
             with torch.no_grad():
                 torch.testing.assert_close(torch.from_numpy(run([x.numpy()])[0]), model(x), atol=1e-4, rtol=1e-3)
+
+
+def test_a_layer_that_nothing_reads_is_left_out_and_named(tmp_path):
+    """As the last stage of a backbone whose head reads an earlier one."""
+
+    def forward(m, x):
+        x = m.relu(m.one(x))
+        m.unread(x)
+        return m.last(x)
+
+    convs = dict(one=nn.Conv2d(3, 8, 3), unread=nn.Conv2d(8, 8, 3), last=nn.Conv2d(8, 4, 1))
+    x = torch.randn(4, 3, 16, 16)
+    model, plan = prepared(Function(forward, relu=nn.ReLU(), **convs).eval(), x, bits=8, deployable=True)
+    report = export(model, plan, x, tmp_path / 'exported')
+    assert report.unread == ['unread'] and report.layers[1] == 2
+    assert 'not exported, as nothing reads what they make: unread' in str(report)
+
+
+def test_products_of_two_activations_are_no_layers(tmp_path):
+    def forward(m, x):
+        x = m.one(x).flatten(2)
+        return m.last((x @ x.transpose(1, 2)).unsqueeze(-1))
+
+    x = torch.randn(4, 3, 16, 16)
+    model = Function(forward, one=nn.Conv2d(3, 8, 3), last=nn.Conv2d(8, 4, 1)).eval()
+    model, plan = prepared(model, x, bits=8, deployable=True)
+    report = export(model, plan, x, tmp_path / 'exported')
+    assert report.layers[1] == 2 and set(report.float_layers) <= {'one', 'last'}
+    assert [node.op_type for node in products(report.parts[0].graph)] == ['MatMul']
 
 
 def flattened():

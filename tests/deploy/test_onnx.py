@@ -251,6 +251,20 @@ def test_a_negative_gamma_and_the_lowest_code(bits):
         assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_a_gamma_next_to_nothing_is_no_reason_to_refuse(bits):
+    """Of a residual branch that began with zeros: its bias is too large for int32 in units of its sum."""
+    gammas = torch.cat([torch.logspace(-9, 0, 36), -torch.logspace(-9, 0, 36), torch.zeros(1)])
+    layer, norm = nn.Conv2d(64, 73, 3, bias=False), nn.BatchNorm2d(73)
+    norm.weight.data, norm.bias.data = gammas, torch.linspace(-1, 1, 73)
+    norm.running_var.fill_(100)
+    x = torch.rand(2, 64, 6, 6)
+    model = nn.Sequential(layer, norm, nn.ReLU(), nn.Conv2d(73, 2, 1)).eval()
+    model, plan = prepared(model, x, bits=bits, weight=dict(bits=bits), deployable=True)
+    graph, seen, out = exported(model, plan, x)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+
+
 def test_no_value_of_the_graph_has_the_name_of_two_things():
     """Buffers at the top of a model, which are named as what torch's exporter makes: `mean`, `x`, `y`."""
     model = pooled_network()

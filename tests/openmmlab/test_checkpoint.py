@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from mmdet.models import FCOSHead
 from mmengine.logging import HistoryBuffer
+from mmpretrain.models import VisionTransformer
 
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
-from gdrq_mm.openmmlab.weights import check_fits, other_quantization, without_quantizers
+from gdrq_mm.openmmlab.weights import check_fits, load_weights, other_quantization, renamed, without_quantizers
 from tests.helpers import same
 
 
@@ -213,6 +215,37 @@ def test_a_checkpoint_fits_by_name_and_shape():
         check_fits(network(), state, 'x.pth', share=0.61)
     with pytest.raises(UserError, match=r'0 of 5 parameters .* is 0\.weight$'):
         check_fits(network(), dict.fromkeys(state, 1), 'x.pth', share=0.5)
+
+
+def old_fcos():
+    """mmdet renames the last layers of its first heads while it loads them."""
+    model = nn.Module()
+    model.bbox_head = FCOSHead(num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1, norm_cfg=dict(type='BN'))
+    names = {'conv_cls': 'fcos_cls', 'conv_reg': 'fcos_reg', 'conv_centerness': 'fcos_centerness'}
+    state = {n: torch.rand_like(v) if v.is_floating_point() else v for n, v in model.state_dict().items()}
+    patterns = [(rf'\.{new}\.', f'.{old}.') for new, old in names.items()]
+    return model, dict(state_dict=dict(renamed(state, patterns))), state
+
+
+def larger_pictures():
+    """mmpretrain resizes the position embeddings."""
+    sizes = dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8)
+    small, large = (VisionTransformer(arch=sizes, img_size=size, patch_size=16) for size in (32, 64))
+    state = small.state_dict()
+    return large, dict(state_dict=state), {n: v for n, v in state.items() if n != 'pos_embed'}
+
+
+@pytest.mark.parametrize('made', [old_fcos, larger_pictures])
+@pytest.mark.parametrize('use', ['test', 'start'])
+def test_a_checkpoint_that_the_library_converts_is_loaded(made, use):
+    model, checkpoint, expected = made()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_fits(model, checkpoint, 'x.pth', share=1.0)
+    assert same(dict(model.state_dict()), before)
+    load_weights(model, checkpoint, 'x.pth', None, use=use)
+    assert same({name: value for name, value in model.state_dict().items() if name in expected}, dict(expected))
+    with pytest.raises(UserError, match='of another model: 0 of'):
+        check_fits(model, dict(state_dict=network().state_dict()), 'x.pth', share=0.5)
 
 
 FOUR = dict(weight=dict(bits=4, groups=2), activation=dict(bits=4), first_last_bits=4)

@@ -7,15 +7,18 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn as nn
-from mmengine.config import utils
+from mmengine.config import Config, utils
 from mmengine.dist import init_dist
 from mmengine.hooks import CheckpointHook
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch.nn.parallel import DistributedDataParallel
 
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.openmmlab.compat import PRIVATE, TOLD_BY
+from gdrq_mm.openmmlab.apis import init_model
+from gdrq_mm.openmmlab.cli import read_config
+from gdrq_mm.openmmlab.compat import PRIVATE, TOLD_BY, mend_bases
 from gdrq_mm.openmmlab.data_only import data_only
+from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import ENV, ROOT
 from tests.tools import Payload
 
@@ -74,6 +77,32 @@ def test_mend_bases_is_needed(tmp_path, scope, message):
     done = base_of(scope, tmp_path)
     assert done.returncode != 0 and message in done.stderr
     assert utils.MODULE2PACKAGE.get('mmdet') == 'mmdet'
+
+
+def test_the_scope_of_a_base_is_a_package_with_registries(tmp_path):
+    """Ours has none: what its configs build is looked for in their default_scope."""
+    bases = {
+        'ours': 'gdrq_mm::_base_/default_runtime_cls.py',
+        'theirs': 'mmpretrain::_base_/models/resnet18.py',
+    }
+    (tmp_path / 'leaf.py').write_text(f'_base_ = {list(bases.values())}\nhooks = {{{{_base_.default_hooks}}}}')
+    mend_bases()
+    mend_bases()
+    cfg = Config.fromfile(tmp_path / 'leaf.py')
+    assert cfg.model['_scope_'] == 'mmpretrain'
+    assert '_scope_' not in cfg.visualizer and not cfg.hooks.get('_scope_')
+
+
+def test_a_config_of_this_package_is_a_base_that_trains(tmp_path, digits_root):
+    (tmp_path / 'leaf.py').write_text("_base_ = 'gdrq_mm::cls/resnet18_width16_gdrq_w4a4_digits.py'")
+    cfg = read_config(tmp_path / 'leaf.py')
+    cfg.work_dir, cfg.load_from, cfg.log_level = str(tmp_path), None, 'ERROR'
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root, loader.batch_size = str(digits_root / 'cls'), 32
+    cfg.train_cfg.max_epochs = cfg.param_scheduler.T_max = 1
+    QuantRunner.from_cfg(cfg).train()
+    assert (tmp_path / 'epoch_1.pth').is_file() and init_model(cfg, tmp_path / 'epoch_1.pth').plan.calls
 
 
 @without_gpu

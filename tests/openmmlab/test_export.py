@@ -363,12 +363,29 @@ def test_bundles_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
     refused(r"openvino is not installed: uv pip install 'gdrq-mm\[deploy\]'", folder, backend='openvino')
 
 
-def test_a_model_that_has_no_such_parts_is_refused():
+REASONS = {
+    'no head': ('cls', {}, 'a classifier with extract_feat and a head is expected'),
+    'DETR': ('det', dict(encoder=1, bbox_head=1), 'its encoder and decoder stand between the backbone and the head'),
+    'SOLO': ('det', dict(mask_head=1), 'its mask_head makes masks without regions'),
+    'Fast R-CNN': ('det', dict(roi_head=1), 'it has no rpn_head: its proposals come from elsewhere'),
+    'Cascade R-CNN': ('det', dict(roi_head=2, rpn_head=1), 'its box head is a cascade or missing'),
+    'OCRNet': ('seg', dict(decode_head=2), 'its decode_head is a cascade of 2 heads'),
+    'no decode head': ('seg', {}, 'it has no decode_head'),
+    'anything': ('det', {}, 'it has no bbox_head'),
+}
+
+
+@pytest.mark.parametrize('kind', REASONS)
+def test_a_model_that_has_no_such_parts_is_refused_for_what_it_has(kind):
     class Odd(nn.Module):
         pass
 
-    with pytest.raises(UserError, match='Odd cannot be exported'):
-        parts_of(Odd(), 'det')
+    task, parts, reason = REASONS[kind]
+    model = Odd()
+    for name, number in parts.items():
+        model.add_module(name, nn.Identity() if number == 1 else nn.ModuleList([nn.Identity()] * number))
+    with pytest.raises(UserError, match=f'Odd cannot be exported: {reason}'):
+        parts_of(model, task)
 
 
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)
@@ -399,6 +416,8 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     done = tool('export.py', '--out', 'exported')
     assert done.returncode == 0, done.stderr
     assert '21 of 21 layers as integer kernels' in done.stdout and 'by the rounding of ties' in done.stdout
+    codes, outputs = done.stdout.split('model: outputs')
+    assert 'y0' not in codes and 'whole graph: y0' in outputs and 'largest relative difference' in outputs
     accuracy = []
     for options in ((), *(('--backend', name, '--exported', 'exported') for name in RUNTIMES)):
         done = tool('test.py', '--record', 'record.json', *options)

@@ -12,8 +12,10 @@ from mmengine.registry import DefaultScope
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.openmmlab import apis, checkpoint_runner, models
 from gdrq_mm.openmmlab.apis import infer, init_model
+from gdrq_mm.openmmlab.bundle import export_graphs, use_runtime, write_bundle
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.models import record_plan
 from gdrq_mm.openmmlab.runner import QuantRunner
@@ -64,7 +66,7 @@ def segmentor(scenes_root, tmp_path):
 
 
 def test_a_segmentor_with_sliding_windows(segmentor, tmp_path):
-    """It has the plan of one without, trains, is tested, and infers what the test predicts."""
+    """It has the plan of one without, trains, is tested, infers what the test predicts, and is exported."""
     whole = QuantRunner.from_cfg(segmentor('whole'))
     runner = QuantRunner.from_cfg(segmentor('slide', **SLIDE))
     assert runner.report.plan == whole.report.plan
@@ -81,6 +83,11 @@ def test_a_segmentor_with_sliding_windows(segmentor, tmp_path):
     with torch.no_grad():
         (expected,) = tester.model.eval().test_step(next(iter(tester.test_dataloader)))
     assert torch.equal(infer(model, expected.img_path).seg_logits.data, expected.seg_logits.data)
+    report = export_graphs(model, merge_model(model, model.plan), lambda: infer(model, expected.img_path), str)
+    write_bundle(tmp_path / 'exported', model, str(tmp_path / 'slide/epoch_1.pth'), report)
+    use_runtime(model, tmp_path / 'exported', 'onnxruntime', str(tmp_path / 'slide/epoch_1.pth'))
+    labels = infer(model, expected.img_path).pred_sem_seg.data
+    assert (labels == expected.pred_sem_seg.data).float().mean() > 0.95
 
 
 @pytest.mark.parametrize('task', ['cls', 'det', 'seg'])
@@ -170,6 +177,39 @@ def test_a_plan_that_cannot_be_used_is_refused(trained, config, tmp_path, change
         QuantRunner.from_cfg(config('test', load_from=path, **TEST_ONLY))
     with pytest.raises(UserError, match=f'^checkpoint {path}.*{message}'):
         init_model(config('infer'), path)
+
+
+# ---- trials that fail -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_can_train_and_not_predict_is_trained(make, monkeypatch):
+    """As mmdet 3.5.1 cannot predict by its SSD head: the plan comes from a training loss."""
+    before = make('before', epochs=1)
+
+    def fail(self, *args, **kwargs):
+        raise KeyError('border')
+
+    monkeypatch.setattr('mmpretrain.models.ImageClassifier.predict', fail)
+    changes = dict(val_dataloader=None, val_cfg=None, val_evaluator=None)
+    told = []
+    monkeypatch.setattr(models, '_warn', told.append)
+    runner = make(epochs=1, **changes)
+    assert (runner.report.plan.norms, runner.report.outputs) == (before.report.plan.norms, before.report.outputs)
+    assert list(runner.model.state_dict()) == list(before.model.state_dict())
+    (message,) = told
+    assert message.startswith("a trial prediction failed (KeyError: 'border'); what feeds what is recorded from")
+    train(runner)
+    assert make('float', quantization=None, **TEST_ONLY).report.layers  # only its table needs the plan
+
+
+def test_a_trial_that_fails_names_its_exception_and_says_what_it_was(make, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise KeyError('border')
+
+    monkeypatch.setattr('mmpretrain.models.ImageClassifier.predict', fail)
+    with pytest.raises(KeyError, match='border') as raised:
+        make(**TEST_ONLY)
+    assert 'It was a trial' in raised.value.__notes__[0]
 
 
 # ---- checkpoints of another quantization ----------------------------------------------------------------------------

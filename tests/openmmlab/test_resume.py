@@ -1,17 +1,16 @@
 """What a crash leaves: a damaged checkpoint is recognized, the newest whole one is taken, a full disk costs nothing."""
 
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import find_resumable, read_checkpoint
 from gdrq_mm.openmmlab.runner import QuantRunner
-from gdrq_mm.openmmlab.seeding import seed_dataloader
 from tests.helpers import ROOT, same
 from tests.runs import At, checkpoint_of, tiny_config, train
 
@@ -221,8 +220,19 @@ def test_what_was_kept_is_known_after_a_resume(make):
     assert {path.name for path in Path(resumed.work_dir).glob('*.pth')} == {'epoch_3.pth', 'epoch_4.pth'}
 
 
-def test_data_workers_that_are_spawned_are_refused():
-    """They would have to import the class that seeds a sample."""
-    spawned = DataLoader([1, 2], num_workers=1, multiprocessing_context='spawn')
-    with pytest.raises(UserError, match=r"mp_start_method='fork'"):
-        seed_dataloader(spawned, 0)
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_spawned_data_workers_load_what_this_process_loads(make, method):
+    """The class that seeds a sample is made anew in them."""
+    state = train(make('here', epochs=1))
+    runner = make(
+        'there',
+        epochs=1,
+        **{'train_dataloader.num_workers': 1, 'env_cfg.mp_cfg.mp_start_method': method},
+        val_dataloader=None,
+        val_cfg=None,
+        val_evaluator=None,
+    )
+    try:
+        assert same(train(runner), state)
+    finally:
+        multiprocessing.set_start_method('fork', force=True)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import time
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from gdrq_mm.core.modules import activation_quantizers, quant_layers
 from gdrq_mm.core.quantizers import Quantizer, Stage, WeightQuantizer
 from gdrq_mm.core.quantizers import gdrq as gdrq_module
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
+from gdrq_mm.openmmlab.hooks import StatisticsHook
 from gdrq_mm.report.layers import layer_table
 from tests import reference
 from tests.helpers import same
@@ -487,3 +489,14 @@ def test_a_handwritten_layer_trains_under_the_stock_runner(config):
         runner.val()
     train(runner, lambda r: seen.append(float(layer.input_quant.threshold)))
     assert layer.weight_quant.bits == 3 and layer.weight_quant.calibrated and len(set(seen)) == 4
+
+
+def test_the_picture_of_the_statistics_is_no_time_of_loading_data(make, monkeypatch):
+    """By a clock that goes on by an hour while it is drawn."""
+    clock, passed, draw = time.time, [], StatisticsHook._write
+    monkeypatch.setattr(time, 'time', lambda: clock() + sum(passed))
+    monkeypatch.setattr(StatisticsHook, '_write', lambda self, *args: (passed.append(3600), draw(self, *args)))
+    runner = make(epochs=1, custom_hooks=[dict(type='StatisticsHook', interval=1)])
+    runner.train()
+    spent = [runner.message_hub.log_scalars[f'train/{name}'].data[0] for name in ('data_time', 'time')]
+    assert len(passed) == 4 and max(map(max, spent)) < 3600

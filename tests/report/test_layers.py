@@ -120,6 +120,14 @@ def test_the_table_has_each_layer_with_its_bits_and_range():
     assert set(lines) >= {row.name for row in report.layers} | {name for name, *_ in report.outputs}
 
 
+def test_the_table_says_that_products_stay_float():
+    product = Function(lambda m, x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).unsqueeze(-1))
+    model = Function(lambda m, x: m.b(m.product(m.a(x))), a=conv(4, 8), product=product, b=nn.Conv2d(8, 4, 1))
+    report = quantize(model, image())
+    (line,) = (line for line in layer_table(model, report).splitlines() if line.startswith('product'))
+    assert line.split() == 'product product 32 32 float: multiplies two activations'.split()
+
+
 def test_the_range_is_undecided_before_calibration():
     model = Net(Block())
     report = quantize(model)

@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from mmengine.config import Config
 from rich.console import Console
 
 from gdrq_mm.core.errors import UserError
@@ -115,6 +116,22 @@ def test_a_deeply_nested_record_is_refused(tmp_path):
 def test_names_of_models():
     assert model_name(config(**{'model.backbone.type': 'mmpretrain.VGG', 'model.backbone.depth': 16})) == 'VGG-16'
     assert model_name(config(**{'model.type': 'FasterRCNN'})) == 'FasterRCNN ResNet-18'
+
+
+def test_the_model_of_a_pure_python_config_is_named_as_others_are(tmp_path):
+    """Its types are classes."""
+    parts = 'backbone=dict(type=ResNet, depth=18)'
+    lines = [
+        'from mmpretrain.models import ImageClassifier, ResNet',
+        'from mmseg.models import EncoderDecoder, FCNHead',
+        f'model = dict(type=ImageClassifier, {parts})',
+        f'other = dict(type=EncoderDecoder, {parts}, decode_head=dict(type=FCNHead))',
+    ]
+    (tmp_path / 'pure.py').write_text('\n'.join(lines))
+    cfg = Config.fromfile(tmp_path / 'pure.py')
+    assert model_name(cfg) == 'ResNet-18'
+    cfg.model = cfg.other
+    assert model_name(cfg) == 'FCN ResNet-18'
 
 
 def test_a_row_stands_beside_the_float_record_of_the_same_model_and_data(checkpoint):

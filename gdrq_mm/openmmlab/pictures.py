@@ -1,0 +1,109 @@
+"""From one picture to a batch: through the pipeline of the config's test data, without what loads its annotations."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import FUNCTIONS, DefaultScope
+
+from ..core.errors import UserError
+from .loading import UNREADABLE
+from .tasks import pipeline_of, type_name
+
+
+def picture_pipeline(cfg: Config) -> list[Any]:
+    """The transforms of the test data for a picture that has no annotations.
+
+    Raises:
+        UserError: the test data have no pipeline.
+    """
+    transforms = pipeline_of(cfg)
+    if not transforms:
+        raise UserError('the test data have no pipeline: test_dataloader.dataset.pipeline is missing')
+    return [copy.deepcopy(each) for each in transforms if not _loads(type_name(each), 'Annotation', 'Proposal')]
+
+
+def batch_of(cfg: Config, image: str | Path | np.ndarray) -> Any:
+    """What the test data loader would make of one picture.
+
+    Args:
+        image: path, or BGR pixels (H, W, 3), which stand for a file that holds them.
+
+    Raises:
+        UserError: the file does not exist or cannot be read.
+    """
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        transforms = Compose(picture_pipeline(cfg)).transforms
+        number = next((i for i, each in enumerate(transforms) if _loads(type(each).__name__)), None)
+        if number is not None:
+            transforms[number] = _loader(transforms[number], image)
+        data = dict(img_id=0) if isinstance(image, np.ndarray) else dict(img_id=0, img_path=str(image))
+        for transform in transforms:
+            data = transform(data)
+        return _collate_of(cfg)([data])
+
+
+def _loads(kind: str, *words: str) -> bool:
+    return kind.startswith('Load') and (not words or any(word in kind for word in words))
+
+
+def _loader(transform: Any, image: str | Path | np.ndarray) -> Callable[[dict[str, Any]], Any]:
+    """The transform that loads pictures, for this one."""
+    if isinstance(image, np.ndarray) or type(transform).__name__ == 'LoadImageFromNDArray':
+        return functools.partial(_from_pixels, transform, read_image(image))
+
+    def load(data: dict[str, Any]) -> Any:
+        if not Path(image).is_file():
+            raise UserError(f'picture {image} does not exist')
+        try:
+            return transform(data)
+        except UNREADABLE:
+            raise UserError(f'picture {image} cannot be read: damaged or not a picture') from None
+
+    return load
+
+
+def _from_pixels(transform: Any, pixels: np.ndarray, data: dict[str, Any]) -> dict[str, Any]:
+    """What a transform would load from a file with these pixels."""
+    color = getattr(transform, 'color_type', 'color')
+    if color.startswith('grayscale') and pixels.ndim == 3:
+        file = cv2.imencode('.png', pixels)[1].tobytes()
+        pixels = mmcv.imfrombytes(file, flag=color, backend=getattr(transform, 'imdecode_backend', None))
+    if getattr(transform, 'to_float32', False):
+        pixels = pixels.astype(np.float32)
+    return {**data, 'img': pixels, 'img_shape': pixels.shape[:2], 'ori_shape': pixels.shape[:2]}
+
+
+def _collate_of(cfg: Config) -> Callable[[list[Any]], Any]:
+    """The function that makes batches of the test data, read as mmengine's Runner reads it."""
+    function = (cfg.get('test_dataloader') or {}).get('collate_fn') or dict(type='pseudo_collate')
+    if not isinstance(function, dict):
+        return function
+    options = {key: value for key, value in function.items() if key not in ('type', '_scope_')}
+    kind = function['type']
+    return functools.partial(FUNCTIONS.get(kind) if isinstance(kind, str) else kind, **options)
+
+
+def read_image(image: str | Path | np.ndarray) -> np.ndarray:
+    """A picture as BGR pixels, (H, W, 3).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    if not Path(image).is_file():
+        raise UserError(f'picture {image} does not exist')
+    pixels = cv2.imread(str(image))
+    if pixels is None:
+        raise UserError(f'picture {image} cannot be read: damaged or not a picture')
+    return pixels

@@ -1,0 +1,120 @@
+"""A picture goes through the pipeline of the test data, whichever tool it is given to."""
+
+import copy
+
+import cv2
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab.apis import infer, init_model
+from gdrq_mm.openmmlab.runner import QuantRunner
+from gdrq_mm.openmmlab.tasks import use_tta
+from tests.helpers import ROOT
+from tests.runs import TEST_ONLY, checkpoint_of, task_config, tiny_config
+
+GRAYSCALE = dict(type='LoadImageFromFile', color_type='grayscale')
+
+
+@pytest.fixture(scope='module')
+def grayscale(digits_root, tmp_path_factory):
+    """A trained config of one channel; its checkpoint."""
+    cfg = tiny_config(digits_root, tmp_path_factory.mktemp('grayscale') / 'run', epochs=1)
+    cfg.model.backbone.in_channels = 1
+    cfg.data_preprocessor = dict(num_classes=10, mean=[110], std=[55], to_rgb=False)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.pipeline[0] = copy.deepcopy(GRAYSCALE)
+    runner = QuantRunner.from_cfg(copy.deepcopy(cfg))
+    runner.train()
+    return cfg, checkpoint_of(runner)
+
+
+def predictions(cfg, checkpoint, name):
+    """What a test predicts: path of the picture -> prediction."""
+    cfg = copy.deepcopy(cfg)
+    cfg.merge_from_dict({**TEST_ONLY, 'load_from': checkpoint})
+    cfg.test_dataloader.batch_size = 1
+    cfg.experiment_name += name
+    runner = QuantRunner.from_cfg(cfg)
+    runner.load_or_resume()
+    runner.model.eval()
+    with torch.no_grad():
+        found = [runner.model.test_step(batch)[0] for batch in runner.test_dataloader]
+    return {sample.img_path: sample for sample in found}
+
+
+def test_a_grayscale_model_infers_what_it_tests(grayscale):
+    cfg, checkpoint = grayscale
+    model = init_model(cfg, checkpoint)
+    for path, expected in list(predictions(cfg, checkpoint, '-test').items())[:3]:
+        for image in (path, cv2.imread(path)):
+            assert torch.equal(infer(model, image).pred_score, expected.pred_score)
+
+
+def test_a_grayscale_model_without_a_plan_is_recorded(grayscale):
+    model = init_model(grayscale[0])
+    assert model.plan.calls and 'backbone.conv1' in model.plan.calls
+
+
+def test_a_grayscale_model_is_exported(grayscale, tmp_path, run):
+    pytest.importorskip('onnxruntime')
+    cfg, checkpoint = grayscale
+    cfg.dump(tmp_path / 'gray.py')
+    done = run(ROOT / 'tools/export.py', 'gray.py', checkpoint, '--out', 'exported')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'exported/model.onnx').is_file()
+
+
+def segmentor(scenes_root, folder, change):
+    cfg = task_config('seg', scenes_root, folder)
+    change(cfg)
+    return cfg
+
+
+def without_the_variable(cfg):
+    cfg.pop('test_pipeline')
+
+
+def with_another_variable(cfg):
+    cfg.test_pipeline = [dict(type='LoadImageFromFile'), dict(type='RandomFlip', prob=1.0), dict(type='PackSegInputs')]
+
+
+def repeated(cfg):
+    """Wrapped, and joined."""
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        inner = loader.dataset
+        loader.dataset = dict(type='RepeatDataset', times=1, dataset=dict(type='ConcatDataset', datasets=[inner]))
+    without_the_variable(cfg)
+
+
+@pytest.mark.parametrize('change', [without_the_variable, with_another_variable, repeated])
+def test_the_pipeline_of_the_test_data_is_the_one(scenes_root, tmp_path, change):
+    cfg = segmentor(scenes_root, tmp_path / 'run', change)
+    QuantRunner.from_cfg(copy.deepcopy(cfg)).train()
+    checkpoint = str(tmp_path / 'run/epoch_1.pth')
+    model = init_model(cfg, checkpoint)
+    path, expected = next(iter(predictions(cfg, checkpoint, '-test').items()))
+    assert torch.equal(infer(model, path).seg_logits.data, expected.seg_logits.data)
+    from mmseg.apis import inference_model
+
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        assert torch.equal(inference_model(model, path).seg_logits.data, expected.seg_logits.data)
+
+
+def test_test_data_without_a_pipeline_are_told(digits_root, tmp_path):
+    cfg = tiny_config(digits_root, tmp_path)
+    for name in ('val_dataloader', 'test_dataloader'):
+        cfg[name].dataset.pop('pipeline')
+    with pytest.raises(UserError, match=r'test_dataloader\.dataset\.pipeline is missing'):
+        init_model(cfg)
+
+
+def test_augmentation_reaches_wrapped_test_data(digits_root, tmp_path):
+    cfg = tiny_config(digits_root, tmp_path)
+    one = cfg.test_dataloader.dataset
+    joined = dict(type='ConcatDataset', datasets=[one, copy.deepcopy(one)])
+    cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=joined)
+    use_tta(cfg)
+    pipelines = [each.pipeline for each in cfg.test_dataloader.dataset.dataset.datasets]
+    assert pipelines[0] == pipelines[1] == cfg.tta_pipeline and pipelines[0][-1].type == 'TestTimeAug'
