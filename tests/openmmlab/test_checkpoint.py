@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from mmdet.models import FCOSHead
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import DefaultScope
 from mmpretrain.models import VisionTransformer
 
 from gdrq_mm.core.config import Quantization
@@ -217,10 +218,14 @@ def test_a_checkpoint_fits_by_name_and_shape():
         check_fits(network(), dict.fromkeys(state, 1), 'x.pth', share=0.5)
 
 
+BN = dict(type='BN')
+
+
 def old_fcos():
     """mmdet renames the last layers of its first heads while it loads them."""
     model = nn.Module()
-    model.bbox_head = FCOSHead(num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1, norm_cfg=dict(type='BN'))
+    with DefaultScope.overwrite_default_scope('mmdet'):  # of its losses
+        model.bbox_head = FCOSHead(num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1, norm_cfg=BN)
     names = {'conv_cls': 'fcos_cls', 'conv_reg': 'fcos_reg', 'conv_centerness': 'fcos_centerness'}
     state = {n: torch.rand_like(v) if v.is_floating_point() else v for n, v in model.state_dict().items()}
     patterns = [(rf'\.{new}\.', f'.{old}.') for new, old in names.items()]
