@@ -205,7 +205,7 @@ def _settings(config: str | Mapping[str, Any]) -> dict[str, Any]:
     """The `quantization` dict; a name such as 'lsq_w2a4' is that of a base config."""
     if not isinstance(config, str):
         return dict(config)
-    match = re.fullmatch(r'(?:(\w+)_)?w(\d+)a(\d+)', config)
+    match = re.fullmatch(r'(?:(\w+)_)?w(\d+)a(\d+)', config.lower())
     if match is None:
         raise UserError(f"quantize: config={config!r} is not of the form 'w4a4' or 'lsq_w2a4', nor a dict")
     method, weight, activation = match[1] or 'gdrq', int(match[2]), int(match[3])

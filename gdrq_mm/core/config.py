@@ -123,7 +123,7 @@ class Quantization:
     """Bits of weights and inputs of the first and last layers (docs/method.md, section 5); a float side stays float."""
     deployable: bool = True
     """Simulate what the integer graph needs: one quantizer for all readers of a tensor, 8-bit operands of additions,
-    8-bit outputs of convolutions in front of an activation function other than ReLU, and in evaluation biases that are
+    8-bit outputs of convolutions in front of an activation function such as SiLU, and in evaluation biases that are
     whole multiples of one unit of the integer sums."""
     schedule: Schedule = Schedule()
     calibration_batches: Annotated[int, Bounds(1, closed=True)] = 8

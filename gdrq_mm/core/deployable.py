@@ -2,7 +2,7 @@
 
 - All readers of a tensor share one quantizer.
 - The operands of additions are quantized to 8 bits.
-- So are the outputs of convolutions in front of an activation function other than ReLU.
+- So are the outputs of convolutions in front of an activation function other than ReLU and ReLU6.
 - In evaluation, biases are rounded as integer kernels round them (integer_bias.py).
 """
 
@@ -83,7 +83,7 @@ def quantize_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
 def quantize_outputs(
     model: nn.Module, config: Quantization, plan: Plan, edges: dict[str, str]
 ) -> list[QuantizedOutput]:
-    """Quantize to 8 bits what is added, and what convolutions pass to an activation function other than ReLU."""
+    """Quantize to 8 bits what is added, and what convolutions pass to an activation function such as SiLU."""
     if config.activation.bits == FLOAT_BITS:
         return []
     settings = dataclasses.replace(config.activation.with_bits(8), range='auto')
@@ -113,7 +113,7 @@ def quantize_outputs(
 
 
 def _before_activations(model: nn.Module, plan: Plan, edges: dict[str, str]) -> list[str]:
-    """The convolutions whose results only an activation function other than ReLU reads; or the BN that follows them.
+    """The convolutions whose results only an activation function such as SiLU reads; or the BN that follows them.
 
     The integer kernel of a convolution needs a quantized output. Behind ReLU the input quantizer of the next layer
     serves. Linear layers do not need one, and the outputs of the last layers are those of the model.

@@ -43,7 +43,8 @@ def code_range(bits: int, signed: bool, narrow_range: bool = True, zero_point: i
 def step_size(threshold: Tensor, lo: int, hi: int) -> Tensor:
     """Step d = T / max(-lo, hi): the code farthest from zero stands for the threshold (docs/method.md, section 1).
 
-    That is T / (2^(n-1) - 1) for signed codes, T / 2^(n-1) for the full signed range, T / (2^n - 1) for unsigned.
+    That is T / (2^(n-1) - 1) for signed codes, T / 2^(n-1) for the full signed range, T / (2^n - 1) for unsigned
+    ones, T / (2^n - 1 - z) with a zero point z.
     """
     return threshold / max(-lo, hi)
 

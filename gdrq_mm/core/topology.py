@@ -58,7 +58,7 @@ class Plan:
     """Convolution -> the batch normalization that can be folded into it: each reads and is read by nothing else."""
     additions: list[Addition] = field(default_factory=list)
     activated: list[str] = field(default_factory=list)
-    """Modules all of whose results an activation function other than ReLU reads."""
+    """Modules all of whose results an activation function other than ReLU and ReLU6 reads."""
     products: list[str] = field(default_factory=list)
     """Modules whose forward multiplies two tensors that depend on the picture, as attention does; they stay float."""
     last: list[str] = field(default_factory=list)

@@ -22,7 +22,7 @@ train_cfg = dict(max_epochs=1)
 def folder(digits_root, tmp_path):
     """A folder with the file and the config of the guide, and a few of the digits."""
     (tmp_path / 'my_quantizer.py').write_text(FILE)
-    (tmp_path / 'my_config.py').write_text(CONFIG.replace('/path/to/gdrq_mm', str(ROOT)) + SMALL)
+    (tmp_path / 'my_config.py').write_text(CONFIG.replace('/path/of/the/project', str(ROOT)) + SMALL)
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/digits').symlink_to(digits_root)
     return tmp_path
