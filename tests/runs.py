@@ -9,6 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
+from gdrq_mm.core.quantizers import Quantizer
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.cli import read_config
 from gdrq_mm.openmmlab.tasks import dataset_of
@@ -135,3 +136,8 @@ def tool_function(name):
     """The function of a tool of tools/ that does its work by sys.argv, to call it in this process."""
     (function,) = re.findall(r'^    main\((\w+)\)$', (ROOT / 'tools' / name).read_text(), re.MULTILINE)
     return runpy.run_path(str(ROOT / 'tools' / name))[function]
+
+
+def quantizers_of(runner):
+    """Name -> quantizer of a run's model."""
+    return {name: m for name, m in runner.model.named_modules() if isinstance(m, Quantizer)}

@@ -29,16 +29,13 @@ def prepare() -> None:
     parser.add_argument('--sheet', help='digits only: also draw a picture sheet into this PNG')
     args = parser.parse_args()
     out = args.out or FOLDERS.get(args.dataset, f'data/{args.dataset}')
-    if args.dataset == 'digits':
-        print(digits.build(out))
-        if args.sheet:
-            digits.picture_sheet(out, args.sheet)
-        return
-    build, source = BUILDERS[args.dataset]
-    if args.source is None:
+    build, source = BUILDERS.get(args.dataset, (None, ''))
+    if build is not None and args.source is None:
         raise UserError(f'{args.dataset} needs --source PATH: {source}')
     try:
-        print(build(args.source, out))
+        print(digits.build(out) if build is None else build(args.source, out))
+        if args.sheet:
+            digits.picture_sheet(out, args.sheet)
     except OSError as error:
         raise UserError(str(error)) from error
 

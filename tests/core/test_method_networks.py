@@ -13,7 +13,7 @@ from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.layers import QuantConv2d
-from gdrq_mm.core.modules import quant_layers
+from gdrq_mm.core.modules import activation_quantizers, quant_layers
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS, Stage, learned_parameters
 from gdrq_mm.core.step import after_step, set_stage
 from gdrq_mm.core.topology import record
@@ -116,7 +116,10 @@ def test_the_samples_of_calibration_are_those_of_the_operand():
     quantize_model(model, Quantization.from_dict(dict(method='ptq')), plan)
     quantizer = model[0].bn2.output_quant
     quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    quantizer.set_state(stage=Stage.OBSERVE)
+    for each in activation_quantizers(model).values():
+        each.set_state(stage=Stage.OBSERVE)
+    for layer in quant_layers(model).values():
+        layer.weight_quant.set_state(stage=Stage.OBSERVE)
     model(x)
     assert torch.equal(quantizer.samples, seen[0].flatten())
 

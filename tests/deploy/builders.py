@@ -51,7 +51,7 @@ def prepared(model, *batches, **quantization):
     plan = record(model, lambda: model(batches[0]))
     cfg = Quantization.from_dict(dict(first_last_bits=quantization.pop('bits', 4), **quantization))
     quantize_model(model, cfg, plan)
-    calibrate(model, batches)
+    calibrate(model, batches, trains_next=False)
     return model.eval(), plan
 
 

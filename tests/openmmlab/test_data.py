@@ -19,7 +19,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.data import bccd, camvid, standard
 from gdrq_mm.data.checks import check_annotations
 from gdrq_mm.openmmlab import loading
-from gdrq_mm.openmmlab.cli import ending
+from gdrq_mm.openmmlab.cli import ending, read_config
 from gdrq_mm.openmmlab.compat import mend_bases
 from tests.helpers import ROOT
 from tests.runs import tool_function
@@ -444,7 +444,7 @@ def test_labels_that_heads_ignore():
 def scenes(root, **changes):
     """Config of the test scenes for segmentation."""
     init_default_scope('mmseg')
-    given = Config.fromfile(ROOT / 'configs' / CONFIGS['seg']).val_dataloader.dataset
+    given = read_config(ROOT / 'configs' / CONFIGS['seg']).val_dataloader.dataset
     return given | dict(data_root=str(root / 'scenes'), **changes)
 
 

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from gdrq_mm.core import functional as F
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
-from gdrq_mm.core.quantizers import Quantizer, Stage, WeightQuantizer
+from gdrq_mm.core.quantizers import Stage, WeightQuantizer
 from gdrq_mm.core.quantizers import gdrq as gdrq_module
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.hooks import StatisticsHook
@@ -32,10 +32,6 @@ STAGES = dict(reshape=0.3, freeze=0.6)
 
 def quantization(**changes):
     return {**QUANTIZATION, 'schedule': STAGES, **changes}
-
-
-def quantizers_of(runner):
-    return {name: m for name, m in runner.model.named_modules() if isinstance(m, Quantizer)}
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
