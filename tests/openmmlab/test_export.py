@@ -130,6 +130,8 @@ def calibrated(cfg, picture, bias=0.0):
     model = init_model(cfg, None, 'cpu')
     for norm in model.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            # Else calibration normalizes by the statistics of the batch: one pooled picture has none.
+            norm.running_mean.fill_(1e-6)
             nn.init.normal_(norm.bias, std=bias)
     calibrate(model, [picture], lambda picture: infer(model, picture), trains_next=False)
     return model.eval()

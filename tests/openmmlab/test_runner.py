@@ -24,7 +24,7 @@ from gdrq_mm.openmmlab.hooks import StatisticsHook
 from gdrq_mm.report.layers import layer_table
 from tests import reference
 from tests.helpers import same
-from tests.runs import QUANTIZATION, TEST_ONLY, At, checkpoint_of, contents, scores_of, train
+from tests.runs import QUANTIZATION, TEST_ONLY, At, checkpoint_of, contents, quantizers_of, scores_of, train
 
 STAGES = dict(reshape=0.3, freeze=0.6)
 """Of 16 iterations 5 reshape, 5 quantize, 6 freeze; the three checkpoints before the last have one stage each."""
