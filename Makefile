@@ -3,7 +3,7 @@
 # make test         set up .venv if needed, then lint and run all tests; the log ends with the slowest
 # make test-slurm   train, preempt and test a detector on a slurm that is started for it (packages slurm-wlm and munge)
 # make lint         ruff and mypy
-# make campaigns    kill training at random moments, feed crafted input, watch memory: a quarter of an hour
+# make campaigns    kill training at random moments, feed crafted files and input, watch memory: an hour
 # make benchmark    train and test the small-scale grid (hours; goes on where it stopped), write the tables anew
 PY := .venv/bin/python
 

@@ -62,7 +62,7 @@ SOURCES = {
     'something else': (lambda path: archive(path, {'readme.txt': b'hello'}), ['0 train pictures', '50000']),
     'a batch of code': (
         lambda path: archive(path, {'data_batch_1': pickle.dumps(Payload())}),
-        ['given.tar.gz', 'mkdir is not allowed'],
+        ['given.tar.gz', 'data_batch_1 holds more than plain data', 'mkdir'],
     ),
     'a batch without data': (
         lambda path: archive(path, {'data_batch_1': pickle.dumps({b'labels': [1]})}),
@@ -71,6 +71,18 @@ SOURCES = {
     'a batch with a wrong label': (
         lambda path: archive(path, {'data_batch_1': pickle.dumps(batch([3, 10]))}),
         ['given.tar.gz', '10'],
+    ),
+    'a batch with a label below 0': (
+        lambda path: archive(path, {'data_batch_1': pickle.dumps(batch([3, -1]))}),
+        ['given.tar.gz', '-1'],
+    ),
+    'a batch that is a list': (
+        lambda path: archive(path, {'data_batch_1': pickle.dumps([1])}),
+        ['given.tar.gz'],
+    ),
+    'a batch that takes memory': (
+        lambda path: archive(path, {'data_batch_1': bytes(65 << 20)}),
+        ['given.tar.gz', 'claims 68157440 bytes'],
     ),
 }
 

@@ -23,6 +23,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.weights import check_fits, load_weights, other_quantization, renamed, without_quantizers
+from tests.campaigns.fuzz import Checkpoints, attack
 from tests.helpers import same
 
 
@@ -317,3 +318,21 @@ def test_a_folder_in_the_way_stays(tmp_path):
     with pytest.raises(OSError, match='file'):
         write_whole(tmp_path / 'file', b'new')
     assert list(tmp_path.iterdir()) == [tmp_path / 'file'] and (tmp_path / 'file').is_dir()
+
+
+# ---- damaged at random: the short form of tests/campaigns/fuzz.py ----------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'crafted', 'changed'])
+def test_a_mutated_checkpoint_is_used_or_refused_in_one_line(tmp_path, kind):
+    """Its bytes; its pickle, its tensors and the format before torch 1.6; data of a whole file."""
+    ends, crashes = attack(kind, getattr(Checkpoints(tmp_path), kind), 150, seed=0)
+    assert crashes == [] and ends['refused'] > 20
+
+
+@pytest.mark.parametrize('value', [torch.tensor([9, 1, 0, 7, 4], dtype=torch.int32), torch.zeros(0), 'x', 4.0])
+def test_what_no_quantizer_writes_is_refused(value):
+    model = network(**FOUR)
+    state = {**model.state_dict(), '0.weight_quant.state': value}
+    with pytest.raises(UserError, match=r'checkpoint x\.pth is damaged: 0\.weight_quant\.state is'):
+        load_weights(model, dict(state_dict=state), 'x.pth', None)
