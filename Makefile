@@ -1,24 +1,29 @@
 # make quickstart   set up .venv if needed, then train, quantize and compare on the embedded data
-# make check        set up .venv if needed, then test the arithmetic alone: core and deploy, without OpenMMLab
+# make check        set up .venv if needed, then test the arithmetic alone, from fake quantization to integers, without OpenMMLab
 # make test         set up .venv if needed, then lint and run all tests; the log ends with the slowest
+# make test-full    the same and what takes longer: full-scale configs, every method in every task, the benchmarks
 # make test-slurm   train, preempt and test a detector on a slurm that is started for it (packages slurm-wlm and munge)
 # make lint         ruff and mypy
 # make campaigns    kill training at random moments, feed crafted files and input, watch memory: an hour
 # make benchmark    train and test the small-scale grid (hours; goes on where it stopped), write the tables anew
 PY := .venv/bin/python
 
-.PHONY: quickstart check test test-slurm lint setup benchmark campaigns
+.PHONY: quickstart check test test-full test-slurm lint setup benchmark campaigns
 quickstart: .venv/.ready
 	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: about 15 minutes on 2 cores."
 	@$(PY) tools/quickstart.py
 
 check: .venv/.ready
-	@echo "Testing the arithmetic, quantizers, layers and integers: under a minute on 2 cores."
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/core tests/deploy
+	@echo "Testing the arithmetic, quantizers, layers and integers: about a minute on 2 cores."
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/core tests/deploy/test_merge.py tests/deploy/test_packed.py
 
 test: lint
-	@echo "Running the tests: 10 to 12 minutes on 2 cores."
+	@echo "Running the tests: 12 to 14 minutes on 2 cores."
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal --durations=25
+
+test-full: lint
+	@echo "Running all tests, those that take long too: about 20 minutes on 2 cores."
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal --durations=25 -m "full or not full"
 
 test-slurm: .venv/.ready
 	@echo "Running jobs on a slurm of two nodes on this machine: up to 10 minutes on 2 cores."

@@ -65,7 +65,7 @@ class Meter:
         if not self._count:
             return None
         signal, noise, size, error = self._sums
-        with np.errstate(divide='ignore'):
+        with np.errstate(divide='ignore', invalid='ignore'):  # nothing but noise, or values that are infinite
             sqnr = float(10 * (np.log10(signal) - np.log10(noise))) if noise else float('inf')
         values = torch.cat(self._kept)
         if float(values.abs().amax()) < self._top:  # the distance is measured in shares of the largest value

@@ -45,6 +45,7 @@ def test_scale_clip_makes_weights_more_uniform(run, tmp_path):
     assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.full
 def test_train_step_compares_with_float(run, tmp_path):
     out = tmp_path / 'train_step.json'
     tiny = ('--size', 64, '--batch', 2, '--rounds', 2, '--threads', 1, '--formats', 'channels_last')
@@ -59,6 +60,7 @@ def test_train_step_compares_with_float(run, tmp_path):
     assert found['versions']['torch'] and found['hardware']['cores'] and found['date']
 
 
+@pytest.mark.full
 def test_scaling_compares_two_processes_with_one(run, tmp_path):
     out = tmp_path / 'scaling.json'
     done = run('scaling.py', '--size', 64, '--batch', 2, '--rounds', 1, '--collectives', 3, '--out', out)
@@ -82,6 +84,7 @@ def test_the_formula_of_a_ring_gives_its_constants():
     assert row == pytest.approx(dict(gpus=8, ring=14 * (5e-5 + 50e-9), tree=6 * (5e-5 + 400e-9)))
 
 
+@pytest.mark.full
 def test_inference_compares_runtimes_with_float(run, tmp_path):
     out = tmp_path / 'inference.json'
     tiny = ('--models', 'ResNet-18', '--batches', 1, '--threads', 1, '--rounds', 1)

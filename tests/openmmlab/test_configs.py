@@ -20,9 +20,8 @@ from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.quantizers import METHODS
-from gdrq_mm.core.topology import record
 from gdrq_mm.data import digits
-from gdrq_mm.openmmlab.models import drop_pretrained, read_quantization
+from gdrq_mm.openmmlab.models import drop_pretrained, read_quantization, record_plan
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.report.layers import layer_table
 from tests.configs import ALL, CONFIGS, FULL_SCALE, QUANTIZED, TASKS, bits_in_name, load, name
@@ -125,7 +124,7 @@ def test_a_config_builds_a_model_of_its_kind(path):
     size = 224 if cfg.model.backbone.type == 'VGG' else 64  # only VGG's classifier asks for the full size
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(cfg.model)
-        plan = record(model, lambda: predict(model, scope, size))
+        plan = record_plan(model, lambda: predict(model, scope, size))
     quantization = read_quantization(cfg)
     if path not in QUANTIZED:
         assert quantization is None and cfg.get('runner_type') is None

@@ -148,6 +148,7 @@ MADE = [pytest.param(path, data_of(path), id=name(path)) for path in FULL_SCALE]
 REAL = [pytest.param(path, real_coco, id=f'{name(path)}-real') for path in FULL_SCALE if data_of(path) is coco]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(('path', 'make'), [*MADE, *REAL])
 def test_a_full_scale_config_trains_and_tests(path, make, tmp_path, monkeypatch):
     make(tmp_path / 'data', np.random.default_rng(0))

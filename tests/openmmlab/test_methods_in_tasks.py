@@ -18,6 +18,9 @@ from tests.helpers import same
 from tests.runs import TEST_ONLY, checkpoint_of, contents, scores_of, tiny_config, train
 from tests.stock import YOLOX, batch_of, build, check_result, predict, settle
 
+ALWAYS = ('gdrq', 'lsq_plus', 'pact', 'hwgq')
+"""Methods that are tried in every task by each test run; the others by make test-full."""
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -201,7 +204,9 @@ def stock(tmp_path_factory):
     return built
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+    'method', [*ALWAYS, *(pytest.param(m, marks=pytest.mark.full) for m in METHODS if m not in ALWAYS)]
+)
 @pytest.mark.parametrize('task', STOCK)
 def test_every_method_trains_and_predicts_in_every_task(task, method, stock):
     runner, float_model, plan = stock(task)
