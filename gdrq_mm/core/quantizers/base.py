@@ -127,11 +127,6 @@ class Quantizer(ModeOfModel, nn.Module):
         """`bits`, or 32 if calibration did not reach the layer, so that it stayed float."""
         return 32 if self.stage == Stage.FLOAT else self.bits
 
-    @property
-    def rule(self) -> str:
-        """Quantizers with the same rule and the same saved state do the same to a tensor."""
-        return type(self).__name__
-
     def set_state(self, **values: Any) -> None:
         """Change stage, calibrated, lo or hi, and the saved copy."""
         for name, value in values.items():

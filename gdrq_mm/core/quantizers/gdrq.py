@@ -70,11 +70,6 @@ class GDRQWeight(WeightQuantizer):
         """The k in use."""
         return default_weight_k(self.bits, self.lo, self.hi) if self.options.k is None else self.options.k
 
-    @property
-    def rule(self) -> str:
-        searched = self.options.threshold == 'search'
-        return f'GDRQWeight with {"a search threshold" if searched else f"k = {self.k:g}"}'
-
     def start_threshold(self, weight: Tensor) -> Tensor:
         if self.options.threshold == 'search':
             return F.search_threshold(weight, self.lo, self.hi, self.sizes)
