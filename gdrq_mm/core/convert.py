@@ -91,10 +91,9 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:
     """Raise UserError if the plan names modules that the model does not have."""
-    known = {name for name, _ in model.named_modules()}
-    for name in (*plan.calls, *plan.inputs, *plan.norms, *plan.norms.values(), *plan.activated, *plan.last):
-        if name not in known:
-            raise UserError(f'the plan is that of another model: this one has no {name}')
+    name = plan.unknown_to(model)
+    if name is not None:
+        raise UserError(f'the plan is that of another model: this one has no {name}')
 
 
 def _has_filters(module: nn.Module) -> bool:

@@ -24,8 +24,12 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 def moving_quantizers(model: nn.Module) -> dict[str, FollowingQuantizer]:
     """Name -> activation quantizer whose threshold follows its inputs and is not frozen."""
-    quantizers = activation_quantizers(model)
-    return {n: q for n, q in quantizers.items() if isinstance(q, FollowingQuantizer) and q.stage < Stage.FREEZE}
+    return {n: q for n, q in activation_quantizers(model).items() if moves(q)}  # type: ignore[misc]
+
+
+def moves(quantizer: ActivationQuantizer) -> bool:
+    """Whether its threshold follows its inputs and is not frozen."""
+    return isinstance(quantizer, FollowingQuantizer) and quantizer.stage < Stage.FREEZE
 
 
 def replace_modules(model: nn.Module, replaced: Mapping[Any, nn.Module]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
-from .modules import activation_quantizers, moving_quantizers, quant_layers
+from .modules import activation_quantizers, moves, quant_layers
 from .quantizers import Quantizer, Stage
 from .quantizers.following import collected, move_thresholds
 from .ranks import all_reduce
@@ -28,12 +30,13 @@ def after_step(model: nn.Module, step: int | None = None) -> None:
             projected = layer.weight_quant.after_step(layer.filters(), step)
             if projected is not None:
                 layer.weight.copy_(layer.set_filters(projected))
-    moving = moving_quantizers(model).values()
+    activations = activation_quantizers(model).values()
+    moving: Any = [quantizer for quantizer in activations if moves(quantizer)]
     if moving:
         statistics = collected(moving)
         all_reduce(statistics, 'sum')
         move_thresholds(moving, statistics)
-    for quantizer in activation_quantizers(model).values():
+    for quantizer in activations:
         quantizer.after_step(step)
 
 

@@ -72,6 +72,12 @@ class Plan:
         """Whether a module or parameter of this name is part of the deployed model."""
         return not any(name == top or name.startswith(f'{top}.') for top in self.training_only)
 
+    def unknown_to(self, model: nn.Module) -> str | None:
+        """The first module of this plan that a model does not have; None: it has them all."""
+        known = {name for name, _ in model.named_modules()}
+        named = (*self.calls, *self.inputs, *self.norms, *self.norms.values(), *self.activated, *self.last)
+        return next((name for name in (*named, *self.training_only) if name not in known), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what :meth:`from_dict` takes."""
         return dataclasses.asdict(self)

@@ -54,10 +54,9 @@ def plan_of(model: nn.Module, checkpoint: Mapping[str, Any], filename: str) -> P
         plan = Plan.from_dict(content)
     except ValueError as error:
         raise UserError(f'checkpoint {filename}: {error}') from None
-    known = {name for name, _ in model.named_modules()}
-    for name in (*plan.calls, *plan.inputs, *plan.norms, *plan.norms.values(), *plan.last, *plan.training_only):
-        if name not in known:
-            raise UserError(f'checkpoint {filename} is of another model: its plan has {name}, this model has not')
+    name = plan.unknown_to(model)
+    if name is not None:
+        raise UserError(f'checkpoint {filename} is of another model: its plan has {name}, this model has not')
     return plan
 
 

@@ -14,27 +14,14 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
 from gdrq_mm.core.quantizers import Quantizer
-from gdrq_mm.core.topology import record
 from gdrq_mm.report.layers import layer_table
+from tests.core.networks import W2A3, image, quantize
 from tests.helpers import Block, Function, Net, OwnForward, conv
-
-W2A3 = dict(weight=dict(bits=2), activation=dict(bits=3), first_last_bits=8)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def image(shape=(1, 4, 8, 8)):
-    return torch.randn(shape)
-
-
-def quantize(model, x=None, training_only=(), **cfg):
-    """Quantize with the record of a prediction; returns the report."""
-    x = image() if x is None else x
-    plan = record(model, lambda: model(x), training_only=training_only)
-    return quantize_model(model, Quantization.from_dict({**W2A3, **cfg}), plan)
 
 
 def bits(model):

@@ -5,30 +5,17 @@ import torch
 import torch.nn as nn
 
 from gdrq_mm.core.calibrate import calibrate
-from gdrq_mm.core.config import Quantization
-from gdrq_mm.core.convert import float_report, quantize_model
+from gdrq_mm.core.convert import float_report
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.topology import record
 from gdrq_mm.report.layers import layer_table, totals
+from tests.core.networks import image, quantize
 from tests.helpers import Block, Function, Net, OwnForward, conv
-
-W2A3 = dict(weight=dict(bits=2), activation=dict(bits=3), first_last_bits=8)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def image(shape=(1, 4, 8, 8)):
-    return torch.randn(shape)
-
-
-def quantize(model, x=None, training_only=(), **cfg):
-    """Quantize with the record of a prediction; returns the report."""
-    x = image() if x is None else x
-    plan = record(model, lambda: model(x), training_only=training_only)
-    return quantize_model(model, Quantization.from_dict({**W2A3, **cfg}), plan)
 
 
 def tiny():
