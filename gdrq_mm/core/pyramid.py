@@ -7,13 +7,15 @@ head resets the count before its forward and checks it afterwards.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
 from .errors import UserError
 from .quantizers import ActivationQuantizer
-from .topology import Plan
+
+if TYPE_CHECKING:
+    from .topology import Plan
 
 
 class PyramidQuantizers(nn.ModuleList):

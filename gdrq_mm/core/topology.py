@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .modules import hooked, modes_kept
 
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 _ACTIVATIONS = set(
@@ -231,17 +232,10 @@ def _macs(module: nn.Module, x: Tensor, out: Tensor, images: int) -> int:
     return each.numel() * module.weight[0].numel() // images  # type: ignore[operator, union-attr, index]
 
 
-@contextmanager
-def _listening(recorder: _Recorder) -> Iterator[None]:
-    handles = []
+def _handles(recorder: _Recorder) -> Iterator[Any]:
     for module in recorder.names:
-        handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        yield module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
+        yield module.register_forward_hook(recorder.leave, with_kwargs=True)
 
 
 def record(
@@ -261,14 +255,9 @@ def record(
         last, training_only: what is known of the model beside the prediction, see :class:`Plan`.
     """
     recorder = _Recorder(model, whole)
-    training = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model), torch.no_grad(), torch.random.fork_rng(), hooked(_handles(recorder)), recorder:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(), _listening(recorder), recorder:
-            predict()
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+        predict()
     plan = recorder.finish()
     plan.last, plan.training_only = list(last), list(training_only)
     return plan
