@@ -11,6 +11,7 @@ from .deployable import QuantizedOutput, quantize_outputs, round_biases, share_i
 from .errors import UserError
 from .layers import QUANTIZED, QuantLayer
 from .modules import quant_layers, replace_modules, settle_in
+from .prepare import prepare_weights
 from .pyramid import split_pyramid
 from .topology import Plan
 
@@ -86,6 +87,7 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
         outputs = quantize_outputs(model, config, plan, edges)
         round_biases(model, plan)
     settle_in(model)
+    prepare_weights(model)
     return Report(rows, outputs, plan)
 
 

@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import FLOAT_BITS, Quantization
 from .layers import QuantLayer, make_activation_quantizer
 from .modules import quant_layers
+from .quantizers import ActivationQuantizer
 from .topology import Plan
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_KEEP_NOTHING = (_BatchNorm, QuantLayer)
 
 
 class QuantizedOutput(NamedTuple):
@@ -77,7 +80,11 @@ def round_biases(model: nn.Module, plan: Plan) -> None:
 
 def quantize_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
     """Forward hook of a module whose output is quantized."""
-    return module.output_quant(out)  # type: ignore[operator]
+    quant: Any = module.output_quant
+    if not isinstance(quant, ActivationQuantizer) or not isinstance(module, _KEEP_NOTHING):
+        return quant(out)
+    # These modules keep no reference to their output; another hook may.
+    return quant(out, overwrite=len(module._forward_hooks) == 1 and not quant._forward_pre_hooks)
 
 
 def quantize_outputs(

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import FakeQuantize, LearnedStep, StraightThrough, block_size, blocks
+from . import kernels
+from .kernels import sum_abs as sum_abs
 
 LARGEST = 2.0**126
 """The largest threshold: float32 holds four times as much, so that no multiple of the step is infinite."""
@@ -76,7 +77,7 @@ def round_ste(x: Tensor) -> Tensor:
 
 def straight_through(surrogate: Tensor, value: Tensor) -> Tensor:
     """`value` to the last bit, with the gradient of `surrogate`; both of one shape."""
-    return StraightThrough.apply(surrogate, value.detach())
+    return kernels.straight_through(surrogate, value.detach())
 
 
 # ---- groups -----------------------------------------------------------------------------------------------------
@@ -108,44 +109,21 @@ def per_channel(per_group: Tensor, sizes: Tensor, ndim: int) -> Tensor:
 
 
 def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
-    """mean(|w|) of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
-    flat = weight.detach().float().flatten(1)
-    rows = max(1, block_size() // max(1, flat.shape[1])) if flat.device.type == 'cpu' else len(flat)
-    total = per_group(torch.cat([part.abs().sum(1) for part in flat.split(max(1, rows))]), sizes)
-    if flat.device.type == 'cpu' and bool(torch.isfinite(total).all()):  # reading a number makes only a GPU wait
-        return total / (sizes * flat.shape[1])
-    return _mean_beyond(flat, sizes, total)
-
-
-def _mean_beyond(flat: Tensor, sizes: Tensor, total: Tensor) -> Tensor:
-    """The mean of each group, also where float32 does not hold its sum."""
-    scaled = per_group(flat.abs().mul(2.0**-64).sum(1), sizes)  # exactly as with the numbers themselves
-    count = sizes * flat.shape[1]
-    return torch.where(torch.isfinite(total), total / count, scaled / count * 2.0**64)
+    """mean(|w|) of each group of filters: (C, ...) and group sizes (G,) give (G,). The sum is a float64."""
+    rows = weight.detach().flatten(1)
+    total = per_group(rows.abs().sum(1, dtype=torch.float64), sizes)
+    return (total / (sizes * rows.shape[1])).float()
 
 
 def mean_of_chosen(weight: Tensor, chosen: Tensor, sizes: Tensor) -> Tensor:
     """mean(|w|) over the weights of each group that a mask of the same shape chooses; 0 where it chooses none."""
-    weight, chosen = weight.detach().float().abs(), chosen.float()
-    total = per_group((weight * chosen).flatten(1).sum(1), sizes)
-    count = per_group(chosen.flatten(1).sum(1), sizes).clamp(min=1)
-    if weight.device.type == 'cpu' and not bool(torch.isfinite(total).all()):  # beyond float32
-        total = per_group((weight * chosen).flatten(1).sum(1, dtype=torch.float64), sizes)
-    return (total / count).float()
+    total = per_group((weight.detach().abs() * chosen).flatten(1).sum(1, dtype=torch.float64), sizes)
+    return (total / per_group(chosen.flatten(1).sum(1, dtype=torch.float64), sizes).clamp(min=1)).float()
 
 
 def max_abs(weight: Tensor, sizes: Tensor) -> Tensor:
     """max|w| of each group of filters: (C, ...) and group sizes (G,) give (G,)."""
     return per_group(weight.detach().float().flatten(1).abs().amax(1), sizes, 'max')
-
-
-def sum_abs(x: Tensor) -> Tensor:
-    """sum|x| of a dense tensor, a float32 scalar; on a CPU a float64 one where float32 does not hold it."""
-    pieces = blocks((x,), (x.new_zeros(()),)) if torch.ops.aten.is_non_overlapping_and_dense(x) else None
-    if pieces is None:
-        return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
-    total = torch.stack([block[0].abs().sum(dtype=torch.float32) for block in pieces]).sum()
-    return total if bool(torch.isfinite(total)) else x.abs().sum(dtype=torch.float64)
 
 
 # ---- Scale-Clip ---------------------------------------------------------------------------------------------------
@@ -156,7 +134,12 @@ def scale_clip_threshold(weight: Tensor, k: float, sizes: Tensor) -> Tensor:
 
     k = 2 is the smallest k that leaves a uniform distribution unchanged.
     """
-    return (k * mean_abs(weight, sizes)).clamp(max=LARGEST)
+    return scaled_mean(mean_abs(weight, sizes), k)
+
+
+def scaled_mean(mean: Tensor, k: float | Tensor) -> Tensor:
+    """T = k * mean(|w|), at most LARGEST."""
+    return (k * mean).clamp(max=LARGEST)
 
 
 def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | None = None) -> Tensor:
@@ -194,7 +177,7 @@ def fake_quantize(x: Tensor, step: Tensor, lo: int, hi: int, gradient: str = 'ma
         >>> fake_quantize(torch.tensor([-0.9, 0.2, 0.26, 3.0]), torch.tensor(0.5), -1, 1)
         tensor([-0.5000,  0.0000,  0.5000,  0.5000])
     """
-    return FakeQuantize.apply(x, step.detach(), lo, hi, gradient == 'masked')
+    return kernels.fake_quantize(x, kernels.Uniform(step.detach(), lo, hi, gradient == 'masked'))
 
 
 def learned_step_quantize(
@@ -206,7 +189,7 @@ def learned_step_quantize(
     dQ/dx = 1 inside the range, 0 outside. `inside=False` leaves out the gradient of the values inside the range, as
     PACT does, which learns where to clip.
     """
-    return LearnedStep.apply(x, step, lo, hi, scale, inside)
+    return kernels.learned_step(x, step, lo, hi, scale, inside)
 
 
 # ---- quantized loss -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import FLOAT_BITS, Activation, Quantization, Weight
 from .errors import UserError
+from .fused import fused
 from .integer_bias import bias_in_use
 from .pyramid import InputQuant, PyramidQuantizers, quantizers_of
 from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, ModeOfModel, WeightQuantizer
@@ -49,6 +50,7 @@ class QuantLayer(ModeOfModel):
     pyramid_level: int
     """Number of calls since the forward of the head began: the pyramid level of the next call, see pyramid.py."""
     weight: Tensor
+    bias: Tensor | None
 
     @property
     def input_quant(self) -> InputQuant | None:
@@ -124,12 +126,34 @@ class QuantLayer(ModeOfModel):
         """The inverse of :meth:`filters`: (C_out, ...) in the layout of the weight."""
         return filters
 
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        """The layer without quantizers, with this weight and bias."""
+        raise NotImplementedError
+
+    @property
+    def geometry(self) -> tuple[Any, Any, Any, int] | None:
+        """Stride, padding, dilation and groups, if the fused kernel computes such a layer; else None."""
+        return None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Quantize the input and the weight, and compute; see the class of the layer for shapes."""
+        quant = self._called()
+        out = fused(self, x, quant)  # the same by one kernel, where there is one
+        return self.compute(*self._operands(x, quant), *args, **kwargs) if out is None else out
+
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized weight, and the bias to compute with."""
+        return self._operands(x, self._called())
+
+    def _called(self) -> ActivationQuantizer | None:
+        """Note the call; the quantizer of its input."""
         self.seen = True
         quant = self.next_quant
         if self.pyramid_levels > 1:
             self._count_level()
+        return quant
+
+    def _operands(self, x: Tensor, quant: ActivationQuantizer | None) -> tuple[Tensor, Tensor, Tensor | None]:
         weight = self.weight if self.weight_quant is None else self.set_filters(self.weight_quant(self.filters()))
         return (x if quant is None else quant(x)), weight, bias_in_use(self, quant)
 
@@ -158,7 +182,9 @@ def _init(self: Any, torch_class: type, args: Any, quantization: Mapping[str, An
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    """nn.Conv2d with quantized weight and input: any stride, dilation, groups (depthwise too), padding, bias.
+    """nn.Conv2d with quantized weight and input, (N, C_in, H, W) to (N, C_out, H', W').
+
+    Any stride, dilation, groups (depthwise too), padding and bias.
 
     In a hand-written model: `conv_cfg=dict(type='GDRQConv2d', quantization=dict(weight=dict(bits=4)))`; the dict is
     explained in core/config.py. Outside QuantRunner thresholds start from the first training batch and follow only with
@@ -168,9 +194,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         _init(self, nn.Conv2d, args, quantization, kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to (N, C_out, H', W')."""
-        return self.compute(*self.operands(x))
+    @property
+    def geometry(self) -> tuple[Any, Any, Any, int] | None:
+        simple = self.padding_mode == 'zeros' and not isinstance(self.padding, str)
+        return (self.stride, self.padding, self.dilation, self.groups) if simple else None
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without quantizers, with this weight and bias."""
@@ -178,7 +205,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
-    """nn.ConvTranspose2d with quantized weight and input; its weight is (C_in, C_out / groups, kH, kW)."""
+    """nn.ConvTranspose2d with quantized weight and input, (N, C_in, H, W) to (N, C_out, H', W').
+
+    Its weight is (C_in, C_out / groups, kH, kW).
+    """
 
     def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         _init(self, nn.ConvTranspose2d, args, quantization, kwargs)
@@ -193,10 +223,6 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
         split = filters.view(self.groups, c_out, c_in // self.groups, *kernel)
         return split.transpose(1, 2).reshape(c_in, c_out, *kernel)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(N, C_in, H, W) to (N, C_out, H', W')."""
-        return self.compute(*self.operands(x), output_size)
-
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         """The layer without quantizers, with this weight and bias."""
         conv: Any = self  # torch annotates these attributes more narrowly than its own calls take them
@@ -206,14 +232,14 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    """nn.Linear with quantized weight and input."""
+    """nn.Linear with quantized weight and input, (..., in_features) to (..., out_features)."""
 
     def __init__(self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         _init(self, nn.Linear, args, quantization, kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        return self.compute(*self.operands(x))
+    @property
+    def geometry(self) -> tuple[Any, Any, Any, int] | None:
+        return (), (), (), 1
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without quantizers, with this weight and bias."""

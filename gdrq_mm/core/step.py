@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .modules import activation_quantizers, moves, quant_layers
-from .quantizers import Quantizer, Stage
+from .layers import QuantLayer
+from .modules import every_module, moves, quant_layers
+from .quantizers import ActivationQuantizer, Quantizer, Stage
 from .quantizers.following import collected, move_thresholds
 from .ranks import all_reduce
 
@@ -25,12 +26,13 @@ def after_step(model: nn.Module, step: int | None = None) -> None:
     """
     if step is None:
         step = model.steps_taken = getattr(model, 'steps_taken', -1) + 1  # type: ignore[assignment]
-    for layer in quant_layers(model).values():
-        if layer.weight_quant is not None and layer.weight_quant.calibrated:
+    modules = every_module(model)
+    for layer in modules:
+        if isinstance(layer, QuantLayer) and layer.weight_quant is not None and layer.weight_quant.calibrated:
             projected = layer.weight_quant.after_step(layer.filters(), step)
             if projected is not None:
                 layer.weight.copy_(layer.set_filters(projected))
-    activations = activation_quantizers(model).values()
+    activations = [module for module in modules if isinstance(module, ActivationQuantizer)]
     moving: Any = [quantizer for quantizer in activations if moves(quantizer)]
     if moving:
         statistics = collected(moving)

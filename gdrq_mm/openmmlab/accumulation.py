@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn as nn
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 
@@ -26,7 +27,7 @@ def is_between_steps(optim_wrapper: Any) -> bool:
 def accumulated(model: nn.Module) -> Accumulated:
     """Gradients and sums of a bare model, for each process. All processes call it."""
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-    sums = {name: (float(q.sum), float(q.count)) for name, q in moving_quantizers(model).items()}
+    sums = {name: q.sums.tolist() for name, q in moving_quantizers(model).items()}
     return all_gather_object(dict(gradients=gradients, sums=sums))
 
 
@@ -47,4 +48,4 @@ def restore(model: nn.Module, saved: Accumulated) -> None:
         parameter = parameters[name]
         parameter.grad = gradient.to(parameter)
     for name, (total, count) in ours['sums'].items():
-        moving[name].sum, moving[name].count = total, count
+        moving[name].sums.copy_(torch.tensor([total, count]))

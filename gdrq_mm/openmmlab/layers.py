@@ -15,10 +15,6 @@ from ..core.layers import QUANTIZED, QuantConv2d, QuantConvTranspose2d, QuantLay
 class QuantConv2dAdaptivePadding(QuantLayer, nn.Conv2d):
     """mmcv's convolution whose output is ceil(size / stride) pixels, as TensorFlow pads (EfficientNet)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to (N, C_out, H', W')."""
-        return self.compute(*self.operands(x))
-
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without quantizers, with this weight and bias."""
         pads: list[int] = []  # left, right, top, bottom

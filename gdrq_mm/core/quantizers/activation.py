@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..errors import UserError
+from ..kernels import Uniform, fake_quantize
 from .base import Quantizer, Stage, layer_called, uncalibrated
 
 SAMPLES = 1 << 13
@@ -129,20 +130,37 @@ class ActivationQuantizer(Quantizer):
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         """Fake quantization with a scalar step."""
-        return F.fake_quantize(x, step, self.lo, self.hi)
+        return fake_quantize(x, Uniform(step, self.lo, self.hi, self.masked))
+
+    def rounds(self) -> bool:
+        """Whether inputs are rounded now."""
+        return self.calibrated and self.stage in (Stage.QUANTIZE, Stage.FREEZE)
+
+    def uniform(self) -> Uniform | None:
+        """What a kernel needs to quantize the input, and measure it in the same pass; None: `track` and `quantize`."""
+        if self.tracks() or type(self).quantize is not ActivationQuantizer.quantize:
+            return None
+        return Uniform(self.step(), self.lo, self.hi, self.masked)
 
     def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
         """The reshape stage: the input in float, clipped or not."""
         return x
 
+    def tracks(self) -> bool:
+        """Whether the threshold follows this input.
+
+        Not in a backward pass, where a checkpointed segment runs a second time.
+        """
+        return self.follows and self.trains and self.stage != Stage.FREEZE and torch._C._current_graph_task_id() == -1
+
     def track(self, x: Tensor) -> None:
-        """Collect what moves the threshold; called with every training input while thresholds follow."""
+        """Collect what moves the threshold; called with every training input that it follows."""
 
     def after_step(self, step: int) -> None:
         """Called once after optimizer step `step`, before EMA, under no_grad."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same shape; an empty tensor passes."""
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """Any shape to the same shape; an empty tensor passes. `overwrite`: nobody else will read x."""
         if x.numel() == 0 or self.stage == Stage.FLOAT:
             return self.unused(x)
         if self.stage == Stage.OBSERVE:
@@ -153,9 +171,12 @@ class ActivationQuantizer(Quantizer):
                 raise UserError(uncalibrated(self.name))
             self.observe(x)
             self.start(self.observed())
-        if self.trains and self.stage != Stage.FREEZE and torch._C._current_graph_task_id() == -1:
-            self.track(x.detach())  # a graph task is a backward pass, where a checkpointed segment runs a second time
         with torch.autocast(x.device.type, enabled=False):
+            how = None if self.stage == Stage.RESHAPE else self.uniform()
+            if how is not None:
+                return fake_quantize(x, how, overwrite)
+            if self.tracks():
+                self.track(x.detach())
             if self.stage == Stage.RESHAPE:
                 return self.unused(self.reshape(x, self.threshold))
             return self.quantize(x, self.step())

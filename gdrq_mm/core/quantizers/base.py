@@ -123,6 +123,16 @@ class Quantizer(ModeOfModel, nn.Module):
         return getattr(self.options, 'decay_mult', 0.0)
 
     @property
+    def masked(self) -> bool:
+        """Whether a clipped value has gradient 0; else 1."""
+        return getattr(self.options, 'gradient', 'masked') == 'masked'
+
+    @property
+    def gradient(self) -> str:
+        """Of a clipped value, as functions name it."""
+        return 'masked' if self.masked else 'straight_through'
+
+    @property
     def bits_in_use(self) -> int:
         """`bits`, or 32 if calibration did not reach the layer, so that it stayed float."""
         return 32 if self.stage == Stage.FLOAT else self.bits

@@ -35,46 +35,38 @@ class FollowingQuantizer(ActivationQuantizer):
 
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)
-        self.sum: Any = 0.0
-        """Since the last move: the sum of all s, a scalar."""
-        self.count: Any = 0
-        """Since the last move: the sum of all n, a scalar."""
+        self._sums: Tensor | None = None
+
+    @property
+    def sums(self) -> Tensor:
+        """Since the last move: the sums of all s and of all n, (2,) float64."""
+        if self._sums is None or self._sums.device != self.threshold.device:
+            self._sums = torch.zeros(2, dtype=torch.float64, device=self.threshold.device)
+        return self._sums
 
     def measure(self, x: Tensor) -> tuple[Tensor, Any]:
-        """s and n of one input, scalars, s in float32."""
+        """s and n of one input, scalars."""
         raise NotImplementedError
 
     def track(self, x: Tensor) -> None:
         total, count = self.measure(x)
-        self.sum, self.count = self.sum + total, self.count + count
+        self.sums[0] += total
+        self.sums[1] += count
 
 
 def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
     """s and n of each quantizer since the last move, (N, 2) float64; may be summed over ranks."""
-    device = next(iter(quantizers)).threshold.device
-    sums, counts = _vector([q.sum for q in quantizers], device), _vector([q.count for q in quantizers], device)
-    return torch.stack([sums.double(), counts.double()], 1)
+    return torch.stack([q.sums for q in quantizers])
 
 
 def move_thresholds(quantizers: Collection[FollowingQuantizer], statistics: Tensor) -> None:
     """Move T by (N, 2) statistics, and start them anew; a T whose n is 0 stays."""
-    exact, total, count = statistics[:, 0] / statistics[:, 1].clamp(min=1), *statistics.float().unbind(1)
+    total, count = statistics.unbind(1)
     thresholds = [q.threshold for q in quantizers]
     before, k = torch.stack(thresholds), torch.stack([q.k for q in quantizers])
-    momentum = _vector([q.options.momentum for q in quantizers], before.device)
-    target = k * total / count.clamp(min=1)
-    overflow = torch.isfinite(exact) & ~torch.isfinite(target)  # what is not finite itself stays so, and is reported
-    target = torch.where(overflow, (k * exact).clamp(max=F.LARGEST).float(), target)
+    momentum = torch.tensor([q.options.momentum for q in quantizers], device=before.device)
+    mean = total / count.clamp(min=1)
+    target = torch.where(torch.isfinite(mean), (k * mean).clamp(max=F.LARGEST), mean).float()
     moved = before + momentum * (target - before)
     torch._foreach_copy_(thresholds, list(torch.where(count > 0, moved, before).unbind()))
-    for quantizer in quantizers:
-        quantizer.sum, quantizer.count = 0.0, 0
-
-
-def _vector(values: list[Any], device: torch.device) -> Tensor:
-    """Numbers and scalar tensors as one float32 vector; a float64 one if a number is too large for float32."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    if not tensors:
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in values])
+    torch._foreach_zero_([q.sums for q in quantizers])

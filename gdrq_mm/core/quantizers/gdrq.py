@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..kernels import Uniform
 from ..typed import Bounds
 from .activation import Statistics
 from .base import OF_BITS, Stage
@@ -78,12 +79,12 @@ class GDRQWeight(WeightQuantizer):
     def current_threshold(self, weight: Tensor) -> Tensor:
         return self.threshold if self.options.threshold == 'search' else self.start_threshold(weight)
 
-    def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
-        return F.fake_quantize(weight, step, self.lo, self.hi, self.options.gradient)
+    def factor_of_mean(self) -> float | None:
+        return self.k if self.options.threshold == 'scale_clip' and self.stage != Stage.FREEZE else None
 
     def reshape(self, weight: Tensor, threshold: Tensor) -> Tensor:
         # Projection has already clipped the stored weight.
-        return weight if self.options.clip == 'project' else F.clip(weight, threshold, self.options.gradient)
+        return weight if self.options.clip == 'project' else F.clip(weight, threshold, self.gradient)
 
     def after_step(self, weight: Tensor, step: int) -> Tensor | None:
         if self.stage not in (Stage.RESHAPE, Stage.QUANTIZE):
@@ -131,9 +132,10 @@ class GDRQActivation(FollowingQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, Any]:
         return F.sum_abs(x), x.numel() if self.options.mean == 'all' else torch.count_nonzero(x)
 
-    def quantize(self, x: Tensor, step: Tensor) -> Tensor:
-        return F.fake_quantize(x, step, self.lo, self.hi, self.options.gradient)
+    def uniform(self) -> Uniform:
+        sums = self.sums if self.tracks() else None
+        return Uniform(self.step(), self.lo, self.hi, self.masked, sums, self.options.mean == 'nonzero')
 
     def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
-        step, gradient = self.step(), self.options.gradient
-        return F.clip(x, (self.hi * step).to(x.dtype), gradient, (self.lo * step).to(x.dtype))
+        step = self.step()
+        return F.clip(x, (self.hi * step).to(x.dtype), self.gradient, (self.lo * step).to(x.dtype))

@@ -30,10 +30,8 @@ class LSQPlusWeight(LSQWeight):
     Options = LearnedStepOptions  # type: ignore[assignment]  # without another start
 
     def start_threshold(self, weight: Tensor) -> Tensor:
-        flat = weight.detach().float().flatten(1)
+        flat = weight.detach().double().flatten(1)
         count = self.sizes * flat.shape[1]
-        if bool(flat.abs().amax() > 1e15):  # its square sums up to more than float32 holds
-            flat = flat.double()
         mean = F.per_group(flat.sum(1), self.sizes) / count
         square = F.per_group(flat.square().sum(1), self.sizes) / count
         sigma = (square - mean.square()).clamp(min=0).sqrt()

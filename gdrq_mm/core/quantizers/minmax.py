@@ -30,10 +30,10 @@ class MinMaxWeight(WeightQuantizer):
     def current_threshold(self, weight: Tensor) -> Tensor:
         return F.max_abs(weight, self.sizes)
 
-    def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
+    @property
+    def masked(self) -> bool:
         # Nothing is beyond the largest |w|, but hi * (T / hi) may be rounded to less than T, which would mask it.
-        gradient = 'masked' if self.stage == Stage.FREEZE else 'straight_through'
-        return F.fake_quantize(weight, step, self.lo, self.hi, gradient)
+        return self.stage == Stage.FREEZE
 
 
 @register('minmax')

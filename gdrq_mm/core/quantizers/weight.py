@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..errors import UserError
+from ..kernels import Codes, Uniform, fake_quantize
 from .base import Quantizer, Stage, uncalibrated
 
 
@@ -33,6 +34,8 @@ class WeightQuantizer(Quantizer):
     def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None, **options: Any) -> None:
         super().__init__(bits, **options)
         self.shape = tuple(shape)
+        self.prepared: Codes | None = None
+        """The filters as prepare.py has quantized them for the forward that runs."""
         groups = self.default_groups if groups is None else groups
         count = shape[0] if groups == 'channel' else min(int(groups), shape[0])
         lo, hi = F.code_range(bits, True, getattr(self.options, 'narrow_range', True))
@@ -69,7 +72,20 @@ class WeightQuantizer(Quantizer):
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         """Fake quantization with a step that broadcasts against the weight."""
-        return F.fake_quantize(weight, step, self.lo, self.hi)
+        return fake_quantize(weight, self.uniform(step))
+
+    def is_uniform(self) -> bool:
+        """Whether the filters are rounded now, and as in :meth:`quantize` of this class."""
+        rounds = self.calibrated and self.stage in (Stage.QUANTIZE, Stage.FREEZE)
+        return rounds and type(self).quantize is WeightQuantizer.quantize
+
+    def factor_of_mean(self) -> float | None:
+        """k, if the threshold is k * mean(|w|) of the group now, see prepare.py; None: it is another."""
+        return None
+
+    def uniform(self, step: Tensor) -> Uniform:
+        """What a kernel needs to quantize the filters with this step."""
+        return Uniform(step, self.lo, self.hi, self.masked)
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         """Codes of a weight, as floats: the nearest ones, in [lo, hi]."""

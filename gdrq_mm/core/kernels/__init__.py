@@ -1,0 +1,108 @@
+"""Fake quantization, by the fastest kernel there is: C++ on a CPU (native.py), Triton on CUDA, else torch operations.
+
+All kernels compute what reference.py computes, to the last bit of a float32; sums over a tensor are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .reference import FakeQuantize, LearnedStep, StraightThrough, sum_abs
+
+__all__ = ['Codes', 'Uniform', 'fake_quantize', 'kernels_of', 'layer', 'learned_step', 'straight_through', 'sum_abs']
+
+
+class Uniform(NamedTuple):
+    """d * clip(round(x / d), lo, hi), and what else the same pass over x does."""
+
+    step: Tensor
+    """d; for a tensor a scalar, for a weight one that broadcasts against it."""
+    lo: int
+    hi: int
+    masked: bool = True
+    """Whether the gradient is 0 outside [lo * d, hi * d], else it passes everywhere."""
+    sums: Tensor | None = None
+    """Adds sum|x| and a number of values to these, (2,) float64."""
+    nonzero: bool = False
+    """Which number: of the values that are not zero, or of all."""
+
+
+class Codes(NamedTuple):
+    """A quantized weight."""
+
+    codes: Tensor
+    """code - lo, uint8, in the shape and layout of the weight."""
+    steps: Tensor
+    """d of each filter, (C,)."""
+    uniform: Uniform
+
+
+def kernels_of(*tensors: Tensor) -> Any:
+    """The C++ operators, if they compute with these tensors; else None."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    for tensor in tensors:
+        if (
+            tensor.device.type != 'cpu'
+            or tensor.dtype not in (torch.float32, torch.bfloat16)
+            or type(tensor) not in (Tensor, torch.nn.Parameter)
+        ):
+            return None
+    return native.operators()
+
+
+def fake_quantize(x: Tensor, how: Uniform, overwrite: bool = False) -> Tensor:
+    """Uniform quantization, see functional.fake_quantize; `overwrite` allows to write the result into x."""
+    step, lo, hi, masked, sums, nonzero = how
+    if step.dim() == 0 and step.dtype == torch.float32 and (operators := kernels_of(x)) is not None:
+        return operators.fake_quantize(x, step, lo, hi, masked, sums, nonzero, overwrite)
+    if sums is not None:
+        with torch.no_grad():
+            count = torch.count_nonzero(x) if nonzero else torch.tensor(x.numel(), device=x.device)
+            sums += torch.stack([sum_abs(x), count.double()])
+    return FakeQuantize.apply(x, step, lo, hi, masked)
+
+
+def learned_step(x: Tensor, step: Tensor, lo: int, hi: int, scale: Tensor | float, within: bool) -> Tensor:
+    """Uniform quantization with a step that learns, see functional.learned_step_quantize."""
+    simple = step.dim() == 0 and step.dtype == torch.float32 and isinstance(scale, float)
+    if simple and (operators := kernels_of(x)) is not None:
+        return operators.learned_step(x, step, lo, hi, scale, within)
+    return LearnedStep.apply(x, step, lo, hi, scale, within)
+
+
+def straight_through(surrogate: Tensor, value: Tensor) -> Tensor:
+    """`value` with the gradient of `surrogate`."""
+    return StraightThrough.apply(surrogate, value)
+
+
+def codes_of(weights: Sequence[Tensor], how: Sequence[Uniform], operators: Any) -> list[Codes]:
+    """The codes of weights, (C, ...) each, in one pass over all of them."""
+    steps = [each.step.flatten() for each in how]
+    found = operators.codes_of_weights(weights, torch.cat(steps), [each.lo for each in how], [each.hi for each in how])
+    return [Codes(*each) for each in zip(found, steps, how)]
+
+
+def layer(
+    x: Tensor,
+    how: Uniform,
+    weight: Tensor,
+    quantized: Codes,
+    bias: Tensor | None,
+    geometry: tuple[Any, Any, Any, int],
+    operators: Any,
+) -> Tensor:
+    """A convolution or a linear layer on a quantized input and weight, which saves bytes for its backward pass.
+
+    Args:
+        x: the input before its quantization by `how`.
+        weight: the weight before its quantization: the gradient is its.
+        geometry: stride, padding, dilation, groups; three empty ones for a linear layer.
+    """
+    codes, steps, of_weight = quantized
+    return operators.layer(x, *how, weight, codes, steps, of_weight.lo, of_weight.hi, of_weight.masked, bias, *geometry)
