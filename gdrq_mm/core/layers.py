@@ -50,7 +50,7 @@ class QuantLayer(ModeOfModel):
     pyramid_level: int
     """Number of calls since the forward of the head began: the pyramid level of the next call, see pyramid.py."""
     weight: Tensor
-    bias: Tensor | None
+    bias: Any
 
     @property
     def input_quant(self) -> InputQuant | None:
@@ -135,11 +135,11 @@ class QuantLayer(ModeOfModel):
         """Stride, padding, dilation and groups, if the fused kernel computes such a layer; else None."""
         return None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Quantize the input and the weight, and compute; see the class of the layer for shapes."""
         quant = self._called()
-        out = fused(self, x, quant)  # the same by one kernel, where there is one
-        return self.compute(*self._operands(x, quant), *args, **kwargs) if out is None else out
+        out = fused(self, input, quant)  # the same by one operator, where there is one
+        return self.compute(*self._operands(input, quant), *args, **kwargs) if out is None else out
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized weight, and the bias to compute with."""

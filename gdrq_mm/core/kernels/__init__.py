@@ -60,7 +60,8 @@ def fake_quantize(x: Tensor, how: Uniform, overwrite: bool = False) -> Tensor:
     """Uniform quantization, see functional.fake_quantize; `overwrite` allows to write the result into x."""
     step, lo, hi, masked, sums, nonzero = how
     if step.dim() == 0 and step.dtype == torch.float32 and (operators := kernels_of(x)) is not None:
-        return operators.fake_quantize(x, step, lo, hi, masked, sums, nonzero, overwrite)
+        compute = operators.fake_quantize_ if overwrite else operators.fake_quantize
+        return compute(x, step, lo, hi, masked, sums, nonzero)
     if sums is not None:
         with torch.no_grad():
             count = torch.count_nonzero(x) if nonzero else torch.tensor(x.numel(), device=x.device)

@@ -572,9 +572,14 @@ std::vector<Tensor> codes_of_weights(at::TensorList weights, const Tensor& steps
 // ---- the operators ------------------------------------------------------------------------------------------------------
 
 Tensor fake_quantize(
-    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
-    bool overwrite) {
-  return FakeQuantize::apply(x, step, lo, hi, masked, sums, nonzero, overwrite, at::GradMode::is_enabled());
+    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero) {
+  return FakeQuantize::apply(x, step, lo, hi, masked, sums, nonzero, false, at::GradMode::is_enabled());
+}
+
+// The same; the result may lie in the memory of x, which nobody else reads.
+Tensor fake_quantize_(
+    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero) {
+  return FakeQuantize::apply(x, step, lo, hi, masked, sums, nonzero, true, at::GradMode::is_enabled());
 }
 
 Tensor layer(
@@ -596,9 +601,12 @@ Tensor learned_step(const Tensor& x, const Tensor& step, int64_t lo, int64_t hi,
 
 TORCH_LIBRARY(gdrq_mm, m) {
   m.def(
-      "fake_quantize(Tensor x, Tensor step, int lo, int hi, bool masked, Tensor(a!)? sums, bool nonzero, "
-      "bool overwrite) -> Tensor",
+      "fake_quantize(Tensor x, Tensor step, int lo, int hi, bool masked, Tensor(a!)? sums, bool nonzero) -> Tensor",
       &fake_quantize);
+  m.def(
+      "fake_quantize_(Tensor(a!) x, Tensor step, int lo, int hi, bool masked, Tensor(b!)? sums, bool nonzero) "
+      "-> Tensor(a!)",
+      &fake_quantize_);
   m.def(
       "layer(Tensor x, Tensor step, int lo, int hi, bool masked, Tensor(a!)? sums, bool nonzero, Tensor weight, "
       "Tensor codes, Tensor steps, int wlo, int whi, bool wmasked, Tensor? bias, int[] stride, int[] padding, "
