@@ -24,9 +24,10 @@ def fused(layer: QuantLayer, x: Tensor, quant: ActivationQuantizer | None) -> Te
         quant: the quantizer of this input.
     """
     geometry, weight_quant = layer.geometry, layer.weight_quant
-    if geometry is None or quant is None or weight_quant is None or weight_quant.prepared is None:
+    if geometry is None or quant is None or weight_quant is None:
         return None
-    if not (layer.trains and torch.is_grad_enabled() and quant.rounds() and x.numel()):
+    codes = weight_quant.codes_in_use()
+    if codes is None or not (layer.trains and torch.is_grad_enabled() and quant.rounds() and x.numel()):
         return None
     if any(each._forward_hooks or each._forward_pre_hooks for each in (quant, weight_quant)):
         return None  # somebody looks at what goes through them
@@ -34,4 +35,4 @@ def fused(layer: QuantLayer, x: Tensor, quant: ActivationQuantizer | None) -> Te
     how = quant.uniform() if operators is not None else None
     if how is None:
         return None
-    return kernels.layer(x, how, layer.weight, weight_quant.prepared, layer.bias, geometry, operators)
+    return kernels.layer(x, how, layer.weight, codes, layer.bias, geometry, operators)

@@ -1,11 +1,13 @@
 """Quantize the weights of a whole model in a few operations when a forward of the model begins.
 
 A layer that is called on its own, or whose method has levels or a gradient of its own, quantizes its weight itself.
+Nothing is kept from one forward to the next, in evaluation neither: nothing tells that somebody wrote to a weight's
+`.data`, as averages of weights do, and quantizing all weights takes 2 % of a forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +23,29 @@ from .quantizers import WeightQuantizer
 
 def prepare_weights(model: nn.Module) -> None:
     """Quantize the weights of a model's layers before each forward of the model, from now on."""
-    if not hasattr(model, 'prepares_weights'):
-        model.prepares_weights = True  # type: ignore[assignment]
+    if not hasattr(model, 'in_forward'):
+        model.in_forward = False  # type: ignore[assignment]
         model.register_forward_pre_hook(_prepare)
-        model.register_forward_hook(_forget, always_call=True)
+        model.register_forward_hook(_end, always_call=True)
 
 
 def _prepare(model: nn.Module, args: Any) -> None:
-    quantize_weights([module for module in every_module(model) if isinstance(module, QuantLayer)])
+    layers = [module for module in every_module(model) if isinstance(module, QuantLayer)]
+    _forget(layers)
+    quantize_weights(layers)
+    model.in_forward = True  # type: ignore[assignment]
 
 
-def _forget(model: nn.Module, args: Any, out: Any) -> None:
-    for module in every_module(model):
-        if isinstance(module, WeightQuantizer):
-            module.prepared = None
+def _end(model: nn.Module, args: Any, out: Any) -> None:
+    model.in_forward = False  # type: ignore[assignment]
+    if not torch.is_grad_enabled():  # else a backward pass may run parts of the forward again
+        _forget(every_module(model))
+
+
+def _forget(modules: Iterable[nn.Module]) -> None:
+    for layer in modules:
+        if isinstance(layer, QuantLayer) and layer.weight_quant is not None:
+            layer.weight_quant.prepared = None
 
 
 @torch.no_grad()

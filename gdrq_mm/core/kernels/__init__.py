@@ -14,7 +14,17 @@ from torch import Tensor
 from . import native
 from .reference import FakeQuantize, LearnedStep, StraightThrough, sum_abs
 
-__all__ = ['Codes', 'Uniform', 'fake_quantize', 'kernels_of', 'layer', 'learned_step', 'straight_through', 'sum_abs']
+__all__ = [
+    'Codes',
+    'Uniform',
+    'fake_quantize',
+    'kernels_of',
+    'layer',
+    'learned_step',
+    'restored',
+    'straight_through',
+    'sum_abs',
+]
 
 
 class Uniform(NamedTuple):
@@ -87,6 +97,11 @@ def codes_of(weights: Sequence[Tensor], how: Sequence[Uniform], operators: Any) 
     steps = [each.step.flatten() for each in how]
     found = operators.codes_of_weights(weights, torch.cat(steps), [each.lo for each in how], [each.hi for each in how])
     return [Codes(*each) for each in zip(found, steps, how)]
+
+
+def restored(quantized: Codes) -> Tensor:
+    """The quantized weight, (C, ...)."""
+    return native.operators().weight_of_codes(quantized.codes, quantized.steps, quantized.uniform.lo)
 
 
 def layer(

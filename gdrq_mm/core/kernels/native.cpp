@@ -261,8 +261,8 @@ Tensor restore(const Tensor& codes, float step, int64_t lo, at::ScalarType type)
   return out;
 }
 
-Tensor restore_weight(const Tensor& codes, const Tensor& steps, int64_t lo, at::ScalarType type) {
-  Tensor out = scratch(1, codes, type);
+Tensor restore_weight(const Tensor& codes, const Tensor& steps, int64_t lo, Tensor out) {
+  auto type = out.scalar_type();
   int64_t rows = codes.size(0), inner = codes.numel() / rows;
   with_type(type, [&](auto t) {
     auto* to = mutable_data<decltype(t)>(out);
@@ -435,7 +435,7 @@ struct Layer : Function<Layer> {
     bool packed = save && packs(lo, hi), keep = grads && learns && !packed; // keep the quantized input itself
     auto [xq, bytes] = quantize(x, keep ? like(x, type) : scratch(0, x, type), d, lo, hi, save, sums, nonzero);
     Codes b = bias ? Codes(bias->to(type)) : std::nullopt;
-    Tensor out = compute(xq, restore_weight(codes, steps, wlo, type), b, geometry);
+    Tensor out = compute(xq, restore_weight(codes, steps, wlo, scratch(1, codes, type)), b, geometry);
     if (!grads)
       return out;
     if (bytes && input.requires_grad())
@@ -467,7 +467,7 @@ struct Layer : Function<Layer> {
     if (!xq.defined()) // without a gradient of the weight only its shape is read
       xq = wanted[1] ? restore(bytes, float(saved["step"].toDouble()), saved["lo"].toInt(), type)
                      : at::empty({}, weight.options().dtype(type)).expand(saved["sizes"].toIntVector());
-    Tensor wq = restore_weight(codes, steps, saved["wlo"].toInt(), type);
+    Tensor wq = restore_weight(codes, steps, saved["wlo"].toInt(), scratch(1, codes, type));
     auto [gx, gw, gb] = compute_backward(grads[0], xq, wq, g, wanted);
     xq.reset(), wq.reset(), grads.clear();
     if (wanted[0])
@@ -569,6 +569,10 @@ std::vector<Tensor> codes_of_weights(at::TensorList weights, const Tensor& steps
   return out;
 }
 
+Tensor weight_of_codes(const Tensor& codes, const Tensor& steps, int64_t lo) {
+  return restore_weight(codes, steps, lo, like(codes, at::kFloat));
+}
+
 // ---- the operators ------------------------------------------------------------------------------------------------------
 
 Tensor fake_quantize(
@@ -613,6 +617,7 @@ TORCH_LIBRARY(gdrq_mm, m) {
       "int[] dilation, int groups) -> Tensor",
       &layer);
   m.def("learned_step(Tensor x, Tensor step, int lo, int hi, float scale, bool within) -> Tensor", &learned_step);
+  m.def("weight_of_codes(Tensor codes, Tensor steps, int lo) -> Tensor", &weight_of_codes);
   m.def("sums_of_filters(Tensor[] weights) -> Tensor", &sums_of_filters);
   m.def("codes_of_weights(Tensor[] weights, Tensor steps, int[] lo, int[] hi) -> Tensor[]", &codes_of_weights);
 }

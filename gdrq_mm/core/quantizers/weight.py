@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..errors import UserError
-from ..kernels import Codes, Uniform, fake_quantize
+from ..kernels import Codes, Uniform, fake_quantize, restored
 from .base import Quantizer, Stage, uncalibrated
 
 
@@ -35,7 +35,7 @@ class WeightQuantizer(Quantizer):
         super().__init__(bits, **options)
         self.shape = tuple(shape)
         self.prepared: Codes | None = None
-        """The filters as prepare.py has quantized them for the forward that runs."""
+        """The filters as prepare.py has quantized them for the last forward of the model; see `codes_in_use`."""
         groups = self.default_groups if groups is None else groups
         count = shape[0] if groups == 'channel' else min(int(groups), shape[0])
         lo, hi = F.code_range(bits, True, getattr(self.options, 'narrow_range', True))
@@ -74,6 +74,13 @@ class WeightQuantizer(Quantizer):
         """Fake quantization with a step that broadcasts against the weight."""
         return fake_quantize(weight, self.uniform(step))
 
+    def codes_in_use(self) -> Codes | None:
+        """The filters as they are quantized already: in a forward of the model, and in a backward pass, where a
+        checkpointed segment runs a second time."""
+        runs = any(getattr(model, 'in_forward', False) for model in self.root)
+        runs = runs or torch._C._current_graph_task_id() != -1
+        return self.prepared if runs else None
+
     def is_uniform(self) -> bool:
         """Whether the filters are rounded now, and as in :meth:`quantize` of this class."""
         rounds = self.calibrated and self.stage in (Stage.QUANTIZE, Stage.FREEZE)
@@ -111,6 +118,9 @@ class WeightQuantizer(Quantizer):
             if not self.trains:
                 raise UserError(uncalibrated(self.name))
             self.start(weight.detach())
+        codes = None if torch.is_grad_enabled() else self.codes_in_use()
+        if codes is not None:
+            return restored(codes)
         with torch.autocast(weight.device.type, enabled=False):
             if self.stage == Stage.RESHAPE:
                 return self.unused(self.reshape(weight, self.spread(self.current_threshold(weight))))
