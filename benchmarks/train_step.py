@@ -1,26 +1,31 @@
 #!/usr/bin/env python
 """Time and memory of a quantization-aware training step over those of the float step.
 
-The model is mmpretrain's ResNet with 4-bit weights and activations, 8 bits in the first and the last layer.
-Contestants: float; gdrq, with `deployable` off and on; torch.ao's FakeQuantize with moving min/max observers; Brevitas,
-if it is installed (see BREVITAS below). All of them quantize the input and the weight of the same layers, and only
-`deployable` more, the operands of additions. gdrq has 4 groups a layer as in configs/_base_/quantization/gdrq_w4a4.py,
-the others one range a layer. A step is forward, loss, backward, SGD with momentum and, for gdrq, core.step.after_step.
+Models are those of configs, with 4-bit weights and activations, 8 bits in the first and the last layers. Contestants:
+float; gdrq, with `deployable` off and on; gdrq without its kernels; torch.ao's FakeQuantize with moving min/max
+observers; Brevitas, if it is installed (see BREVITAS below). All of them quantize the input and the weight of the same
+layers, and only `deployable` more, the operands of additions and what activation functions read. gdrq has 4 groups a
+layer as in configs/_base_/quantization/gdrq_w4a4.py, the others one range a layer. A step is forward, loss, backward,
+SGD with momentum and, for gdrq, core.step.after_step. Classifiers get noise, the others pictures of the digits.
 
-Every round runs one step of each contestant in both memory formats, in an order drawn anew. The ratio is that of the
-medians, within a memory format. Peak memory is what two steps add to a fresh process. Prints a table and writes a JSON.
+Every round runs one step of each contestant in each memory format, in an order drawn anew. The ratio is that of the
+medians, within a memory format. Peak memory is what two steps add to a fresh process. Prints a table for each model,
+precision and number of threads, and writes a JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -28,10 +33,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import mmpretrain.models  # noqa: F401  registers ResNet and its parts
 import torch
 import torch.nn as nn
-from mmpretrain.registry import MODELS
+from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from rich import box
 from rich.console import Console
@@ -44,19 +48,31 @@ from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.core.modules import quant_layers
+from gdrq_mm.core.kernels import native
+from gdrq_mm.core.modules import quant_layers, replace_modules
 from gdrq_mm.core.step import after_step
-from gdrq_mm.core.topology import record
-from gdrq_mm.openmmlab.cli import check_writable, main
+from gdrq_mm.data import digits
+from gdrq_mm.openmmlab.apis import init_model
+from gdrq_mm.openmmlab.cli import check_writable, main, read_config
+from gdrq_mm.openmmlab.models import record_plan
 
 BREVITAS = 'uv pip install --no-deps brevitas==0.13.4 dependencies==2.0.1 unfoldNd==0.2.3'
 """Leaves torch, numpy and setuptools as they are. Brevitas 0.12.1 asks for a setuptools that torch 2.13 refuses."""
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+ROOT = Path(__file__).resolve().parents[1]
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-FIRST, LAST = 'backbone.conv1', 'head.fc'
-"""The first and the last layer of the model."""
-
+PRECISIONS = {'float32': None, 'bf16': torch.bfloat16}
+"""Name -> the type of autocast."""
+MODELS = {
+    'ResNet-18': ('configs/cls/resnet18_gdrq_w4a4.py', 16, 224),
+    'ResNet-50': ('configs/cls/resnet50_gdrq_w4a4.py', 8, 224),
+    'CIFAR ResNet-18': ('configs/cls/resnet18_width16_gdrq_w4a4_cifar10.py', 128, 32),
+    'YOLOX': ('configs/det/yolox_nano_gdrq_w4a4_digits.py', 8, None),
+    'Faster R-CNN': ('configs/det/faster_rcnn_r18_gdrq_w4a4_digits.py', 8, None),
+    'PSPNet': ('configs/seg/pspnet_r18_gdrq_w4a4_digits.py', 8, None),
+}
+"""Title -> config, pictures a step, and pixels of pictures of noise; None: pictures of the digits."""
 WARM_UP = 3
 """Steps that are not timed: observers and Brevitas's scales have started after them."""
 
@@ -65,22 +81,35 @@ WARM_UP = 3
 class Contestant:
     """A model with its batch, optimizer and what is to be done after an optimizer step."""
 
-    model: nn.Module
-    images: Tensor
-    samples: list[DataSample]
+    model: Any
+    batch: dict[str, Any]
+    precision: str
     optimizer: torch.optim.Optimizer
     after_step: Callable[[], None]
+    kernels: bool = True
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """The loss of a batch."""
+        dtype = PRECISIONS[self.precision]
+        with torch.autocast(DEVICE.type, dtype) if dtype else nullcontext():
+            return self.model.parse_losses(self.model(**batch, mode='loss'))[0]
 
     def step(self) -> float:
         """One training step; its seconds."""
+        batch = copy.deepcopy(self.batch)  # detectors write into their samples
+        operators = native.operators
+        if not self.kernels:
+            native.operators = lambda: None
         _wait()
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        self.model(self.images, self.samples, mode='loss')['loss'].backward()
+        self.loss(batch).backward()
         self.optimizer.step()
         self.after_step()
         _wait()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        native.operators = operators
+        return seconds
 
 
 def _wait() -> None:
@@ -89,18 +118,6 @@ def _wait() -> None:
 
 
 # ---- the contestants ----------------------------------------------------------------------------------------------
-
-
-def float_model(depth: int) -> nn.Module:
-    """mmpretrain's ResNet classifier with 1000 classes."""
-    return MODELS.build(
-        dict(
-            type='mmpretrain.ImageClassifier',
-            backbone=dict(type='mmpretrain.ResNet', depth=depth),
-            neck=dict(type='mmpretrain.GlobalAveragePooling'),
-            head=dict(type='mmpretrain.LinearClsHead', num_classes=1000, in_channels=512 if depth < 50 else 2048),
-        )
-    )
 
 
 def settings(deployable: bool) -> Quantization:
@@ -112,31 +129,31 @@ def settings(deployable: bool) -> Quantization:
     )
 
 
-def use_float(model: nn.Module, images: Tensor) -> None:
+def use_float(model: Any, batch: dict[str, Any]) -> None:
     """Leave the model as it is."""
 
 
-def use_gdrq(model: nn.Module, images: Tensor, deployable: bool = False) -> None:
+def use_gdrq(model: Any, batch: dict[str, Any], deployable: bool = False) -> None:
     """Quantize with gdrq_mm and calibrate, as QuantRunner does."""
-    small = images[:1, :, :64, :64]  # so that the peak of memory is that of the training step
-    quantize_model(model, settings(deployable), record(model, lambda: model(small)))
-    model.to(DEVICE)
-    calibrate(model, [small])
+    batch = copy.deepcopy(batch)
+    one = batch['inputs'][:1], batch['data_samples'][:1]
+    model.eval()
+    quantize_model(model, settings(deployable), record_plan(model, lambda: model(*one, mode='predict')))
+    model.train()
+    calibrate(model, [batch], lambda batch: model(**batch, mode='loss'))
 
 
-def use_deployable(model: nn.Module, images: Tensor) -> None:
+def use_deployable(model: Any, batch: dict[str, Any]) -> None:
     """The same with shared inputs and quantized additions."""
-    use_gdrq(model, images, deployable=True)
+    use_gdrq(model, batch, deployable=True)
 
 
-def placement(model: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
-    """Layer -> its module, bits of the weight and bits of the input, as gdrq places them in this model."""
-    config, found = settings(deployable=False), {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            weight, activation = config.for_layer(name, first_or_last=name in (FIRST, LAST))
-            found[name] = (layer, weight.bits, activation.bits)
-    return found
+def placement(model: Any, batch: dict[str, Any]) -> dict[nn.Module, tuple[int, int, bool]]:
+    """Layer -> bits of the weight and of the input, and whether the input is signed, as gdrq has them."""
+    other = copy.deepcopy(model)
+    use_gdrq(other, batch)
+    modules = dict(model.named_modules())
+    return {modules[name]: (*layer.bits, layer.input_quant.lo < 0) for name, layer in quant_layers(other).items()}
 
 
 class AoConv2d(nn.Conv2d):
@@ -153,11 +170,11 @@ class AoLinear(nn.Linear):
         return nn.functional.linear(self.fake_input(x), self.fake_weight(self.weight), self.bias)
 
 
-def use_torch_ao(model: nn.Module, images: Tensor) -> None:
+def use_torch_ao(model: Any, batch: dict[str, Any]) -> None:
     """torch.ao's FakeQuantize: symmetric weights, affine inputs, a MovingAverageMinMaxObserver for each."""
     from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 
-    for layer, weight_bits, input_bits in placement(model).values():
+    for layer, (weight_bits, input_bits, _) in placement(model, batch).items():
         top = 2 ** (weight_bits - 1) - 1
         common = dict(observer=MovingAverageMinMaxObserver, reduce_range=False)
         layer.fake_weight = FakeQuantize(
@@ -169,52 +186,71 @@ def use_torch_ao(model: nn.Module, images: Tensor) -> None:
         layer.__class__ = AoConv2d if isinstance(layer, nn.Conv2d) else AoLinear
 
 
-def use_brevitas(model: nn.Module, images: Tensor) -> None:
+def use_brevitas(model: Any, batch: dict[str, Any]) -> None:
     """Brevitas's quantized layers: weights scaled by their largest value, inputs by a scale that learns."""
     import brevitas.nn as qnn
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
 
-    for name, (layer, weight_bits, input_bits) in placement(model).items():
+    replaced = {}
+    for layer, (weight_bits, input_bits, signed) in placement(model, batch).items():
         options: dict[str, Any] = dict(
             weight_quant=Int8WeightPerTensorFloat,
             weight_bit_width=weight_bits,
-            # The image is signed; everything else in a ResNet that a layer reads comes from a ReLU.
-            input_quant=Int8ActPerTensorFloat if name == FIRST else Uint8ActPerTensorFloat,
+            input_quant=Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat,
             input_bit_width=input_bits,
             # It first scales by a percentile, which is slow, for 300 steps by default. What follows is timed.
             input_collect_stats_steps=1,
+            bias=layer.bias is not None,
         )
         if isinstance(layer, nn.Conv2d):
-            sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-            new = qnn.QuantConv2d(*sizes, bias=layer.bias is not None, **options)
+            sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+            options |= dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
+            new = qnn.QuantConv2d(*sizes, **options)
         else:
-            new = qnn.QuantLinear(layer.in_features, layer.out_features, bias=layer.bias is not None, **options)
+            new = qnn.QuantLinear(layer.in_features, layer.out_features, **options)
         new.load_state_dict(layer.state_dict(), strict=False)
-        parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, new)
+        replaced[layer] = new
+    replace_modules(model, replaced)
 
 
-CONTESTANTS: dict[str, Callable[[nn.Module, Tensor], None]] = {
+CONTESTANTS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     'float': use_float,
     'gdrq': use_gdrq,
     'gdrq-deployable': use_deployable,
+    'gdrq-torch-code': use_gdrq,
     'torch.ao': use_torch_ao,
     'brevitas': use_brevitas,
 }
 
 
-def build(name: str, memory_format: str, args: argparse.Namespace) -> Contestant:
+def batch_of(title: str, cfg: Any, model: Any) -> dict[str, Any]:
+    """Inputs and samples of a training step, on DEVICE."""
+    _, count, size = MODELS[title]
+    if size is not None:
+        samples = [DataSample().set_gt_label(i % 10).to(DEVICE) for i in range(count)]
+        return dict(inputs=torch.randn(count, 3, size, size, device=DEVICE), data_samples=samples)
+    with tempfile.TemporaryDirectory() as folder:
+        digits.build(folder)
+        loader = cfg.train_dataloader
+        loader.update(num_workers=0, persistent_workers=False, batch_size=count)
+        loader.dataset.data_root = str(Path(folder) / Path(loader.dataset.data_root).name)
+        return model.data_preprocessor(next(iter(Runner.build_dataloader(loader, seed=0))), True)
+
+
+def build(name: str, layout: str, precision: str, title: str) -> Contestant:
     """A contestant that is ready for its first training step."""
     torch.manual_seed(0)
-    layout = FORMATS[memory_format]
-    model = float_model(args.model_depth).to(DEVICE, memory_format=layout).train()
-    images = torch.randn(args.batch, 3, args.size, args.size).to(DEVICE, memory_format=layout)
-    samples = [DataSample().set_gt_label(i % 1000).to(DEVICE) for i in range(args.batch)]
-    CONTESTANTS[name](model, images)
-    model.to(DEVICE, memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    cfg = read_config(ROOT / MODELS[title][0])
+    cfg.pop('quantization')
+    model = init_model(cfg, None, DEVICE.type).train()
+    batch = batch_of(title, cfg, model)
+    batch['inputs'] = batch['inputs'].contiguous(memory_format=FORMATS[layout])
+    model.to(memory_format=FORMATS[layout])
+    CONTESTANTS[name](model, batch)
+    model.to(DEVICE, memory_format=FORMATS[layout])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
     after = partial(after_step, model) if quant_layers(model) else lambda: None
-    return Contestant(model, images, samples, optimizer, after)
+    return Contestant(model, batch, precision, optimizer, after, name != 'gdrq-torch-code')
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -225,39 +261,43 @@ def peak() -> int:
     return torch.cuda.max_memory_allocated() if DEVICE.type == 'cuda' else peak_of_process()
 
 
-def memory_of_steps(name: str, memory_format: str, args: argparse.Namespace) -> int:
+def memory_of_steps(*which: str) -> int:
     """Bytes that two training steps add to the peak of this process."""
-    contestant = build(name, memory_format, args)
+    contestant = build(*which)
     before = peak()
     contestant.step()
     contestant.step()  # with the optimizer's momentum in memory
     return peak() - before
 
 
-def memory_in_fresh_process(name: str, memory_format: str, args: argparse.Namespace) -> int:
+def memory_in_fresh_process(*which: str, threads: int) -> int:
     """The same, in a process of its own."""
-    options = dict(model_depth=args.model_depth, batch=args.batch, size=args.size, threads=args.threads)
-    given = [f'--{key.replace("_", "-")}={value}' for key, value in options.items()]
-    command = [sys.executable, __file__, *given, '--memory-of', name, memory_format]
+    command = [sys.executable, __file__, f'--threads={threads}', '--memory-of', *which]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f'{name}, {memory_format}: {done.stderr[-2000:]}')
+        raise RuntimeError(f'{which}: {done.stderr[-2000:]}')
     return int(done.stdout.splitlines()[-1])
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
-def measure(names: list[str], args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def measure(
+    names: list[str], title: str, precision: str, threads: int, args: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
     """A row for each contestant and memory format: seconds of each round and peak memory."""
     keys = list(itertools.product(args.formats, names))
+    torch.set_num_threads(threads)
     columns = (TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed}/{task.total}'))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
         memory = {
-            (layout, name): memory_in_fresh_process(name, layout, args)
-            for layout, name in progress.track(keys, description='peak memory')
+            (layout, name): memory_in_fresh_process(name, layout, precision, title, threads=threads)
+            for layout, name in progress.track(keys, description=f'{title}: peak memory')
         }
-        contestants = {key: build(key[1], key[0], args) for key in progress.track(keys, description='building')}
+        contestants = {
+            (layout, name): build(name, layout, precision, title)
+            for layout, name in progress.track(keys, description='building')
+        }
         for contestant in progress.track(list(contestants.values()), description='warming up'):
             for _ in range(WARM_UP):
                 contestant.step()
@@ -267,8 +307,9 @@ def measure(names: list[str], args: argparse.Namespace, console: Console) -> lis
             shuffle(keys)
             for key in keys:
                 seconds[key].append(contestants[key].step())
+    where = dict(model=title, precision=precision, threads=threads)
     return [
-        dict(contestant=name, memory_format=layout, seconds=times, peak_bytes=memory[layout, name])
+        dict(**where, memory_format=layout, contestant=name, seconds=times, peak_bytes=memory[layout, name])
         for (layout, name), times in seconds.items()
     ]
 
@@ -310,20 +351,23 @@ def show(rows: list[dict[str, Any]], title: str) -> Table:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    depths = (18, 34, 50, 101, 152)
-    parser.add_argument('--model-depth', type=int, default=18, choices=depths, help='depth (default: %(default)s)')
-    parser.add_argument('--batch', type=int, default=16, help='images a step (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=224, help='image size in pixels (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=20, help='timed steps of each contestant (default: %(default)s)')
+    parser.add_argument('--models', nargs='+', default=list(MODELS), choices=list(MODELS), help='default: all')
+    parser.add_argument('--rounds', type=int, default=9, help='timed steps of each contestant (default: %(default)s)')
     threads = torch.get_num_threads()
-    parser.add_argument('--threads', type=int, default=threads, help='threads of torch (default: %(default)s)')
+    parser.add_argument('--threads', type=int, nargs='+', default=[threads], help=f'of torch (default: {threads})')
+    parser.add_argument(
+        '--precisions', nargs='+', default=['float32'], choices=list(PRECISIONS), help='default: float32'
+    )
     parser.add_argument('--contestants', nargs='+', default=None, choices=list(CONTESTANTS), help='default: all')
     parser.add_argument('--formats', nargs='+', default=list(FORMATS), choices=list(FORMATS), help='default: both')
     out = Path('docs/figures/train_step.json')
     parser.add_argument('--out', type=Path, default=out, help='JSON file (default: %(default)s)')
-    parser.add_argument('--memory-of', nargs=2, metavar=('CONTESTANT', 'FORMAT'), help=argparse.SUPPRESS)
+    hidden = ('CONTESTANT', 'FORMAT', 'PRECISION', 'MODEL')
+    parser.add_argument('--memory-of', nargs=4, metavar=hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    check_least(args, batch=1, size=64, rounds=1, threads=1)
+    check_least(args, rounds=1)
+    if min(args.threads) < 1:
+        raise UserError(f'--threads {min(args.threads)} is less than 1')
     return args
 
 
@@ -340,27 +384,29 @@ def chosen(args: argparse.Namespace, console: Console) -> list[str]:
 
 def run() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
     if args.memory_of:
-        print(memory_of_steps(*args.memory_of, args))
+        torch.set_num_threads(args.threads[0])
+        print(memory_of_steps(*args.memory_of))
         return
     check_writable(args.out.parent)
     console = Console()
     names = chosen(args, console)
-    rows = measure(names, args, console)
-    add_ratios(rows)
     where = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'
-    shape = (
-        f'ResNet-{args.model_depth}, batch {args.batch}, {args.size} px, {args.rounds} rounds, threads {args.threads}'
-    )
-    console.print(show(rows, f'Training step over the float step in the same memory format: {shape}, {where}'))
-    found = dict(
-        settings={key: getattr(args, key) for key in ('model_depth', 'batch', 'size', 'rounds', 'threads')},
+    rows = []
+    for threads, precision, title in itertools.product(args.threads, args.precisions, args.models):
+        found = measure(names, title, precision, threads, args, console)
+        add_ratios(found)
+        rows += found
+        count = MODELS[title][1]
+        console.print(show(found, f'{title}, {count} pictures a step, {precision}, threads {threads}, {where}'))
+    about = dict(
+        settings=dict(rounds=args.rounds),
         device=DEVICE.type,
+        kernels=native.description(),
         rows=rows,
         versions=dict(brevitas=version('brevitas') if 'brevitas' in names else None),
     )
-    write_figure(args.out, found, console)
+    write_figure(args.out, about, console)
 
 
 if __name__ == '__main__':

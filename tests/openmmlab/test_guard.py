@@ -10,6 +10,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.structures import InstanceData
 
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab.hooks.guard import FiniteLossHook
 from gdrq_mm.openmmlab.origin import tensors_in
 from tests.helpers import same
 from tests.rank_hooks import Spoil, spoilt
@@ -55,6 +56,30 @@ def test_the_message_says_where_it_began(make, case):
     assert [path.name for path in Path(runner.work_dir).glob('*.pth')] == ['epoch_1.pth']
     if what in ('number', 'gradient', 'output'):
         assert same(states[-1], dict(runner.model.named_parameters()))
+
+
+@pytest.mark.parametrize('what', ['gradient', 'gradient, clipped'])
+def test_an_accelerator_is_not_waited_for(make, what):
+    """Gradients are looked at one step later, and the message names the step in which it began."""
+    message, changes = CASES[what]
+    runner = make(**changes)
+    runner.register_hook(Spoil('gradient'))
+    next(hook for hook in runner.hooks if isinstance(hook, FiniteLossHook)).late = True
+    with pytest.raises(UserError, match=f'^{message}.*; training stops, the last good checkpoint is'):
+        train(runner)
+    assert runner.iter == 7 and [path.name for path in Path(runner.work_dir).glob('*.pth')] == ['epoch_1.pth']
+
+
+@pytest.mark.parametrize('at', [7, 11])
+def test_no_checkpoint_is_written_of_a_step_that_was_not_looked_at_yet(make, at):
+    """Iterations 7 and 11 are the last of an epoch: a checkpoint follows."""
+    runner = make()
+    runner.register_hook(Spoil('gradient', at=at))
+    next(hook for hook in runner.hooks if isinstance(hook, FiniteLossHook)).late = True
+    with pytest.raises(UserError, match=f'not finite at iteration {at}; training stops'):
+        train(runner)
+    names = ['epoch_1.pth', 'epoch_2.pth'][: 1 if at == 7 else 2]
+    assert sorted(path.name for path in Path(runner.work_dir).glob('*.pth')) == names
 
 
 @pytest.mark.parametrize(('interval', 'when'), [(2, 'after iteration 7'), (10, 'at iteration 8')])

@@ -11,6 +11,7 @@ from mmengine.dist import all_gather_object, all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import Tensor
 
 from ...core.errors import UserError
 from ..checkpoints import last_written
@@ -31,6 +32,9 @@ class FiniteLossHook(Hook):
     names the input, the parameter, or the first layer whose output is not finite. All processes stop at the same step.
     A step that GradScaler leaves out is none. Checkpoints written before stay as they are.
 
+    An accelerator computes while Python goes on, and would have to be waited for. There gradients are looked at one
+    step later, when the loss has been waited for anyway; the bad step is taken then, and no checkpoint is written.
+
     Example:
         custom_hooks = [dict(type='FiniteLossHook', interval=10)]   # QuantRunner adds it by itself
     """
@@ -42,6 +46,11 @@ class FiniteLossHook(Hook):
         self.steps = 0
         self.loss = self.gradients = ''
         self.batch: Any = None
+        self.late: bool | None = None
+        """Whether gradients are looked at one step later; None: by the device."""
+        self._began = 0
+        self._largest: tuple[list[str], Tensor, int] | None = None
+        """Of the last step: names, the largest |gradient| of each, (N,), and the iteration."""
 
     def before_train(self, runner: Runner) -> None:
         names = {id(p): name for name, p in bare_model(runner.model).named_parameters()}
@@ -51,15 +60,35 @@ class FiniteLossHook(Hook):
             if getattr(optimizer, 'found_inf', None) is not None:
                 return  # a fused optimizer leaves such a step out by itself: GradScaler has told it
             parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-            bad = not_finite((names.get(id(p), 'a parameter'), p.grad) for p in parameters)
-            if bad:
-                # It flows back from layer to layer, so the last is where it began; clipping spreads it to all.
-                where = bad[-1] if len(bad) < len(parameters) else 'each parameter'
-                self.gradients = f'the gradient of {where} is not finite at iteration {runner.iter}'
+            called = [names.get(id(p), 'a parameter') for p in parameters]
+            late = self.late if self.late is not None else any(p.device.type != 'cpu' for p in parameters)
+            if late:
+                self._look_back()
+                if parameters:
+                    largest = torch._foreach_norm([p.grad for p in parameters], torch.inf)
+                    self._largest = called, torch.stack([each.float() for each in largest]), runner.iter
+            else:
+                self._judge(not_finite(zip(called, (p.grad for p in parameters))), len(parameters), runner.iter)
+            if self.gradients:
                 for parameter in parameters:
                     parameter.grad = None
 
         optimizer.register_step_pre_hook(check)
+
+    def _look_back(self) -> None:
+        """Look at the gradients of the last step, if that was put off."""
+        if self._largest is not None:
+            names, largest, iteration = self._largest
+            self._largest = None
+            fine = largest.isfinite().tolist()
+            self._judge([name for name, ok in zip(names, fine) if not ok], len(names), iteration)
+
+    def _judge(self, bad: list[str], count: int, iteration: int) -> None:
+        """Note which of `count` gradients are not finite."""
+        if bad and not self.gradients:
+            # It flows back from layer to layer, so the last is where it began; clipping spreads it to all.
+            where = bad[-1] if len(bad) < count else 'each parameter'
+            self.gradients, self._began = f'the gradient of {where} is not finite at iteration {iteration}', iteration
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
@@ -67,7 +96,8 @@ class FiniteLossHook(Hook):
         # mmengine's RuntimeInfoHook has read these values already, so this does not make a GPU wait once more.
         values = {name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items()}
         bad = [f'{name}={value}' for name, value in values.items() if not math.isfinite(value)]
-        if bad and not self.loss:
+        follows = self.gradients and self._began < runner.iter  # from a step with such gradients
+        if bad and not self.loss and not follows:
             self.loss, self.batch = f'{", ".join(bad)} at iteration {runner.iter}', data_batch
         if not runner.optim_wrapper.should_update():  # the other processes ask each other at their steps only
             return
@@ -90,6 +120,9 @@ class FiniteLossHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         # What hooks changed after the step, and an average of the weights, which is in the model now
+        self._look_back()
+        if self.gradients:
+            _stop(runner, self.gradients)
         spoilt = _spoilt(bare_model(runner.model))
         if spoilt:
             _stop(runner, f'{spoilt} at iteration {runner.iter}')

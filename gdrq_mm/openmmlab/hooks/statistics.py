@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend
 from torch import Tensor
 
-from ...core.modules import activation_quantizers, quant_layers
+from ...core.modules import activation_quantizers, every_module, quant_layers
 from ...core.quantizers import Quantizer, Stage
 from ...report.damage import measure, quantized_weight
 from ...report.plots import Distribution, distribution_sheet
@@ -55,7 +55,7 @@ class StatisticsHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         model = bare_model(runner.model)
-        before, self._stages = self._stages, frozenset(m.stage for m in model.modules() if isinstance(m, Quantizer))
+        before, self._stages = self._stages, frozenset(m.stage for m in every_module(model) if isinstance(m, Quantizer))
         last = runner.iter + 1 == runner.max_iters
         begins = self._stages != before
         self._due = self.interval > 0 and (begins or last or self.every_n_train_iters(runner, self.interval))
