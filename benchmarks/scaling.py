@@ -48,7 +48,7 @@ def serve(commands: Connection, rank: int, size: int, store: str, args: argparse
     dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=size)
     steps, numbers = {}, 0
     for name in MODELS:
-        contestant = build(name, 'contiguous', args)
+        contestant = build(name, 'contiguous', 'float32', 'ResNet-18', args.batch, args.size)
         following = moving_quantizers(contestant.model).values()
         numbers = max(numbers, collected(following).numel() if following else 0)
         contestant.model = DistributedDataParallel(contestant.model, broadcast_buffers=False)  # as mmengine does
@@ -150,7 +150,6 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model-depth', type=int, default=18, choices=(18, 34, 50), help='default: %(default)s')
     parser.add_argument('--batch', type=int, default=8, help='images a process (default: %(default)s)')
     parser.add_argument('--size', type=int, default=224, help='image size in pixels (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=15, help='timed steps of each (default: %(default)s)')
@@ -183,7 +182,7 @@ def run() -> None:
         on_paper=on_paper(latency, bandwidth, 4 * numbers),
     )
     found = dict(
-        settings={key: getattr(args, key) for key in ('model_depth', 'batch', 'size', 'rounds', 'collectives')},
+        settings={key: getattr(args, key) for key in ('batch', 'size', 'rounds', 'collectives')},
         steps=steps,
         synchronization=synchronization,
         seconds={f'{name}, {size}': times for (size, name), times in seconds.items()},

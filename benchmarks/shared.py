@@ -15,8 +15,10 @@ from gdrq_mm.report.record import provenance
 def check_least(args: argparse.Namespace, **least: int) -> None:
     """Refuse options below the least value of each."""
     for name, value in least.items():
-        if getattr(args, name) < value:
-            raise UserError(f'--{name} {getattr(args, name)} is less than {value}')
+        given = getattr(args, name)
+        for each in given if isinstance(given, list) else [given]:
+            if each is not None and each < value:
+                raise UserError(f'--{name} {each} is less than {value}')
 
 
 def peak_of_process() -> int:

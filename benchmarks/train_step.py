@@ -82,6 +82,7 @@ class Contestant:
     """A model with its batch, optimizer and what is to be done after an optimizer step."""
 
     model: Any
+    parse_losses: Callable[[Any], Any]
     batch: dict[str, Any]
     precision: str
     optimizer: torch.optim.Optimizer
@@ -92,7 +93,7 @@ class Contestant:
         """The loss of a batch."""
         dtype = PRECISIONS[self.precision]
         with torch.autocast(DEVICE.type, dtype) if dtype else nullcontext():
-            return self.model.parse_losses(self.model(**batch, mode='loss'))[0]
+            return self.parse_losses(self.model(**batch, mode='loss'))[0]
 
     def step(self) -> float:
         """One training step; its seconds."""
@@ -223,9 +224,8 @@ CONTESTANTS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
 }
 
 
-def batch_of(title: str, cfg: Any, model: Any) -> dict[str, Any]:
+def batch_of(cfg: Any, model: Any, count: int, size: int | None) -> dict[str, Any]:
     """Inputs and samples of a training step, on DEVICE."""
-    _, count, size = MODELS[title]
     if size is not None:
         samples = [DataSample().set_gt_label(i % 10).to(DEVICE) for i in range(count)]
         return dict(inputs=torch.randn(count, 3, size, size, device=DEVICE), data_samples=samples)
@@ -237,20 +237,23 @@ def batch_of(title: str, cfg: Any, model: Any) -> dict[str, Any]:
         return model.data_preprocessor(next(iter(Runner.build_dataloader(loader, seed=0))), True)
 
 
-def build(name: str, layout: str, precision: str, title: str) -> Contestant:
-    """A contestant that is ready for its first training step."""
+def build(
+    name: str, layout: str, precision: str, title: str, batch: int | None = None, size: int | None = None
+) -> Contestant:
+    """A contestant that is ready for its first training step; `batch` and `size` are those of MODELS by default."""
     torch.manual_seed(0)
-    cfg = read_config(ROOT / MODELS[title][0])
+    config, usual_batch, usual_size = MODELS[title]
+    cfg = read_config(ROOT / config)
     cfg.pop('quantization')
     model = init_model(cfg, None, DEVICE.type).train()
-    batch = batch_of(title, cfg, model)
-    batch['inputs'] = batch['inputs'].contiguous(memory_format=FORMATS[layout])
+    data = batch_of(cfg, model, batch or usual_batch, usual_size and (size or usual_size))
+    data['inputs'] = data['inputs'].contiguous(memory_format=FORMATS[layout])
     model.to(memory_format=FORMATS[layout])
-    CONTESTANTS[name](model, batch)
+    CONTESTANTS[name](model, data)
     model.to(DEVICE, memory_format=FORMATS[layout])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
     after = partial(after_step, model) if quant_layers(model) else lambda: None
-    return Contestant(model, batch, precision, optimizer, after, name != 'gdrq-torch-code')
+    return Contestant(model, model.parse_losses, data, precision, optimizer, after, name != 'gdrq-torch-code')
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -261,18 +264,20 @@ def peak() -> int:
     return torch.cuda.max_memory_allocated() if DEVICE.type == 'cuda' else peak_of_process()
 
 
-def memory_of_steps(*which: str) -> int:
+def memory_of_steps(which: list[str], batch: int | None, size: int | None) -> int:
     """Bytes that two training steps add to the peak of this process."""
-    contestant = build(*which)
+    contestant = build(*which, batch=batch, size=size)
     before = peak()
     contestant.step()
     contestant.step()  # with the optimizer's momentum in memory
     return peak() - before
 
 
-def memory_in_fresh_process(*which: str, threads: int) -> int:
+def memory_in_fresh_process(which: list[str], args: argparse.Namespace) -> int:
     """The same, in a process of its own."""
-    command = [sys.executable, __file__, f'--threads={threads}', '--memory-of', *which]
+    options = dict(threads=torch.get_num_threads(), batch=args.batch, size=args.size)
+    given = [f'--{key}={value}' for key, value in options.items() if value is not None]
+    command = [sys.executable, __file__, *given, '--memory-of', *which]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f'{which}: {done.stderr[-2000:]}')
@@ -283,19 +288,18 @@ def memory_in_fresh_process(*which: str, threads: int) -> int:
 
 
 def measure(
-    names: list[str], title: str, precision: str, threads: int, args: argparse.Namespace, console: Console
+    names: list[str], title: str, precision: str, args: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
     """A row for each contestant and memory format: seconds of each round and peak memory."""
     keys = list(itertools.product(args.formats, names))
-    torch.set_num_threads(threads)
     columns = (TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed}/{task.total}'))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
         memory = {
-            (layout, name): memory_in_fresh_process(name, layout, precision, title, threads=threads)
+            (layout, name): memory_in_fresh_process([name, layout, precision, title], args)
             for layout, name in progress.track(keys, description=f'{title}: peak memory')
         }
         contestants = {
-            (layout, name): build(name, layout, precision, title)
+            (layout, name): build(name, layout, precision, title, args.batch, args.size)
             for layout, name in progress.track(keys, description='building')
         }
         for contestant in progress.track(list(contestants.values()), description='warming up'):
@@ -307,7 +311,7 @@ def measure(
             shuffle(keys)
             for key in keys:
                 seconds[key].append(contestants[key].step())
-    where = dict(model=title, precision=precision, threads=threads)
+    where = dict(model=title, precision=precision, threads=torch.get_num_threads())
     return [
         dict(**where, memory_format=layout, contestant=name, seconds=times, peak_bytes=memory[layout, name])
         for (layout, name), times in seconds.items()
@@ -352,6 +356,8 @@ def show(rows: list[dict[str, Any]], title: str) -> Table:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=list(MODELS), choices=list(MODELS), help='default: all')
+    parser.add_argument('--batch', type=int, help='pictures a step (default: those of the model)')
+    parser.add_argument('--size', type=int, help='pixels of pictures of noise (default: those of the model)')
     parser.add_argument('--rounds', type=int, default=9, help='timed steps of each contestant (default: %(default)s)')
     threads = torch.get_num_threads()
     parser.add_argument('--threads', type=int, nargs='+', default=[threads], help=f'of torch (default: {threads})')
@@ -365,9 +371,7 @@ def parse_args() -> argparse.Namespace:
     hidden = ('CONTESTANT', 'FORMAT', 'PRECISION', 'MODEL')
     parser.add_argument('--memory-of', nargs=4, metavar=hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    check_least(args, rounds=1)
-    if min(args.threads) < 1:
-        raise UserError(f'--threads {min(args.threads)} is less than 1')
+    check_least(args, rounds=1, threads=1, batch=1, size=32)
     return args
 
 
@@ -386,7 +390,7 @@ def run() -> None:
     args = parse_args()
     if args.memory_of:
         torch.set_num_threads(args.threads[0])
-        print(memory_of_steps(*args.memory_of))
+        print(memory_of_steps(args.memory_of, args.batch, args.size))
         return
     check_writable(args.out.parent)
     console = Console()
@@ -394,13 +398,14 @@ def run() -> None:
     where = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'
     rows = []
     for threads, precision, title in itertools.product(args.threads, args.precisions, args.models):
-        found = measure(names, title, precision, threads, args, console)
+        torch.set_num_threads(threads)
+        found = measure(names, title, precision, args, console)
         add_ratios(found)
         rows += found
-        count = MODELS[title][1]
+        count = args.batch or MODELS[title][1]
         console.print(show(found, f'{title}, {count} pictures a step, {precision}, threads {threads}, {where}'))
     about = dict(
-        settings=dict(rounds=args.rounds),
+        settings=dict(rounds=args.rounds, batch=args.batch, size=args.size),
         device=DEVICE.type,
         kernels=native.description(),
         rows=rows,

@@ -48,8 +48,20 @@ def test_scale_clip_makes_weights_more_uniform(run, tmp_path):
 @pytest.mark.full
 def test_train_step_compares_with_float(run, tmp_path):
     out = tmp_path / 'train_step.json'
-    tiny = ('--size', 64, '--batch', 2, '--rounds', 2, '--threads', 1, '--formats', 'channels_last')
-    done = run('train_step.py', *tiny, '--contestants', 'gdrq-deployable', 'torch.ao', '--out', out)
+    tiny = ('--models', 'ResNet-18', '--size', 64, '--batch', 2, '--rounds', 2, '--formats', 'channels_last')
+    done = run(
+        'train_step.py',
+        *tiny,
+        '--precisions',
+        'bf16',
+        '--threads',
+        1,
+        '--contestants',
+        'gdrq-deployable',
+        'torch.ao',
+        '--out',
+        out,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert [row['contestant'] for row in found['rows']] == ['float', 'gdrq-deployable', 'torch.ao']

@@ -27,7 +27,8 @@ SOURCE = Path(__file__).with_name('native.cpp')
 FLAGS = (
     '-std=c++20 -O3 -g0 -fPIC -shared -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -march=native'
 )
-"""Loops are vectorized for this CPU, and results stay those of the source, to the last bit: no fused multiply-add."""
+"""Loops are vectorized for this CPU, and results stay those of the source, to the last bit: no fused multiply-add.
+CXXFLAGS are added, as by other builds."""
 
 
 @functools.cache
@@ -69,18 +70,19 @@ def library() -> Path:
     if command is None:
         raise RuntimeError(f'there is no C++ compiler {os.environ.get("CXX", "g++")}')
     compiler = subprocess.run([command, '--version'], capture_output=True, text=True).stdout.partition('\n')[0]
-    parts = SOURCE.read_text(), FLAGS, torch.__version__, compiler, _cpu(), str(Path(torch.__file__).parent)
+    flags = [*FLAGS.split(), *os.environ.get('CXXFLAGS', '').split()]
+    parts = SOURCE.read_text(), flags, torch.__version__, compiler, _cpu(), str(Path(torch.__file__).parent)
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gdrq_mm' / 'kernels'
     path = folder / f'{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so'
     folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a training wait for the first
         if not path.exists():
-            _compile(command, path)
+            _compile([command, *flags], path)
     return path
 
 
-def _compile(command: str, path: Path) -> None:
+def _compile(command: list[str], path: Path) -> None:
     """Compile to `path`; what failed before is not tried again."""
     log, root = path.with_suffix('.log'), Path(torch.__file__).parent
     if not log.exists():
@@ -93,7 +95,7 @@ def _compile(command: str, path: Path) -> None:
             f'-Wl,-rpath,{libraries}',
         ]
         temporary = path.with_suffix('.tmp')
-        arguments = [command, *FLAGS.split(), *places, str(SOURCE), '-o', str(temporary), '-lc10', '-ltorch_cpu']
+        arguments = [*command, *places, str(SOURCE), '-o', str(temporary), '-lc10', '-ltorch_cpu']
         done = subprocess.run(arguments, capture_output=True, text=True)
         if done.returncode == 0:
             temporary.replace(path)
