@@ -246,19 +246,20 @@ def cifar10_search() -> str:
 
 
 def train_step() -> str:
-    """Time and memory of a training step over float."""
-    found = json.loads((FIGURES / 'train_step.json').read_text())
-    rows = [
-        (
-            r['memory_format'],
-            r['contestant'],
-            f'{1000 * r["median_seconds"]:.0f}',
-            f'{r["ratio"]:.3f}',
-            f'{r["memory_ratio"]:.2f}',
-        )
-        for r in found['rows']
-    ]
-    return markdown(('memory format', 'contestant', 'step in ms', 'over float', 'peak memory over float'), rows)
+    """Time and memory of a training step over float, a row for each model and setting."""
+    found = json.loads((FIGURES / 'train_step.json').read_text())['rows']
+    keys = ('model', 'precision', 'threads', 'memory_format')
+    names = list(dict.fromkeys(r['contestant'] for r in found if r['contestant'] != 'float'))
+    cells = {(*(r[key] for key in keys), r['contestant']): r for r in found}
+    rows = []
+    for where in dict.fromkeys(key[:-1] for key in cells):
+        base = cells[(*where, 'float')]
+        row = [*map(str, where), f'{1000 * base["median_seconds"]:.0f}']
+        for name in names:
+            r = cells.get((*where, name))
+            row.append('' if r is None else f'{r["ratio"]:.2f}, {r["memory_ratio"]:.2f}')
+        rows.append(row)
+    return markdown(('model', 'precision', 'threads', 'memory format', 'float, ms', *names), rows)
 
 
 def scaling() -> str:
