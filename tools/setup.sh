@@ -35,11 +35,11 @@ fi
 .venv/bin/python -m pip install --quiet "$(pin uv)"
 uv() { .venv/bin/uv pip install --quiet --python .venv/bin/python "$@"; }
 
-echo "[1/3] torch and build tools"
+echo "[1/4] torch and build tools"
 uv "$(pin torch)" "$(pin torchvision)" "$(pin setuptools)" "$(pin wheel)" "$(pin packaging)" "$(pin ninja)" "$(pin psutil)" "$(pin pip)"
 
 if [ -z "$(ls "$cache/$name"/*.whl 2>/dev/null)" ]; then
-  echo "[2/3] compiling mmcv's operators (about 3 minutes; the log is .venv/mmcv-build.log)"
+  echo "[2/4] compiling mmcv's operators (about 3 minutes; the log is .venv/mmcv-build.log)"
   mkdir -p "$cache"
   build=$(mktemp -d "$cache/.build-XXXXXX")
   headers=$(mktemp -d)
@@ -63,12 +63,15 @@ if [ -z "$(ls "$cache/$name"/*.whl 2>/dev/null)" ]; then
   # A rename is atomic: another set-up sees the whole wheel or none.
   mv -T "$build" "$cache/$name" 2>/dev/null || [ -n "$(ls "$cache/$name"/*.whl)" ]
 else
-  echo "[2/3] mmcv's operators from the cache"
+  echo "[2/4] mmcv's operators from the cache"
 fi
 
-echo "[3/3] the other requirements"
+echo "[3/4] the other requirements"
 uv "$cache/$name"/*.whl
 uv -r requirements.txt
 uv --no-deps --no-build-isolation -e .
+echo "[4/4] the project's own kernels for this CPU (20 seconds the first time)"
+# Where they cannot be compiled this says so, and torch code runs in their place.
+.venv/bin/python -c 'from gdrq_mm.core.kernels.native import description; print("kernels:", description())' || true
 .venv/bin/python -m compileall -q .venv/lib >/dev/null 2>&1 || true
 touch .venv/.ready
