@@ -111,7 +111,3 @@ def _cpu() -> str:
     except OSError:
         lines = []
     return platform.machine() + next((line for line in lines if line.startswith(('flags', 'Features'))), '')
-
-
-if __name__ == '__main__':
-    print(f'kernels: {description()}')
