@@ -55,8 +55,8 @@ if [ -z "$(ls "$cache/$name"/*.whl 2>/dev/null)" ]; then
     CFLAGS="$options -include $headers/torch.h -Winvalid-pch" \
     .venv/bin/python -m pip wheel --verbose --no-build-isolation --no-deps --no-cache-dir -w "$build" \
     "$(pin onedl-mmcv)" >>.venv/mmcv-build.log 2>&1 || {
-    echo "mmcv's operators did not compile; the end of .venv/mmcv-build.log:" >&2
-    tail -n 20 .venv/mmcv-build.log >&2
+    echo "mmcv's operators did not compile; from .venv/mmcv-build.log:" >&2
+    { grep -E '(error|Error): ' .venv/mmcv-build.log || cat .venv/mmcv-build.log; } | tail -n 20 >&2
     exit 1
   }
   grep -q '\[-Winvalid-pch\]' .venv/mmcv-build.log && echo "Note: compiled headers were not used, .venv/mmcv-build.log says why."
