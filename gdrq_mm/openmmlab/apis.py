@@ -25,7 +25,7 @@ from .data_only import data_only
 from .models import drop_pretrained, prepare_model, quantization_of, read_quantization
 from .pictures import batch_of, picture_pipeline, read_image
 from .tasks import dataset_of, task_of
-from .weights import load_weights, meta_of, plan_of
+from .weights import dataset_meta_of, load_weights, plan_of
 
 NOISE = (240, 320)
 """Size of the picture from which an inference model learns what feeds what; pipelines resize it as they like."""
@@ -87,8 +87,7 @@ def init_model(
         model.eval()
         if content is not None:
             load_weights(model, content, str(checkpoint), quantization_of(cfg))
-            meta = meta_of(content).get('dataset_meta') or {}
-            model.dataset_meta = model._dataset_meta = {key.lower(): value for key, value in meta.items()}
+            model.dataset_meta = model._dataset_meta = dataset_meta_of(content, str(checkpoint))
     if not model.dataset_meta.get('classes'):
         model.dataset_meta.update(dataset_of(cfg.get('test_dataloader') or {}).get('metainfo') or {})
     return model.to(device or get_device())
