@@ -107,10 +107,10 @@ def infer(model: Any, image: str | Path | np.ndarray) -> Any:
     The picture goes through the pipeline of the config's test data.
 
     Args:
-        image: path, or BGR pixels (H, W, 3).
+        image: path, or uint8 BGR pixels (H, W, 3).
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or the pixels are none.
     """
     batch = batch_of(model.cfg, image)
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope), torch.no_grad():
