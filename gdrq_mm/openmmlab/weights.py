@@ -25,9 +25,14 @@ _RESUMED: dict[str, Callable[[Any], bool]] = {
     'run': lambda value: isinstance(value, str),
     'validated': lambda value: isinstance(value, bool),
     'recipe': lambda value: isinstance(value, dict),
+    'patience': lambda value: isinstance(value, dict) and all(map(_is_patience, value.values())),
     'start': lambda value: value is None or isinstance(value, dict),
 }
 """Entry of `meta` that a resumed training reads or hands on -> whether a value is one that a training writes."""
+
+
+def _is_patience(value: Any) -> bool:
+    return isinstance(value, list) and [type(each) for each in value] == [int, float] and value[0] >= 0
 
 
 def meta_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ WRONG = {
     'recipe': (None, *NO_DICT),
     'start': NO_DICT,
     'run': (None, 3, b'x', ['x'], {}, np.zeros(2)),
+    'patience': (None, *NO_DICT, {'x': 3}, {'x': []}, {'x': [-1, 0.5]}, {'x': [1, 'x']}, {'x': [1, 2.0, 3]}),
     'validated': (None, 3, 'x', [], np.zeros(2), torch.zeros(2)),
     'seed': (-1, 1 << 32, 0.5, True, 'x', [1], np.zeros(2), torch.zeros(2)),
     'iter': (None, -1, True, 0.5, 'x', torch.tensor(3)),
@@ -93,7 +94,7 @@ def test_the_entries_of_a_real_training_are_taken(saved, refused):
 def test_other_uses_refuse_settings_that_are_none_and_ignore_what_they_do_not_read(refused, use):
     for value in WRONG['quantization']:
         assert 'quantization' in refused(use, 'quantization', value)
-    for key in ('recipe', 'start', 'run', 'validated', 'seed', 'accumulated'):
+    for key in set(WRONG) - {'plan', 'quantization', 'iter', 'epoch'}:
         assert refused(use, key, np.zeros(2)) is None
 
 
