@@ -355,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     'kill': partial(campaign, 'kill', 'what'),
+    'doors': partial(campaign, 'doors', 'option or config key'),
     'fuzz': partial(campaign, 'fuzz', 'input'),
     'memory': partial(campaign, 'memory', 'what'),
     **{

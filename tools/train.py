@@ -56,8 +56,9 @@ def adapt(cfg: Config, args: argparse.Namespace) -> None:
     if args.amp:
         use_amp(cfg)
     if args.auto_scale_lr:
-        cfg.setdefault('auto_scale_lr', {'base_batch_size': 256})
-        cfg.auto_scale_lr.enable = True
+        scale = cfg.get('auto_scale_lr') or {'base_batch_size': 256}
+        if isinstance(scale, dict):  # else the runner refuses it
+            cfg.auto_scale_lr = {**scale, 'enable': True}
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmengine.dist import all_gather_object, get_rank, get_world_size
+from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.modules import moving_quantizers
@@ -29,6 +30,26 @@ def accumulated(model: nn.Module) -> Accumulated:
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     sums = {name: q.sums.tolist() for name, q in moving_quantizers(model).items()}
     return all_gather_object(dict(gradients=gradients, sums=sums))
+
+
+def is_accumulated(model: nn.Module, saved: Any) -> bool:
+    """Whether a value is what :func:`accumulated` returns for this model."""
+    parameters, moving = dict(model.named_parameters()), moving_quantizers(model)
+
+    def is_gradient(name: Any, value: Any) -> bool:
+        return name in parameters and isinstance(value, Tensor) and value.shape == parameters[name].shape
+
+    def is_sum(name: Any, value: Any) -> bool:
+        return name in moving and isinstance(value, (tuple, list)) and [type(each) for each in value] == [float, float]
+
+    return isinstance(saved, list) and all(
+        isinstance(each, dict)
+        and set(each) == {'gradients', 'sums'}
+        and all(isinstance(part, dict) for part in each.values())
+        and all(is_gradient(*item) for item in each['gradients'].items())
+        and all(is_sum(*item) for item in each['sums'].items())
+        for each in saved
+    )
 
 
 def restore(model: nn.Module, saved: Accumulated) -> None:

@@ -25,7 +25,7 @@ from .data_only import data_only
 from .models import drop_pretrained, prepare_model, quantization_of, read_quantization
 from .pictures import batch_of, picture_pipeline, read_image
 from .tasks import dataset_of, task_of
-from .weights import load_weights, meta_of, plan_of
+from .weights import dataset_meta_of, load_weights, plan_of
 
 NOISE = (240, 320)
 """Size of the picture from which an inference model learns what feeds what; pipelines resize it as they like."""
@@ -87,8 +87,7 @@ def init_model(
         model.eval()
         if content is not None:
             load_weights(model, content, str(checkpoint), quantization_of(cfg))
-            meta = meta_of(content).get('dataset_meta') or {}
-            model.dataset_meta = model._dataset_meta = {key.lower(): value for key, value in meta.items()}
+            model.dataset_meta = model._dataset_meta = dataset_meta_of(content, str(checkpoint))
     if not model.dataset_meta.get('classes'):
         model.dataset_meta.update(dataset_of(cfg.get('test_dataloader') or {}).get('metainfo') or {})
     return model.to(device or get_device())
@@ -108,10 +107,10 @@ def infer(model: Any, image: str | Path | np.ndarray) -> Any:
     The picture goes through the pipeline of the config's test data.
 
     Args:
-        image: path, or BGR pixels (H, W, 3).
+        image: path, or uint8 BGR pixels (H, W, 3).
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or the pixels are none.
     """
     batch = batch_of(model.cfg, image)
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope), torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 from mmengine.dist import all_gather_object, get_world_size, master_only
+from mmengine.hooks import EarlyStoppingHook
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..core.convert import Report
@@ -58,6 +59,9 @@ class CheckpointRunner(Runner):
         """Whether a new training begins, from a checkpoint or not."""
         return self._train_loop is not None and not self._resume
 
+    def _early_stopping(self) -> list[EarlyStoppingHook]:
+        return [hook for hook in self.hooks if isinstance(hook, EarlyStoppingHook)]
+
     def known_plan(self, model: nn.Module) -> Plan | None:
         """The plan of the checkpoint that is resumed or tested. A training that starts from one makes its own."""
         file = self._load_from or (find_latest_checkpoint(self.work_dir) if self._resume else None)
@@ -96,11 +100,13 @@ class CheckpointRunner(Runner):
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint, which is whole or not there, with the plan and the `quantization` dict in its `meta`.
 
+        It holds how long early stopping has waited, which mmengine forgets; a resumed run would wait anew.
         Between two optimizer steps it also holds what was accumulated since the last one, so all processes call this.
         """
         meta = {**(kwargs.get('meta') or {}), 'start': self.training.get('start'), 'run': self.run_id}
         meta.update(plan=self.report.plan.to_dict(), **trained_as(self.cfg, self.iter > 0, get_world_size()))
         meta['validated'] = meta.get('iter') == self.validated_at
+        meta['patience'] = {hook.monitor: [hook.wait_count, float(hook.best_score)] for hook in self._early_stopping()}
         if kwargs.get('save_optimizer', True) and is_between_steps(self.optim_wrapper):
             meta['accumulated'] = accumulated(bare_model(self.model))
         self._write_checkpoint(out_dir, filename, *args, **{**kwargs, 'meta': meta})
@@ -121,6 +127,9 @@ class CheckpointRunner(Runner):
         if 'accumulated' in self._meta:
             restore(bare_model(self.model), self._meta['accumulated'])
             self.logger.info('What was accumulated before the checkpoint, which lies between two steps, is restored.')
+        patience = self._meta.get('patience', {})
+        for hook in self._early_stopping():
+            hook.wait_count, hook.best_score = patience.get(hook.monitor, (hook.wait_count, hook.best_score))
         self.resumed, self.run_id = True, str(self._meta.get('run', ''))
         self.resumed_unvalidated = not self._meta.get('validated', False)
 

@@ -145,14 +145,15 @@ def _begun_last(work_dir: str | Path) -> str:
 
 def _is_of(checkpoint: Mapping[str, Any], run: str) -> bool:
     """Whether a training checkpoint is of this training, or may be."""
-    return not run or checkpoint['meta'].get('run') == run
+    theirs = checkpoint['meta'].get('run')
+    return not run or (isinstance(theirs, str) and theirs == run)
 
 
 def iterations_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """Iterations and epochs of the training whose state a checkpoint holds; None if it holds weights only."""
     meta = checkpoint.get('meta')
     found = tuple(meta.get(key) for key in ('iter', 'epoch')) if isinstance(meta, dict) else ()
-    whole = 'message_hub' in checkpoint and len(found) == 2 and all(isinstance(n, int) for n in found)
+    whole = 'message_hub' in checkpoint and len(found) == 2 and all(type(n) is int and n >= 0 for n in found)
     return found if whole else None  # type: ignore[return-value]
 
 

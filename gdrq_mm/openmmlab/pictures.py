@@ -19,6 +19,8 @@ from ..core.errors import UserError
 from .loading import UNREADABLE
 from .tasks import pipeline_of, type_name
 
+PIXELS = 'uint8 BGR pixels of shape (H, W, 3)'
+
 
 def picture_pipeline(cfg: Config) -> list[Any]:
     """The transforms of the test data for a picture that has no annotations.
@@ -36,11 +38,13 @@ def batch_of(cfg: Config, image: str | Path | np.ndarray) -> Any:
     """What the test data loader would make of one picture.
 
     Args:
-        image: path, or BGR pixels (H, W, 3), which stand for a file that holds them.
+        image: path, or uint8 BGR pixels (H, W, 3), which stand for a file that holds them.
 
     Raises:
-        UserError: the file does not exist or cannot be read.
+        UserError: the file does not exist or cannot be read, or the pixels are none.
     """
+    if not isinstance(image, (str, Path, np.ndarray)):
+        raise UserError(f'a {type(image).__name__} is no picture: give a path, or {PIXELS}')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         transforms = Compose(picture_pipeline(cfg)).transforms
         number = next((i for i, each in enumerate(transforms) if _loads(type(each).__name__)), None)
@@ -59,7 +63,7 @@ def _loads(kind: str, *words: str) -> bool:
 def _loader(transform: Any, image: str | Path | np.ndarray) -> Callable[[dict[str, Any]], Any]:
     """The transform that loads pictures, for this one."""
     if isinstance(image, np.ndarray) or type(transform).__name__ == 'LoadImageFromNDArray':
-        return functools.partial(_from_pixels, transform, read_image(image))
+        return functools.partial(_from_pixels, transform, image)
 
     def load(data: dict[str, Any]) -> Any:
         if not Path(image).is_file():
@@ -72,9 +76,10 @@ def _loader(transform: Any, image: str | Path | np.ndarray) -> Callable[[dict[st
     return load
 
 
-def _from_pixels(transform: Any, pixels: np.ndarray, data: dict[str, Any]) -> dict[str, Any]:
+def _from_pixels(transform: Any, image: str | Path | np.ndarray, data: dict[str, Any]) -> dict[str, Any]:
     """What a transform would load from a file with these pixels."""
     color = getattr(transform, 'color_type', 'color')
+    pixels = read_image(image, any_kind=color == 'unchanged')
     if color.startswith('grayscale') and pixels.ndim == 3:
         file = cv2.imencode('.png', pixels)[1].tobytes()
         pixels = mmcv.imfrombytes(file, flag=color, backend=getattr(transform, 'imdecode_backend', None))
@@ -93,14 +98,24 @@ def _collate_of(cfg: Config) -> Callable[[list[Any]], Any]:
     return functools.partial(FUNCTIONS.get(kind) if isinstance(kind, str) else kind, **options)
 
 
-def read_image(image: str | Path | np.ndarray) -> np.ndarray:
+def read_image(image: str | Path | np.ndarray, any_kind: bool = False) -> np.ndarray:
     """A picture as BGR pixels, (H, W, 3).
 
+    Args:
+        image: path, or such pixels; (H, W) is gray.
+        any_kind: pixels may have any number of channels and any finite values, as files have that are read unchanged.
+
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or the pixels are none.
     """
     if isinstance(image, np.ndarray):
-        return image
+        gray = image.ndim == 2
+        right = image.dtype == np.uint8 and (gray or image.shape[2:] == (3,))
+        if any_kind:
+            right = image.dtype.kind in 'uif' and image.ndim in (2, 3) and bool(np.isfinite(image).all())
+        if not image.size or not right:
+            raise UserError(f'an array of shape {image.shape} and type {image.dtype} is no picture: give {PIXELS}')
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if gray and not any_kind else image
     if not Path(image).is_file():
         raise UserError(f'picture {image} does not exist')
     pixels = cv2.imread(str(image))

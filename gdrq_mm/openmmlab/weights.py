@@ -4,27 +4,65 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
 
 import torch
 import torch.nn as nn
 from mmengine.runner.checkpoint import load_state_dict
 
-from ..core.config import first_difference
+from ..core.config import Quantization, first_difference
 from ..core.errors import UserError
 from ..core.quantizers import Quantizer, Stage, learned_parameters
 from ..core.topology import Plan
+from .accumulation import is_accumulated
 from .checkpoints import iterations_of
 
 _QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant)\.')
 """Matches the names of what quantizers keep in a state dict."""
+_RESUMED: dict[str, Callable[[Any], bool]] = {
+    'seed': lambda value: value is None or (type(value) is int and 0 <= value < 1 << 32),
+    'run': lambda value: isinstance(value, str),
+    'validated': lambda value: isinstance(value, bool),
+    'recipe': lambda value: isinstance(value, dict),
+    'patience': lambda value: isinstance(value, dict) and all(map(_is_patience, value.values())),
+    'start': lambda value: value is None or isinstance(value, dict),
+}
+"""Entry of `meta` that a resumed training reads or hands on -> whether a value is one that a training writes."""
+
+
+def _is_patience(value: Any) -> bool:
+    return isinstance(value, list) and [type(each) for each in value] == [int, float] and value[0] >= 0
 
 
 def meta_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself; empty for a plain state dict."""
     meta = checkpoint.get('meta')
     return meta if isinstance(meta, dict) else {}
+
+
+def dataset_meta_of(checkpoint: Mapping[str, Any], filename: str) -> dict[str, Any]:
+    """What a checkpoint knows of its data set, such as `classes`; old ones spell the keys in capitals.
+
+    Raises:
+        UserError: it is not a dict, or its classes are not a list.
+    """
+    meta = meta_of(checkpoint).get('dataset_meta')
+    meta = {} if meta is None else meta
+    if not isinstance(meta, dict) or not all(isinstance(key, str) for key in meta):
+        _refuse_entry(filename, 'dataset_meta', meta)
+    found = {key.lower(): value for key, value in meta.items()}
+    if not isinstance(found.get('classes'), (list, tuple, type(None))):
+        _refuse_entry(filename, 'dataset_meta', meta)
+    return found
+
+
+def _refuse_entry(filename: str, key: str, value: Any) -> NoReturn:
+    raise UserError(f"checkpoint {filename} is damaged: meta['{key}'] is {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    return ' '.join(repr(value).split())[:60]
 
 
 def state_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,8 +125,9 @@ def load_weights(
     """
     check_fits(model, checkpoint, filename, share)
     check_quantizers(checkpoint, filename)
+    check_settings(checkpoint, filename)
     if use == 'resume':
-        check_resumable(checkpoint, filename)
+        check_resumable(model, checkpoint, filename)
     mismatch = other_quantization(model, checkpoint, quantization, resume=use == 'resume')
     if mismatch and use != 'start':
         raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}')
@@ -154,7 +193,7 @@ def check_quantizers(checkpoint: Mapping[str, Any], filename: str) -> None:
                 good = stage in stages and calibrated in (0, 1) and 0 < bits <= 32
                 good = good and -(2**bits) <= lo <= 0 <= hi <= 2**bits
         if not good:
-            raise UserError(f'checkpoint {filename} is damaged: {name} is {" ".join(repr(value).split())[:60]}')
+            raise UserError(f'checkpoint {filename} is damaged: {name} is {_short(value)}')
 
 
 def check_finite(model: nn.Module, filename: str) -> None:
@@ -164,10 +203,26 @@ def check_finite(model: nn.Module, filename: str) -> None:
             raise UserError(f'checkpoint {filename} has NaN or infinite values in {name}: its training diverged')
 
 
-def check_resumable(checkpoint: Mapping[str, Any], filename: str) -> None:
-    """Raise UserError if a checkpoint does not hold the state of a training."""
+def check_settings(checkpoint: Mapping[str, Any], filename: str) -> None:
+    """Raise UserError if the `quantization` dict in a checkpoint is not one."""
+    settings = meta_of(checkpoint).get('quantization')
+    try:
+        if settings is not None:
+            Quantization.from_dict(settings)
+    except UserError as error:
+        raise UserError(f'checkpoint {filename}: {error}') from None
+
+
+def check_resumable(model: nn.Module, checkpoint: Mapping[str, Any], filename: str) -> None:
+    """Raise UserError if a checkpoint does not hold the state of a training of this model."""
     if iterations_of(checkpoint) is None:
         raise UserError(f'checkpoint {filename} holds weights only and cannot be resumed; name it in load_from instead')
+    meta = meta_of(checkpoint)
+    for key, good in _RESUMED.items():
+        if key in meta and not good(meta[key]):
+            _refuse_entry(filename, key, meta[key])
+    if 'accumulated' in meta and not is_accumulated(model, meta['accumulated']):
+        _refuse_entry(filename, 'accumulated', meta['accumulated'])
 
 
 def other_quantization(

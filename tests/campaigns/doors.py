@@ -232,7 +232,7 @@ def batch(home, path):
 
 
 DOORS = {
-    'tools: checkpoint': ('pth', lambda home, path: read_checkpoint(str(path))),
+    'checkpoint of a tool': ('pth', lambda home, path: read_checkpoint(str(path))),
     'load_from': ('pth', start),
     '--resume': ('pth', resume),
     '--resume auto': ('pth', resume_auto),

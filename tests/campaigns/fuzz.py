@@ -36,14 +36,15 @@ from gdrq_mm.data import digits
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.packed import load_packed, read_packed, write_packed
 from gdrq_mm.openmmlab import cli
+from gdrq_mm.openmmlab.accumulation import accumulated
 from gdrq_mm.openmmlab.checkpoints import iterations_of, read_checkpoint
 from gdrq_mm.openmmlab.models import read_quantization
-from gdrq_mm.openmmlab.weights import load_weights, plan_of
+from gdrq_mm.openmmlab.weights import dataset_meta_of, load_weights, plan_of
 from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import find_records
 from tests.campaigns.report import FIGURES, report
-from tests.deploy.builders import header_of, payload_of, prepared, summed, text_of
+from tests.deploy.builders import JSON, header_of, payload_of, prepared, summed, text_of
 from tests.helpers import ROOT, Block, same
 from tests.runs import COUNTS
 
@@ -141,7 +142,13 @@ class Packed:
     def crafted(self, chance):
         """The checksum fits what was changed."""
         payload = self.payload if chance.random() < 0.8 else damaged(self.payload, chance)
-        header = text_of(mutated(self.header, chance))
+        header = copy.deepcopy(self.header)
+        if chance.random() < 0.7:  # safetensors refuses most of what is wrong elsewhere before we see it
+            part = chance.choice(('layers', 'layers', *JSON))
+            header['__metadata__'][part] = mutated(header['__metadata__'][part], chance)
+        else:
+            header = mutated(header, chance)
+        header = text_of(header)
         if chance.random() < 0.1:
             header = damaged(header, chance)
         size = None if chance.random() < 0.9 else chance.choice((0, 1, len(header) - 1, 2**40, 2**64 - 1))
@@ -167,7 +174,8 @@ class Checkpoints:
         self.model, plan = self.build()
         history = HistoryBuffer([0.5, 0.25], [1, 1])
         meta = dict(iter=3, epoch=1, seed=0, experiment_name='x', dataset_meta=dict(classes=('a',), palette=np.eye(3)))
-        meta |= dict(quantization=self.SETTINGS, plan=plan.to_dict(), config='model = 1', start=None)
+        meta |= dict(quantization=self.SETTINGS, plan=plan.to_dict(), config='model = 1', start=None, run='abc')
+        meta |= dict(recipe=dict(batch_size=16), validated=True, accumulated=accumulated(self.model))
         hub = dict(log_scalars={'train/loss': history}, runtime_info=dict(iter=3, lr=np.float64(0.1)), resumed_keys={})
         optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9).state_dict()
         self.whole = dict(meta=meta, state_dict=self.model.state_dict(), message_hub=hub, optimizer=optimizer)
@@ -215,7 +223,6 @@ class Checkpoints:
                 (odd(chance), value[..., None], value.double(), torch.full_like(value, 9), np.zeros(3), value[None][:0])
             )
         elif part == 'meta':
-            whole[part] = {key: value for key, value in whole[part].items() if key != 'dataset_meta'}
             whole[part] = mutated(whole[part], chance)
         else:
             whole[part] = odd(chance)
@@ -228,6 +235,7 @@ class Checkpoints:
         """Into the model, as a test, a resumed and a new training do it."""
         iterations_of(checkpoint)
         plan_of(self.model, checkpoint, 'x.pth')
+        dataset_meta_of(checkpoint, 'x.pth')
         use = chance.choice(('test', 'resume', 'start'))
         share = chance.choice((0.0, 0.5, 1.0))
         load_weights(copy.deepcopy(self.model), checkpoint, 'x.pth', self.SETTINGS, share, use)
@@ -370,13 +378,17 @@ class Commands:
         name = chance.choice(list(self.TOOLS))
         tool = self.tools[name]
         words = self.line(name, chance)
-        before = os.getcwd(), sys.argv, dict(os.environ)
+        before = os.getcwd(), sys.argv, dict(os.environ), sys.excepthook
         os.chdir(self.folder)
         sys.argv = [name, *words]
+        unexpected = []  # what a tool would show the traceback of
+        sys.excepthook = lambda kind, error, trace: unexpected.append(error)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 end = cli.ending(tool[self.entries.get(name, name)])
-            assert end == 0 or end.startswith('error: '), end
+            if unexpected:
+                raise unexpected[0]
+            assert end == 0 or str(end).startswith('error: '), end
             if end:
                 raise UserError(end)
         except SystemExit as refused:  # argparse
@@ -389,7 +401,7 @@ class Commands:
             raise
         finally:
             os.chdir(before[0])
-            sys.argv = before[1]
+            sys.argv, sys.excepthook = before[1], before[3]
             os.environ.clear()
             os.environ.update(before[2])
 

@@ -82,3 +82,11 @@ def test_filters_of_zeros_divide_by_nothing(method, groups, monkeypatch):
     monkeypatch.undo()
     assert not [d for d in divisors if isinstance(d, torch.Tensor) and bool((d == 0).any())]
     assert bool(torch.isfinite(torch.as_tensor(out)).all()) and bool(torch.isfinite(torch.as_tensor(grad)).all())
+
+
+@pytest.mark.parametrize('method', ['lsq', 'syq', 'ttq'])
+def test_what_is_learned_of_filters_of_zeros_does_not_start_at_zero(method):
+    """From there it would never learn."""
+    quantizer = weight_quantizer(method, torch.zeros(4, 3, 3, 3), few_bits(method))
+    assert all(bool((parameter > 0).all()) for parameter in quantizer.parameters())
+    assert list(quantizer.parameters())

@@ -62,6 +62,19 @@ def test_one_example_is_enough_and_pictures_may_have_any_size(tmp_path):
                 torch.testing.assert_close(torch.from_numpy(run([x.numpy()])[0]), model(x), atol=1e-4, rtol=1e-3)
 
 
+def test_weights_of_2_bits_have_the_size_of_4_in_onnx_and_their_own_in_the_packed_file(tmp_path):
+    x, sizes = torch.randn(4, 64, 8, 8), {}
+    for bits in (2, 4):
+        convs = (nn.Conv2d(64, 256, 3, bias=False), nn.ReLU(), nn.Conv2d(256, 64, 3, bias=False))
+        model, plan = prepared(nn.Sequential(*convs), x, bits=bits, weight=dict(bits=bits), deployable=True)
+        export(model, plan, x, tmp_path / str(bits))
+        sizes[bits] = [(tmp_path / f'{bits}/model.{kind}').stat().st_size for kind in ('onnx', 'safetensors')]
+    weights = 2 * 64 * 256 * 9
+    (onnx_of_2, packed_of_2), (onnx_of_4, packed_of_4) = sizes.values()
+    assert abs(onnx_of_2 - onnx_of_4) < 0.01 * onnx_of_4 and 0.5 * weights < onnx_of_4 < 0.6 * weights
+    assert 0.25 * weights < packed_of_2 < 0.3 * weights and 0.5 * weights < packed_of_4 < 0.6 * weights
+
+
 def test_a_layer_that_nothing_reads_is_left_out_and_named(tmp_path):
     """As the last stage of a backbone whose head reads an earlier one."""
 

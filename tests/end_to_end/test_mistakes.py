@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from gdrq_mm.data import digits
+from tests.campaigns.fuzz import Commands, attack
 from tests.helpers import ENV, ROOT
 from tests.tools import TEST, TINY, TRAIN, W4A4, holds, weights
 
@@ -101,6 +103,7 @@ def test_a_wrong_option(home, error_of, option, fragments):
         (TRAIN, ['--cfg-options', 'work_dir=4'], ['work_dir=4 is not a path']),
         (TRAIN, ['--amp', '--cfg-options', 'default_scope=[]'], ['default_scope=[]', 'mmpretrain']),
         (TRAIN, ['--amp', '--cfg-options', 'optim_wrapper=None'], ['--amp: optim_wrapper=None']),
+        (TRAIN, ['--auto-scale-lr', '--cfg-options', 'auto_scale_lr=3'], ['auto_scale_lr=3 is not a dict']),
         (
             TRAIN,
             ['--resume', '--cfg-options', 'default_hooks.checkpoint=3'],
@@ -115,6 +118,13 @@ def test_a_wrong_option(home, error_of, option, fragments):
 )
 def test_a_config_that_an_option_cannot_change(home, error_of, tool, options, fragments):
     holds(error_of(tool, W4A4, *options), *fragments)
+
+
+def test_a_random_command_line_is_accepted_or_refused_in_one_line(tmp_path, monkeypatch):
+    """The short form of tests/campaigns/fuzz.py; a traceback of any kind counts as a crash there."""
+    monkeypatch.setattr(digits, 'COUNTS', digits.COUNTS)  # the campaign sets it for good
+    ends, crashes = attack('command lines', Commands(tmp_path).one, 150, seed=0)
+    assert crashes == [] and ends['valid'] > 10 and ends['refused'] > 50
 
 
 # ---- data, folders, outputs -----------------------------------------------------------------------------------------

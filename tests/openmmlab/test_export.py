@@ -403,6 +403,20 @@ def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits
 
 
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)
+def test_the_tool_says_that_weights_of_2_bits_take_4_in_onnx(whole, tmp_path, digits_root, run):
+    """The table of layers counts them at 2, as the packed file holds them."""
+    cfg, two = whole[1].copy(), 'quantization.weight.bits=2'
+    cfg.quantization.weight.bits = 2
+    torch.save(dict(state_dict=calibrated(cfg, whole[4]).state_dict(), meta={}), tmp_path / 'two.pth')
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/digits').symlink_to(digits_root)
+    config = ROOT / 'configs' / CONFIGS['cls']
+    done = run(ROOT / 'tools/export.py', config, 'two.pth', '--out', 'exported', '--cfg-options', EIGHT, two)
+    assert done.returncode == 0, done.stderr
+    assert '19 layers have weights of less than 4 bits, which take 4 in ONNX; --format packed' in done.stdout
+
+
+@pytest.mark.parametrize('whole', ['cls'], indirect=True)
 def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, run):
     """As a user runs them: export, test in both runtimes, and what goes wrong."""
     _, _, checkpoint, _, _ = whole
@@ -416,6 +430,7 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     done = tool('export.py', '--out', 'exported')
     assert done.returncode == 0, done.stderr
     assert '21 of 21 layers as integer kernels' in done.stdout and 'by the rounding of ties' in done.stdout
+    assert 'less than 4 bits' not in done.stdout
     codes, outputs = done.stdout.split('model: outputs')
     assert 'y0' not in codes and 'whole graph: y0' in outputs and 'largest relative difference' in outputs
     accuracy = []

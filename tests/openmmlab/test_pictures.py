@@ -3,12 +3,13 @@
 import copy
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.registry import DefaultScope
 
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.openmmlab.apis import infer, init_model
+from gdrq_mm.openmmlab.apis import draw, infer, init_model
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.openmmlab.tasks import use_tta
 from tests.helpers import ROOT
@@ -50,6 +51,54 @@ def test_a_grayscale_model_infers_what_it_tests(grayscale):
     for path, expected in list(predictions(cfg, checkpoint, '-test').items())[:3]:
         for image in (path, cv2.imread(path)):
             assert torch.equal(infer(model, image).pred_score, expected.pred_score)
+
+
+def test_gray_pixels_are_those_of_a_gray_file(grayscale):
+    cfg, checkpoint = grayscale
+    model = init_model(cfg, checkpoint)
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 20), np.uint8)
+    assert torch.equal(infer(model, pixels).pred_score, infer(model, np.stack([pixels] * 3, -1)).pred_score)
+    assert draw(model, pixels, infer(model, pixels)).shape[2] == 3
+
+
+def picture(change):
+    return change(np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda pixels: pixels.astype(float) / 255,
+        lambda pixels: np.where(pixels > 9, pixels, np.nan).astype(np.float32),
+        lambda pixels: pixels.astype(np.int64),
+        lambda pixels: pixels.astype(bool),
+        lambda pixels: pixels.astype(object),
+        lambda pixels: pixels[..., :2],
+        lambda pixels: pixels[..., :1],
+        lambda pixels: np.concatenate([pixels, pixels], -1),
+        lambda pixels: pixels.transpose(2, 0, 1),
+        lambda pixels: pixels[None],
+        lambda pixels: pixels[0, 0],
+        lambda pixels: pixels[:0],
+        lambda pixels: torch.from_numpy(pixels),
+        lambda pixels: [pixels],
+        lambda pixels: None,
+    ],
+)
+def test_what_is_no_picture_is_refused(digits_root, tmp_path, change):
+    model = init_model(tiny_config(digits_root, tmp_path, quantization=None))
+    with pytest.raises(UserError, match=r'is no picture: give .*uint8 BGR pixels of shape \(H, W, 3\)$'):
+        infer(model, picture(change))
+
+
+def test_pixels_of_any_kind_stand_for_a_file_that_is_read_unchanged(digits_root, tmp_path):
+    cfg = tiny_config(digits_root, tmp_path, quantization=None)
+    cfg.test_dataloader.dataset.pipeline[0].color_type = 'unchanged'
+    model = init_model(cfg)
+    pixels = picture(np.float32)
+    assert torch.isfinite(infer(model, pixels).pred_score).all()
+    with pytest.raises(UserError, match='is no picture'):
+        infer(model, np.where(pixels > 9, pixels, np.nan))
 
 
 def test_a_grayscale_model_without_a_plan_is_recorded(grayscale):

@@ -4,7 +4,7 @@ import pytest
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
-from tests.runs import At, train
+from tests.runs import At, checkpoint_of, train
 
 
 @METRICS.register_module(force=True)
@@ -22,15 +22,17 @@ class Falling(BaseMetric):
         return dict(score=self.scores.pop(0))
 
 
-def runner_of(make, scores, reshape, hooks=(), name='run', **changes):
-    return make(
-        name,
+def arguments(scores, reshape, hooks=()):
+    return dict(
         quantization=dict(weight=dict(bits=2), activation=dict(bits=2), calibration_batches=1, schedule=reshape),
         epochs=len(scores),
         val_evaluator=dict(_delete_=True, type='Falling', scores=scores),
         custom_hooks=list(hooks),
-        **changes,
     )
+
+
+def runner_of(make, scores, reshape, hooks=(), name='run', **changes):
+    return make(name, **arguments(scores, reshape, hooks), **changes)
 
 
 def epochs_of(runner):
@@ -55,6 +57,18 @@ def test_early_stopping_forgets_the_score_of_the_reshape_stage(make):
 def test_no_score_ends_training_before_the_model_is_quantized(make, options):
     scores = [0.9, 0.89, 0.88, 0.87, 0.3, 0.4]
     assert epochs_of(runner_of(make, scores, dict(reshape=2 / 3), [{**STOPPING, **options}])) == 6
+
+
+@pytest.mark.parametrize('quantization', [dict(weight=dict(bits=2)), None], ids=['quantized', 'float'])
+def test_a_resumed_run_has_waited_as_long_as_the_one_that_it_continues(make, quantization):
+    """The best score is that of the first epoch; the third checkpoint is saved after one score without improvement."""
+    hooks = [{**STOPPING, 'patience': 3}]
+    given = {**arguments([0.5, 0.4, 0.4, 0.4, 0.4, 0.4], {}, hooks), 'quantization': quantization}
+    whole = make(**given)
+    assert epochs_of(whole) == 4
+    given['val_evaluator'] = dict(_delete_=True, type='Falling', scores=[0.4] * 6)
+    resumed = make(**given, resume=True, load_from=checkpoint_of(whole, 'epoch_3.pth'))
+    assert epochs_of(resumed) == 1 and resumed.epoch == 4
 
 
 def test_a_schedule_that_waits_for_a_plateau_forgets_them(make):

@@ -99,5 +99,4 @@ def _forget_scores(runner: Runner) -> None:
 def _forget_early_stopping(runner: Runner) -> None:
     for hook in runner.hooks:
         if isinstance(hook, EarlyStoppingHook):
-            hook.wait_count = 0
-            hook.best_score = -inf if hook.rule == 'greater' else inf
+            hook.best_score = -inf if hook.rule == 'greater' else inf  # the next score is better, and it waits anew
