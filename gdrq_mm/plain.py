@@ -144,8 +144,7 @@ def checkpoint(model: nn.Module) -> dict[str, Any]:
         UserError: the model is not quantized.
     """
     settings, plan = _remembered(model)
-    state = {name.removeprefix('module.'): value for name, value in model.state_dict().items()}
-    return dict(state_dict=state, meta=dict(quantization=settings, plan=plan.to_dict()))
+    return dict(state_dict=dict(_bare(model).state_dict()), meta=dict(quantization=settings, plan=plan.to_dict()))
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modules import activation_quantizers, hooked, modes_kept, mute_leaves, quant_layers
+from .modules import activation_quantizers, hooked, modes_kept, mute_leaves, quant_layers, uncompiled
 from .quantizers import ActivationQuantizer, Quantizer, Stage
 from .ranks import all_gather, all_reduce, world_size
 
@@ -57,7 +57,7 @@ def calibrate(
     for layer in quant_layers(model).values():
         layer.seen = False
     predict, batches = predict or model, iter(batches)
-    with _quiet(model, training) as judged:
+    with uncompiled(), _quiet(model, training) as judged:
         first = list(islice(batches, 1))
         again = copy.deepcopy(first) if judged else []  # a model may change what it is given
         with _judging(judged) as verdicts:

@@ -9,6 +9,8 @@ Filters are dimension 0 of a weight: (C_out, ...). Everything is computed in flo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -101,11 +103,10 @@ def per_group(per_channel: Tensor, sizes: Tensor, reduce: str = 'sum') -> Tensor
     return torch.segment_reduce(per_channel, reduce, lengths=sizes)
 
 
-def per_channel(per_group: Tensor, sizes: Tensor, ndim: int) -> Tensor:
-    """Spread a value of each group (G,) over its filters: (C, 1, ..., 1) with `ndim` dimensions."""
-    total = int(sizes.sum()) if sizes.device.type == 'cpu' else None
-    spread = torch.repeat_interleave(per_group, sizes, output_size=total)
-    return spread.view(-1, *[1] * (ndim - 1))
+def per_channel(per_group: Tensor, sizes: Tensor, shape: Sequence[int]) -> Tensor:
+    """Spread a value of each group (G,) over its filters: (C, 1, ..., 1) for filters of the shape (C, ...)."""
+    spread = torch.repeat_interleave(per_group, sizes, output_size=shape[0])
+    return spread.view(-1, *[1] * (len(shape) - 1))
 
 
 def mean_abs(weight: Tensor, sizes: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def search_threshold(weight: Tensor, lo: int, hi: int, sizes: Tensor, p: float =
     best, best_loss = top, torch.full_like(top, torch.inf, dtype=torch.float64)
     for i in range(1, candidates + 1):
         threshold = top * (i / candidates)
-        step = per_channel(step_size(threshold, lo, hi), sizes, weight.dim())
+        step = per_channel(step_size(threshold, lo, hi), sizes, weight.shape)
         loss = quantized_loss(weight, fake_quantize(weight, step, lo, hi), sizes, p)
         better = loss < best_loss
         best, best_loss = torch.where(better, threshold, best), torch.where(better, loss, best_loss)

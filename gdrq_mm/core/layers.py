@@ -10,7 +10,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +20,7 @@ from .fused import fused
 from .integer_bias import bias_in_use
 from .pyramid import InputQuant, PyramidQuantizers, quantizers_of
 from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, ModeOfModel, WeightQuantizer
+from .quantizers.base import in_backward
 
 
 def make_weight_quantizer(cfg: Weight, filters: Tensor) -> WeightQuantizer | None:
@@ -158,9 +158,7 @@ class QuantLayer(ModeOfModel):
         return (x if quant is None else quant(x)), weight, bias_in_use(self, quant)
 
     def _count_level(self) -> None:
-        if (
-            torch._C._current_graph_task_id() != -1
-        ):  # in a backward pass: activation checkpointing runs the forward again
+        if in_backward():
             name = self.weight_quant.name if self.weight_quant else '?'
             raise UserError(
                 f'layer {name} has thresholds for each pyramid level and is computed again in the backward pass; '

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from .layers import QuantLayer
@@ -79,6 +81,16 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What torch.compile made runs as it is written, meanwhile: hooks and calibration would make it compile again."""
+    if 'torch._dynamo' not in sys.modules:  # nothing is compiled, and the import would take seconds
+        yield
+        return
+    with torch.compiler.set_stance('force_eager'):
+        yield
 
 
 @contextmanager

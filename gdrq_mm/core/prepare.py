@@ -30,6 +30,8 @@ def prepare_weights(model: nn.Module) -> None:
 
 
 def _prepare(model: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():  # layers quantize their weights where they are traced
+        return
     layers = [module for module in every_module(model) if isinstance(module, QuantLayer)]
     _forget(layers)
     quantize_weights(layers)
@@ -37,6 +39,8 @@ def _prepare(model: nn.Module, args: Any) -> None:
 
 
 def _end(model: nn.Module, args: Any, out: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     model.in_forward = False  # type: ignore[assignment]
     if not torch.is_grad_enabled():  # else a backward pass may run parts of the forward again
         _forget(every_module(model))

@@ -142,7 +142,7 @@ def test_dead_group_gives_zero_and_no_nan():
     x = torch.randn(4, 3, 3, 3)
     x[2:] = 0
     sizes = torch.tensor([2, 2])
-    step = F.per_channel(F.step_size(F.scale_clip_threshold(x, 2.0, sizes), -7, 7), sizes, 4)
+    step = F.per_channel(F.step_size(F.scale_clip_threshold(x, 2.0, sizes), -7, 7), sizes, x.shape)
     y = F.fake_quantize(x.requires_grad_(), step, -7, 7)
     y.sum().backward()
     assert torch.equal(y[2:], torch.zeros_like(y[2:])) and torch.isfinite(x.grad).all()

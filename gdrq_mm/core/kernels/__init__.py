@@ -74,8 +74,8 @@ def fake_quantize(x: Tensor, how: Uniform, overwrite: bool = False) -> Tensor:
         return compute(x, step, lo, hi, masked, sums, nonzero)
     if sums is not None:
         with torch.no_grad():
-            count = torch.count_nonzero(x) if nonzero else torch.tensor(x.numel(), device=x.device)
-            sums += torch.stack([sum_abs(x), count.double()])
+            sums[0] += sum_abs(x)
+            sums[1] += torch.count_nonzero(x) if nonzero else x.numel()
     return FakeQuantize.apply(x, step, lo, hi, masked)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import functional as F
 from ..errors import UserError
 from ..kernels import Uniform, fake_quantize
-from .base import Quantizer, Stage, layer_called, uncalibrated
+from .base import Quantizer, Stage, in_backward, layer_called, uncalibrated
 
 SAMPLES = 1 << 13
 """Values that a method which looks at more than mean and extremes keeps of each calibration batch (ours)."""
@@ -151,7 +151,7 @@ class ActivationQuantizer(Quantizer):
 
         Not in a backward pass, where a checkpointed segment runs a second time.
         """
-        return self.follows and self.trains and self.stage != Stage.FREEZE and torch._C._current_graph_task_id() == -1
+        return self.follows and self.trains and self.stage != Stage.FREEZE and not in_backward()
 
     def track(self, x: Tensor) -> None:
         """Collect what moves the threshold; called with every training input that it follows."""

@@ -184,6 +184,14 @@ class Quantizer(ModeOfModel, nn.Module):
             self.set_state(stage=Stage(stage), calibrated=bool(calibrated), lo=lo, hi=hi)
 
 
+def in_backward() -> bool:
+    """Whether a backward pass runs, in which activation checkpointing computes the forward again.
+
+    torch.compile traces the forward alone.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def learned_parameters(model: nn.Module) -> dict[str, Quantizer]:
     """Name of each Parameter that a model's quantizers learn -> its quantizer; the float model has none of them."""
     return {

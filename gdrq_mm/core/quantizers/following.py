@@ -35,14 +35,22 @@ class FollowingQuantizer(ActivationQuantizer):
 
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(2, dtype=torch.float64)
 
     @property
     def sums(self) -> Tensor:
-        """Since the last move: the sums of all s and of all n, (2,) float64."""
-        if self._sums is None or self._sums.device != self.threshold.device:
+        """Since the last move: the sums of all s and of all n, (2,) float64.
+
+        No buffer: DistributedDataParallel would copy those of the first process, and `half` would round them.
+        """
+        if self._sums.device != self.threshold.device:
             self._sums = torch.zeros(2, dtype=torch.float64, device=self.threshold.device)
         return self._sums
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        moved = super()._apply(*args, **kwargs)
+        _ = self.sums  # on the new device now: else torch.compile sees other sums in its second call
+        return moved
 
     def measure(self, x: Tensor) -> tuple[Tensor, Any]:
         """s and n of one input, scalars."""

@@ -68,7 +68,7 @@ class WeightQuantizer(Quantizer):
 
     def spread(self, values: Tensor) -> Tensor:
         """A value of each group, (G,), shaped to broadcast against the weight: (C, 1, ...)."""
-        return F.per_channel(values, self.sizes, len(self.shape))
+        return F.per_channel(values, self.sizes, self.shape)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         """Fake quantization with a step that broadcasts against the weight."""
@@ -76,7 +76,9 @@ class WeightQuantizer(Quantizer):
 
     def codes_in_use(self) -> Codes | None:
         """The filters as they are quantized already: in a forward of the model, and in a backward pass, where a
-        checkpointed segment runs a second time."""
+        checkpointed segment runs a second time. None where torch.compile traces: there they would be constants."""
+        if torch.compiler.is_compiling():
+            return None
         runs = any(getattr(model, 'in_forward', False) for model in self.root)
         runs = runs or torch._C._current_graph_task_id() != -1
         return self.prepared if runs else None
