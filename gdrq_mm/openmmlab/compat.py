@@ -24,7 +24,15 @@ from ..core.errors import UserError
 UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
 
 PRIVATE = {
-    'mmengine.runner.Runner': ('_train_loop', '_hooks', '_load_from', '_resume', '_has_loaded', '_randomness_cfg'),
+    'mmengine.runner.Runner': (
+        '_train_loop',
+        '_hooks',
+        '_load_from',
+        '_resume',
+        '_has_loaded',
+        '_randomness_cfg',
+        '_maybe_compile',
+    ),
     'mmengine.optim.OptimWrapper': ('_accumulative_counts', '_inner_count'),
     'mmengine.visualization.Visualizer': ('_vis_backends',),
     'mmengine.hooks.CheckpointHook': ('_save_checkpoint_with_step', '_save_best_checkpoint'),

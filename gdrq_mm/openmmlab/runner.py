@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -109,6 +110,12 @@ class QuantRunner(CheckpointRunner):
         for hook in [SeedHook(), *hooks_of(self.quantization)]:
             if not any(isinstance(theirs, type(hook)) for theirs in self.hooks):
                 self.register_hook(hook)
+
+    def _maybe_compile(self, target: str) -> None:
+        """mmengine's `compile=True`, without the optimizer: it would be traced anew for each learning rate."""
+        super()._maybe_compile(target)
+        if self.cfg.get('compile'):
+            self.optim_wrapper.update_params = torch.compiler.disable(self.optim_wrapper.update_params)
 
     def load_calibrated(self) -> None:
         """Load float weights, all of them, and find thresholds on training batches.

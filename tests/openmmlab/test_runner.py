@@ -46,7 +46,7 @@ def test_the_stages_follow_each_other_and_do_what_they_say(make):
         stages.append(stage)
         for layer in quant_layers(runner.model).values():
             quant = layer.weight_quant
-            limit = F.per_channel(quant.threshold, quant.sizes, layer.weight.dim())
+            limit = F.per_channel(quant.threshold, quant.sizes, layer.weight.shape)
             assert stage == Stage.FREEZE or bool((layer.weight.abs() <= limit).all()), 'stored weights are within T'
         layer = quant_layers(runner.model)['backbone.layer2.0.conv1']
         ratios.append(float(layer.weight.abs().max() / layer.weight.abs().mean()))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn as nn
 from mmengine.dist import master_only
 from mmengine.hooks import Hook, IterTimerHook
 from mmengine.registry import HOOKS
@@ -13,7 +15,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend
 from torch import Tensor
 
-from ...core.modules import activation_quantizers, every_module, quant_layers
+from ...core.modules import activation_quantizers, every_module, hooked, quant_layers, uncompiled
 from ...core.quantizers import Quantizer, Stage
 from ...report.damage import measure, quantized_weight
 from ...report.plots import Distribution, distribution_sheet
@@ -45,7 +47,7 @@ class StatisticsHook(Hook):
         self._due = False
         self._stages: frozenset[Stage] = frozenset()
         self._samples: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
+        self._watched = ExitStack()
 
     def before_train(self, runner: Runner) -> None:
         if hasattr(runner, 'log_layers'):
@@ -61,13 +63,15 @@ class StatisticsHook(Hook):
         self._due = self.interval > 0 and (begins or last or self.every_n_train_iters(runner, self.interval))
         if not self._due:
             return
-        for name, quantizer in activation_quantizers(model).items():
 
-            def keep(module: Any, args: Any, name: str = name) -> None:
-                values = args[0].detach().flatten()
-                self._samples[name] = _some(values).float()
+        def watch(name: str, quantizer: nn.Module) -> Any:
+            def keep(module: Any, args: Any) -> None:
+                self._samples[name] = _some(args[0].detach().flatten()).float()
 
-            self._handles.append(quantizer.register_forward_pre_hook(keep))
+            return quantizer.register_forward_pre_hook(keep)
+
+        self._watched.enter_context(uncompiled())
+        self._watched.enter_context(hooked(watch(*each) for each in activation_quantizers(model).items()))
 
     @torch.no_grad()
     def after_train_iter(
@@ -75,9 +79,8 @@ class StatisticsHook(Hook):
     ) -> None:
         if not self._due:
             return
-        for handle in self._handles:
-            handle.remove()
-        samples, self._samples, self._handles = self._samples, {}, []
+        self._watched.close()
+        samples, self._samples = self._samples, {}
         began = time.time()
         self._write(runner, self._distributions(bare_model(runner.model), samples))
         for hook in runner.hooks:  # else the picture counts as loading data, and the estimate of the end with it
