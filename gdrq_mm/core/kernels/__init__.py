@@ -5,6 +5,8 @@ All kernels compute what reference.py computes, to the last bit of a float32; su
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -54,16 +56,44 @@ class Codes(NamedTuple):
 
 def kernels_of(*tensors: Tensor) -> Any:
     """The C++ operators, if they compute with these tensors; else None."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _is_traced() or not all(
+        tensor.device.type == 'cpu' and tensor.dtype in (torch.float32, torch.bfloat16) and _is_plain(tensor)
+        for tensor in tensors
+    ):
         return None
-    for tensor in tensors:
-        if (
-            tensor.device.type != 'cpu'
-            or tensor.dtype not in (torch.float32, torch.bfloat16)
-            or type(tensor) not in (Tensor, torch.nn.Parameter)
-        ):
-            return None
     return native.operators()
+
+
+def triton_of(x: Tensor, step: Tensor) -> Any:
+    """The module of the Triton kernels, if they compute with this tensor and step; else None."""
+    if x.device.type != 'cuda' or _is_traced() or not _is_plain(x):
+        return None
+    gpu = _gpu()
+    return gpu if gpu is not None and gpu.takes(x, step) else None
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def _gpu() -> Any:
+    """gpu.py, or None where it is switched off or Triton is missing or cannot compile."""
+    if native.switch() == 'off':
+        return None
+    try:
+        from . import gpu
+
+        x = torch.ones(1, device='cuda')
+        gpu.FakeQuantize.apply(x, x[0], 0, 1, False, None, False)
+    except Exception as error:  # Triton's have no class in common
+        warnings.warn(f'the torch code runs in place of the Triton kernels: {error}', stacklevel=2)
+        return None
+    return gpu
 
 
 def fake_quantize(x: Tensor, how: Uniform, overwrite: bool = False) -> Tensor:
@@ -72,6 +102,8 @@ def fake_quantize(x: Tensor, how: Uniform, overwrite: bool = False) -> Tensor:
     if step.dim() == 0 and step.dtype == torch.float32 and (operators := kernels_of(x)) is not None:
         compute = operators.fake_quantize_ if overwrite else operators.fake_quantize
         return compute(x, step, lo, hi, masked, sums, nonzero)
+    if (gpu := triton_of(x, step)) is not None:
+        return gpu.FakeQuantize.apply(x, step, lo, hi, masked, sums, nonzero)
     if sums is not None:
         with torch.no_grad():
             sums[0] += sum_abs(x)
@@ -84,6 +116,8 @@ def learned_step(x: Tensor, step: Tensor, lo: int, hi: int, scale: Tensor | floa
     simple = step.dim() == 0 and step.dtype == torch.float32 and isinstance(scale, float)
     if simple and (operators := kernels_of(x)) is not None:
         return operators.learned_step(x, step, lo, hi, scale, within)
+    if simple and (gpu := triton_of(x, step)) is not None:
+        return gpu.LearnedStep.apply(x, step, lo, hi, scale, within)
     return LearnedStep.apply(x, step, lo, hi, scale, within)
 
 
