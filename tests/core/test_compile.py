@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import gdrq_mm as gq
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.layers import QuantConv2d
-from gdrq_mm.core.modules import activation_quantizers, moving_quantizers, quant_layers
+from gdrq_mm.core.modules import activation_quantizers, moving_quantizers
 from gdrq_mm.core.quantizers import WEIGHT_METHODS, Stage
 from gdrq_mm.core.quantizers.following import collected
 from gdrq_mm.core.step import set_stage
@@ -166,19 +166,19 @@ def test_statistics_of_the_inputs_are_those_of_the_model_as_it_is(mean):
     assert (found[0] > 0).all()
 
 
-def test_weights_that_a_forward_has_prepared_are_not_traced():
+@pytest.mark.parametrize('training', [False, True])
+def test_weights_that_a_forward_has_prepared_are_not_traced(training):
     """If only `forward` is compiled, the hooks of the model run before it, and quantize its weights."""
-    model, x = quantized(small(), W4A4), images()
-    for layer in quant_layers(model).values():
-        nn.init.normal_(layer.weight)
+    model, x = quantized(small(), W4A4).train(training), images()
     forward, expected = model.forward, []
-    for _ in range(2):
-        expected.append(model(x))
-        model[3].weight.data.neg_()
-    model.forward = torch.compile(forward, backend='aot_eager', fullgraph=True)
-    for each in expected:
-        assert torch.equal(model(x), each)
-        model[3].weight.data.neg_()
+    with torch.set_grad_enabled(training):
+        for _ in range(2):
+            expected.append(model(x))
+            model[3].weight.data.neg_()
+        model.forward = torch.compile(forward, backend='aot_eager', fullgraph=True)
+        for each in expected:
+            assert torch.equal(model(x), each)
+            model[3].weight.data.neg_()
     assert not torch.equal(*expected) and graphs() == 1
 
 
