@@ -26,6 +26,7 @@ OTHER_SUBJECTS = {
     'modules',
     'prepare',
     'fused',
+    'choice',
 }
 """Modules of core/ that are not about what GDRQ computes: what feeds what, deployment, pyramid levels, processes, the
 loop around calibration, finding modules in a model, and where kernels compute the same at more speed."""

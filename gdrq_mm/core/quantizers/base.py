@@ -185,10 +185,7 @@ class Quantizer(ModeOfModel, nn.Module):
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs, in which activation checkpointing computes the forward again.
-
-    torch.compile traces the forward alone.
-    """
+    """Whether a backward pass runs, in which activation checkpointing computes the forward again; not while traced."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
