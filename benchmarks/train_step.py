@@ -3,7 +3,7 @@
 
 Models are those of configs, with 4-bit weights and activations, 8 bits in the first and the last layers. Contestants:
 float; gdrq, with `deployable` off and on; gdrq without its kernels; torch.ao's FakeQuantize with moving min/max
-observers; Brevitas, if it is installed (see BREVITAS below). All of them quantize the input and the weight of the same
+observers; Brevitas, if it is installed (see BREVITAS below); float and gdrq by torch.compile. All of them quantize the input and the weight of the same
 layers, and only `deployable` more, the operands of additions and what activation functions read. gdrq has 4 groups a
 layer as in configs/_base_/quantization/gdrq_w4a4.py, the others one range a layer. A step is forward, loss, backward,
 SGD with momentum and, for gdrq, core.step.after_step. Classifiers get noise, the others pictures of the digits.
@@ -221,7 +221,11 @@ CONTESTANTS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     'gdrq-torch-code': use_gdrq,
     'torch.ao': use_torch_ao,
     'brevitas': use_brevitas,
+    'float-compiled': use_float,
+    'gdrq-compiled': use_gdrq,
 }
+COMPILED = ('float-compiled', 'gdrq-compiled')
+"""By torch.compile, which takes a minute or more for each of them: measured where they are asked for."""
 
 
 def batch_of(cfg: Any, model: Any, count: int, size: int | None) -> dict[str, Any]:
@@ -253,7 +257,9 @@ def build(
     model.to(DEVICE, memory_format=FORMATS[layout])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
     after = partial(after_step, model) if quant_layers(model) else lambda: None
-    return Contestant(model, model.parse_losses, data, precision, optimizer, after, name != 'gdrq-torch-code')
+    parse_losses = model.parse_losses
+    model = torch.compile(model) if name in COMPILED else model
+    return Contestant(model, parse_losses, data, precision, optimizer, after, name != 'gdrq-torch-code')
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -364,7 +370,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--precisions', nargs='+', default=['float32'], choices=list(PRECISIONS), help='default: float32'
     )
-    parser.add_argument('--contestants', nargs='+', default=None, choices=list(CONTESTANTS), help='default: all')
+    parser.add_argument(
+        '--contestants', nargs='+', default=None, choices=list(CONTESTANTS), help='default: those that are not compiled'
+    )
     parser.add_argument('--formats', nargs='+', default=list(FORMATS), choices=list(FORMATS), help='default: both')
     out = Path('docs/figures/train_step.json')
     parser.add_argument('--out', type=Path, default=out, help='JSON file (default: %(default)s)')
@@ -377,7 +385,8 @@ def parse_args() -> argparse.Namespace:
 
 def chosen(args: argparse.Namespace, console: Console) -> list[str]:
     """The contestants, float first; without Brevitas if it is not installed and was not asked for by name."""
-    names = [name for name in CONTESTANTS if name == 'float' or name in (args.contestants or CONTESTANTS)]
+    wanted = args.contestants or [name for name in CONTESTANTS if name not in COMPILED]
+    names = [name for name in CONTESTANTS if name == 'float' or name in wanted]
     if 'brevitas' in names and find_spec('brevitas') is None:
         if args.contestants:
             raise UserError(f'brevitas is not installed; to install it: {BREVITAS}')
