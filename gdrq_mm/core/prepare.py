@@ -69,7 +69,7 @@ def quantize_weights(layers: Sequence[QuantLayer]) -> None:
 
 def _has_rows(filters: Tensor) -> bool:
     """Whether each filter is a row of float32 in memory."""
-    return filters.dtype == torch.float32 and filters.stride(0) == filters[0].numel()
+    return filters.dtype == torch.float32 and filters.stride(0) * len(filters) == filters.numel() > 0
 
 
 def _steps(quantizers: Sequence[WeightQuantizer], filters: Sequence[Tensor], operators: Any) -> list[Tensor]:
@@ -79,14 +79,11 @@ def _steps(quantizers: Sequence[WeightQuantizer], filters: Sequence[Tensor], ope
     steps = [q.step(w).flatten() if k is None else None for q, w, k in zip(quantizers, filters, factors)]
     if chosen:
         sizes = torch.cat([quantizers[i].sizes for i in chosen])
-        inner, k, top = torch.tensor(
-            [
-                (filters[i][0].numel(), factors[i], max(-quantizers[i].lo, quantizers[i].hi))
-                for i in chosen
-                for _ in range(quantizers[i].groups)
-            ],
-            dtype=torch.float64,
-        ).unbind(1)
+        rows: list[Any] = []
+        for i in chosen:
+            row = filters[i].stride(0), factors[i], max(-quantizers[i].lo, quantizers[i].hi)
+            rows += [row] * quantizers[i].groups
+        inner, k, top = torch.tensor(rows, dtype=torch.float64).unbind(1)
         total = F.per_group(operators.sums_of_filters([filters[i] for i in chosen]), sizes)
         threshold = F.scaled_mean((total / (sizes * inner)).float(), k.float())
         spread = torch.repeat_interleave(threshold / top.float(), sizes)

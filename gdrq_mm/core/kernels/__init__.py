@@ -42,6 +42,8 @@ class Uniform(NamedTuple):
     """Adds sum|x| and a number of values to these, (2,) float64."""
     nonzero: bool = False
     """Which number: of the values that are not zero, or of all."""
+    top: int = 1
+    """d is `step` / `top`: a threshold and its code may stand for the step."""
 
 
 class Codes(NamedTuple):
@@ -56,10 +58,11 @@ class Codes(NamedTuple):
 
 def fake_quantize(x: Tensor, how: Uniform, overwrite: bool = False) -> Tensor:
     """Uniform quantization, see functional.fake_quantize; `overwrite` allows to write the result into x."""
-    step, lo, hi, masked, sums, nonzero = how
+    step, lo, hi, masked, sums, nonzero, top = how
     if step.dim() == 0 and step.dtype == torch.float32 and (operators := kernels_of(x)) is not None:
         compute = operators.fake_quantize_ if overwrite else operators.fake_quantize
-        return compute(x, step, lo, hi, masked, sums, nonzero)
+        return compute(x, step, lo, hi, masked, sums, nonzero, top)
+    step = step if top == 1 else step / top
     if (gpu := triton_of(x, step)) is not None:
         return gpu.FakeQuantize.apply(x, step, lo, hi, masked, sums, nonzero)
     if sums is not None:

@@ -14,11 +14,11 @@ from . import native
 
 def kernels_of(*tensors: Tensor) -> Any:
     """The C++ operators, if they compute with these tensors; else None."""
-    if _is_traced() or not all(
-        tensor.device.type == 'cpu' and tensor.dtype in (torch.float32, torch.bfloat16) and _is_plain(tensor)
-        for tensor in tensors
-    ):
+    if _is_traced():
         return None
+    for x in tensors:
+        if not (x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and _is_plain(x)):
+            return None
     return native.operators()
 
 

@@ -28,6 +28,7 @@ using Codes = std::optional<Tensor>;
 
 constexpr uint8_t CODE = 63, INSIDE = 64, POSITIVE = 128;
 constexpr int64_t PIECE = 1 << 15; // values whose sum is one partial sum
+constexpr int64_t GRAIN = 2; // pieces that are not worth another thread
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
 
@@ -187,16 +188,16 @@ Tensor laid_out(const Tensor& t, const Tensor& layout) {
 template <typename F>
 void in_pieces(int64_t n, F&& body) { // body(piece, first, size)
   int64_t pieces = (n + PIECE - 1) / PIECE;
-  at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
+  at::parallel_for(0, pieces, GRAIN, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; p++)
       body(p, p * PIECE, std::min(PIECE, n - p * PIECE));
   });
 }
 
-// Rows of a weight; the pieces have about PIECE values.
+// Rows of a weight.
 template <typename F>
 void in_rows(int64_t rows, int64_t inner, F&& body) { // body(row)
-  at::parallel_for(0, rows, std::max<int64_t>(1, PIECE / std::max<int64_t>(1, inner)), [&](int64_t from, int64_t to) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN * PIECE / std::max<int64_t>(1, inner)), [&](int64_t from, int64_t to) {
     for (int64_t r = from; r < to; r++)
       body(r);
   });
@@ -363,13 +364,13 @@ bool is_free(const Tensor& x) {
 
 struct FakeQuantize : Function<FakeQuantize> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& input, const Tensor& step, int64_t lo, int64_t hi, bool masked, Codes sums,
+      AutogradContext* ctx, const Tensor& input, float step, int64_t lo, int64_t hi, bool masked, Codes sums,
       bool nonzero, bool overwrite, bool grads) {
     Tensor x = dense(input);
     bool save = masked && grads && input.requires_grad();
     overwrite = overwrite && save && x.is_same(input) && is_free(x);
     Tensor to = overwrite ? x : at::empty_like(x);
-    auto [out, codes] = quantize(x, to, step.item<float>(), lo, hi, save, sums, nonzero);
+    auto [out, codes] = quantize(x, to, step, lo, hi, save, sums, nonzero);
     if (save) {
       ctx->save_for_backward({*codes});
       if (!overwrite)
@@ -424,14 +425,13 @@ std::tuple<Tensor, Tensor, Tensor> compute_backward(
 
 struct Layer : Function<Layer> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& input, const Tensor& step, int64_t lo, int64_t hi, bool masked, Codes sums,
+      AutogradContext* ctx, const Tensor& input, float d, int64_t lo, int64_t hi, bool masked, Codes sums,
       bool nonzero, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi,
       bool wmasked, Codes bias, Geometry geometry, at::ScalarType type, bool grads) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor x = dense(input);
     bool learns = weight.requires_grad();
     bool save = grads && ((masked && input.requires_grad()) || (learns && packs(lo, hi)));
-    float d = step.item<float>();
     bool packed = save && packs(lo, hi), keep = grads && learns && !packed; // keep the quantized input itself
     auto [xq, bytes] = quantize(x, keep ? like(x, type) : scratch(0, x, type), d, lo, hi, save, sums, nonzero);
     Codes b = bias ? Codes(bias->to(type)) : std::nullopt;
@@ -575,25 +575,31 @@ Tensor weight_of_codes(const Tensor& codes, const Tensor& steps, int64_t lo) {
 
 // ---- the operators ------------------------------------------------------------------------------------------------------
 
+float divided(const Tensor& threshold, int64_t top) {
+  return threshold.item<float>() / float(top);
+}
+
 Tensor fake_quantize(
-    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero) {
-  return FakeQuantize::apply(x, step, lo, hi, masked, sums, nonzero, false, at::GradMode::is_enabled());
+    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
+    int64_t top) {
+  return FakeQuantize::apply(x, divided(step, top), lo, hi, masked, sums, nonzero, false, at::GradMode::is_enabled());
 }
 
 // The same; the result may lie in the memory of x, which nobody else reads.
 Tensor fake_quantize_(
-    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero) {
-  return FakeQuantize::apply(x, step, lo, hi, masked, sums, nonzero, true, at::GradMode::is_enabled());
+    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
+    int64_t top) {
+  return FakeQuantize::apply(x, divided(step, top), lo, hi, masked, sums, nonzero, true, at::GradMode::is_enabled());
 }
 
 Tensor layer(
     const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
-    const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi, bool wmasked,
+    int64_t top, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi, bool wmasked,
     const Codes& bias, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), groups};
   auto type = at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
   return Layer::apply(
-      x, step, lo, hi, masked, sums, nonzero, weight, codes, steps, wlo, whi, wmasked, bias, geometry, type,
+      x, divided(step, top), lo, hi, masked, sums, nonzero, weight, codes, steps, wlo, whi, wmasked, bias, geometry, type,
       at::GradMode::is_enabled());
 }
 
@@ -605,14 +611,15 @@ Tensor learned_step(const Tensor& x, const Tensor& step, int64_t lo, int64_t hi,
 
 TORCH_LIBRARY(gdrq_mm, m) {
   m.def(
-      "fake_quantize(Tensor x, Tensor step, int lo, int hi, bool masked, Tensor(a!)? sums, bool nonzero) -> Tensor",
+      "fake_quantize(Tensor x, Tensor step, int lo, int hi, bool masked, Tensor(a!)? sums, bool nonzero, "
+      "int top) -> Tensor",
       &fake_quantize);
   m.def(
-      "fake_quantize_(Tensor(a!) x, Tensor step, int lo, int hi, bool masked, Tensor(b!)? sums, bool nonzero) "
-      "-> Tensor(a!)",
+      "fake_quantize_(Tensor(a!) x, Tensor step, int lo, int hi, bool masked, Tensor(b!)? sums, bool nonzero, "
+      "int top) -> Tensor(a!)",
       &fake_quantize_);
   m.def(
-      "layer(Tensor x, Tensor step, int lo, int hi, bool masked, Tensor(a!)? sums, bool nonzero, Tensor weight, "
+      "layer(Tensor x, Tensor step, int lo, int hi, bool masked, Tensor(a!)? sums, bool nonzero, int top, Tensor weight, "
       "Tensor codes, Tensor steps, int wlo, int whi, bool wmasked, Tensor? bias, int[] stride, int[] padding, "
       "int[] dilation, int groups) -> Tensor",
       &layer);

@@ -125,8 +125,11 @@ class ActivationQuantizer(Quantizer):
 
     def step(self) -> Tensor:
         """The step d, a scalar."""
-        threshold = self.threshold if self.stage == Stage.FREEZE else self.current_threshold()
-        return F.step_size(threshold, self.lo, self.hi)
+        return F.step_size(self.threshold_in_use(), self.lo, self.hi)
+
+    def threshold_in_use(self) -> Tensor:
+        """T, a scalar."""
+        return self.threshold if self.stage == Stage.FREEZE else self.current_threshold()
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         """Fake quantization with a scalar step."""
@@ -140,7 +143,7 @@ class ActivationQuantizer(Quantizer):
         """What a kernel needs to quantize the input, and measure it in the same pass; None: `track` and `quantize`."""
         if self.tracks() or type(self).quantize is not ActivationQuantizer.quantize:
             return None
-        return Uniform(self.step(), self.lo, self.hi, self.masked)
+        return Uniform(self.threshold_in_use(), self.lo, self.hi, self.masked, top=max(-self.lo, self.hi))
 
     def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
         """The reshape stage: the input in float, clipped or not."""

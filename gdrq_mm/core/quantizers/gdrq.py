@@ -133,8 +133,8 @@ class GDRQActivation(FollowingQuantizer):
         return F.sum_abs(x), x.numel() if self.options.mean == 'all' else torch.count_nonzero(x)
 
     def uniform(self) -> Uniform:
-        sums = self.sums if self.tracks() else None
-        return Uniform(self.step(), self.lo, self.hi, self.masked, sums, self.options.mean == 'nonzero')
+        sums, nonzero = self.sums if self.tracks() else None, self.options.mean == 'nonzero'
+        return Uniform(self.threshold_in_use(), self.lo, self.hi, self.masked, sums, nonzero, max(-self.lo, self.hi))
 
     def reshape(self, x: Tensor, threshold: Tensor) -> Tensor:
         step = self.step()
