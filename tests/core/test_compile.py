@@ -102,7 +102,12 @@ def close(one, other, **tolerance):
 
 @pytest.mark.parametrize(
     'config, amp',
-    [(W4A4, False), (dict(W4A4, deployable=True), False), (dict(W4A4, deployable=True), True), (LSQ, False)],
+    [
+        pytest.param(W4A4, False, marks=pytest.mark.full),
+        (dict(W4A4, deployable=True), False),
+        pytest.param(dict(W4A4, deployable=True), True, marks=pytest.mark.full),
+        pytest.param(LSQ, False, marks=pytest.mark.full),
+    ],
     ids=['gdrq', 'deployable', 'bfloat16', 'lsq'],
 )
 def test_training_and_evaluation_equal_those_of_the_model_as_it_is(config, amp):
@@ -130,6 +135,7 @@ def test_code_of_the_compiler_gives_the_same_to_rounding():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_other_batch_sizes_are_traced_once_more():
     one, other = (trained(lambda: quantized(small(), W4A4), wrap, (4, 5, 6, 7)) for wrap in (as_it_is, compiled))
     close(one, other)
@@ -143,6 +149,7 @@ def test_every_method_is_one_graph(method):
     assert torch.equal(compiled(model)(x), model(x))
 
 
+@pytest.mark.full
 def test_a_stage_is_traced_when_it_begins():
     model, x = quantized(small(), W4A4), images()
     run, found = compiled(model), []
@@ -155,6 +162,7 @@ def test_a_stage_is_traced_when_it_begins():
     assert found == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('mean', ['all', 'nonzero'])
 def test_statistics_of_the_inputs_are_those_of_the_model_as_it_is(mean):
     model, x = quantized(small(), dict(activation=dict(bits=4, gdrq=dict(mean=mean)))), images()
@@ -197,6 +205,7 @@ def test_a_compiled_model_is_calibrated_as_it_is_and_its_checkpoint_has_ordinary
     assert saved.keys() == model.state_dict().keys()
 
 
+@pytest.mark.full
 def test_layers_that_start_with_the_first_batch_do_so_compiled():
     outs = []
     for wrap in (as_it_is, lambda model: torch.compile(model, backend='aot_eager')):
@@ -207,6 +216,7 @@ def test_layers_that_start_with_the_first_batch_do_so_compiled():
     assert same(*outs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('per_level', [False, True])
 def test_a_head_for_pyramid_levels_and_a_segment_that_is_computed_again(per_level):
     """Activation checkpointing does not go with `per_level`, so it is in another part of the model."""

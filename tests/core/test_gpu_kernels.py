@@ -141,6 +141,7 @@ def test_tensors_on_a_gpu_take_the_kernels():
     assert kernels.triton_of(x, step) is gpu
 
 
+@pytest.mark.full
 @pytest.mark.skipif(INTERPRETED, reason='nothing is compiled')
 @pytest.mark.parametrize('capability, dtype', [(75, 'fp32'), (90, 'bf16')])
 def test_they_compile_for_a_gpu_to_exact_arithmetic(capability, dtype):

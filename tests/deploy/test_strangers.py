@@ -13,7 +13,7 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize('name', STRANGERS)
+@pytest.mark.parametrize('name', ['resnet18', pytest.param('mobilenet_v3_small', marks=pytest.mark.full)])
 def test_a_model_that_has_never_been_near_openmmlab(name, tmp_path):
     model, x = STRANGERS[name](), torch.randn(8, 3, 64, 64)
     gq.quantize(model, 'w4a4', example=x[:2], show=False)

@@ -1,5 +1,6 @@
 """`compile=True` in a config: mmengine lets torch.compile trace the training step."""
 
+import pytest
 import torch
 import torch._dynamo.utils
 
@@ -11,6 +12,7 @@ COMPILE = dict(backend='aot_eager')
 """What is traced, without the C++ compiler."""
 
 
+@pytest.mark.full
 def test_a_compiled_training_is_the_same_and_its_checkpoint_is_an_ordinary_one(make, run, tmp_path):
     quantization = dict(QUANTIZATION, deployable=True, schedule=dict(freeze=0.6))
     hooks = [dict(type='StatisticsHook', interval=3)]  # looks into quantizers, which is not traced

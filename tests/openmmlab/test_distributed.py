@@ -133,7 +133,12 @@ def end_of(folder):
 @pytest.mark.parametrize(
     ('name', 'changes', 'done'),
     [
-        ('SIGTERM', {'train_dataloader.num_workers': 1, 'train_dataloader.persistent_workers': True}, 9),
+        pytest.param(
+            'SIGTERM',
+            {'train_dataloader.num_workers': 1, 'train_dataloader.persistent_workers': True},
+            9,
+            marks=pytest.mark.full,
+        ),
         ('SIGUSR1', {'optim_wrapper.accumulative_counts': 2}, 10),  # iterations: not between two steps
     ],
     ids=['workers', 'accumulation'],
@@ -208,7 +213,7 @@ def test_frozen_stages_train_on_two_processes(train_on_two, tmp_path, method, sc
     assert moving and all(not torch.equal(first[name], last[name]) for name in moving)
 
 
-@pytest.mark.parametrize('learning', [False, True])
+@pytest.mark.parametrize('learning', [pytest.param(False, marks=pytest.mark.full), True])
 def test_accumulation_over_the_end_of_an_epoch_resumes_exactly_on_two_processes(train_on_two, tmp_path, learning):
     """Each process gets its own gradients and sums back, which were not averaged yet."""
     settings = dict(method='lsq', calibration_batches=2) if learning else W4A4

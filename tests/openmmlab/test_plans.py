@@ -65,6 +65,7 @@ def segmentor(scenes_root, tmp_path):
     return segmentor
 
 
+@pytest.mark.full
 def test_a_segmentor_with_sliding_windows(segmentor, tmp_path):
     """It has the plan of one without, trains, is tested, infers what the test predicts, and is exported."""
     whole = QuantRunner.from_cfg(segmentor('whole'))

@@ -154,7 +154,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+LONGER = ('EMA', 'searched', 'seed of its own', 'accumulation')
+"""Variants that another one covers in part; only make test-full runs them."""
+
+
+@pytest.mark.parametrize(
+    'variant', [pytest.param(name, marks=[pytest.mark.full] if name in LONGER else []) for name in VARIANTS]
+)
 def test_a_resumed_run_equals_an_undisturbed_one(make, variant, monkeypatch):
     """Interrupted after each epoch, so in every stage: weights, thresholds, losses and optimizer to the last bit."""
     monkeypatch.setattr(gdrq_module, 'SEARCH_INTERVAL', 3)  # else no search falls into so short a run
