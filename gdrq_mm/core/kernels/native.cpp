@@ -293,8 +293,9 @@ Tensor mask(Tensor grad, const Tensor& codes) {
   return out;
 }
 
-Tensor mask_weight(const Tensor& grad, const Tensor& weight, const Tensor& steps, int64_t lo, int64_t hi) {
-  Tensor from = laid_out(grad, weight), out = like(weight, at::kFloat);
+Tensor mask_weight(Tensor grad, const Tensor& weight, const Tensor& steps, int64_t lo, int64_t hi) {
+  bool writable = grad.scalar_type() == at::kFloat && (ours(grad) || grad.strides() != weight.strides());
+  Tensor from = laid_out(grad, weight), out = writable ? from : like(weight, at::kFloat);
   int64_t rows = weight.size(0), inner = weight.numel() / rows;
   with_type(from.scalar_type(), [&](auto t) {
     in_rows(rows, inner, [&](int64_t r) {
@@ -474,7 +475,7 @@ struct Layer : Function<Layer> {
       out[0] = (saved["masked"].toBool() ? mask(std::move(gx), bytes) : gx).to(saved["in"].toScalarType());
     if (wanted[1])
       out[7] = saved["wmasked"].toBool()
-          ? mask_weight(gw, weight, steps, saved["wlo"].toInt(), saved["whi"].toInt())
+          ? mask_weight(std::move(gw), weight, steps, saved["wlo"].toInt(), saved["whi"].toInt())
           : gw.to(weight.scalar_type());
     if (wanted[2])
       out[13] = gb.to(weight.scalar_type());
