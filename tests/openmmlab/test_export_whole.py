@@ -1,8 +1,9 @@
 """A W4A4 model of each task, trained for an epoch and exported: the whole graphs give what torch gives.
 
-A float32 sum at a rounding tie falls on either side, and one such code changes others behind it. So raw outputs
-(logits, not softmax) are compared by their mean distance, which a few flips move little, and a wrong scale a lot: the
-bound is seen broken by one layer's multiplier that is 5 % off.
+A float32 sum at a rounding tie falls on either side, and one such code changes others behind it: in a detector that is
+barely trained, all of a picture's outputs by a tenth. So raw outputs (logits, not softmax) are compared by the mean
+distance of the median picture. Ties are in few pictures, a wrong scale is in all: the bound is seen broken by one
+layer's multiplier that is 5 % off.
 """
 
 import copy
@@ -22,7 +23,7 @@ from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.runs import TASK_CONFIGS, checkpoint_of, task_config
 
 BOUND = 0.01
-"""Largest mean distance of an output from torch's, in mean sizes of that output. Where no code flips it is 1e-7."""
+"""Largest such distance from torch's. Where no code flips it is 1e-7."""
 
 
 @pytest.fixture(scope='module', params=TASK_CONFIGS)
@@ -54,11 +55,13 @@ def trained(request, scenes_root, tmp_path_factory):
 
 
 def distance(graph, x, expected, backend):
-    """Mean distance of the output that is furthest off, in mean sizes of it."""
+    """Mean distance of the output that is furthest off, for the median picture, in mean sizes of that output."""
     found = open_runtime(backend, graph.SerializeToString())([x])
-    return max(
-        float(np.abs(one - other).mean() / np.abs(other).mean()) for one, other in zip(found, expected, strict=True)
-    )
+
+    def of_pictures(one, other):
+        return np.abs(one - other).reshape(len(one), -1).mean(1) / np.abs(other).mean()
+
+    return max(float(np.median(of_pictures(one, other))) for one, other in zip(found, expected, strict=True))
 
 
 def scaled(graph, node):

@@ -24,9 +24,7 @@ import torch
 from ..errors import UserError
 
 SOURCE = Path(__file__).with_name('native.cpp')
-FLAGS = (
-    '-std=c++20 -O3 -g0 -fPIC -shared -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -march=native'
-)
+FLAGS = '-std=c++20 -O3 -g0 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -march=native'
 """Loops are vectorized for this CPU, and results stay those of the source, to the last bit: no fused multiply-add.
 CXXFLAGS are added, as by other builds."""
 
@@ -87,16 +85,19 @@ def _compile(command: list[str], path: Path) -> None:
     log, root = path.with_suffix('.log'), Path(torch.__file__).parent
     if not log.exists():
         print('Compiling kernels for this CPU, once: about 20 seconds.', file=sys.stderr, flush=True)
-        include, libraries = root / 'include', root / 'lib'
-        places = [
-            f'-I{include}',
-            f'-I{include / "torch/csrc/api/include"}',
-            f'-L{libraries}',
-            f'-Wl,-rpath,{libraries}',
-        ]
-        temporary = path.with_suffix('.tmp')
-        arguments = [*command, *places, str(SOURCE), '-o', str(temporary), '-lc10', '-ltorch_cpu']
-        done = subprocess.run(arguments, capture_output=True, text=True)
+        places = [f'-I{root / "include"}', f'-I{root / "include/torch/csrc/api/include"}']
+        libraries = [f'-L{root / "lib"}', f'-Wl,-rpath,{root / "lib"}', '-lc10', '-ltorch_cpu']
+        code, temporary = path.with_suffix('.o'), path.with_suffix('.tmp')
+        steps = (
+            [*command, *places, '-c', str(SOURCE), '-o', str(code)],
+            # Without -fopenmp: the threads are those of torch, which brings its own library for them.
+            [command[0], '-shared', str(code), *libraries, '-o', str(temporary)],
+        )
+        for arguments in steps:
+            done = subprocess.run(arguments, capture_output=True, text=True)
+            if done.returncode:
+                break
+        code.unlink(missing_ok=True)
         if done.returncode == 0:
             temporary.replace(path)
             return
