@@ -140,10 +140,7 @@ VARIANTS = {
     ),
     'accumulation': {'quantization': quantization(), 'optim_wrapper.accumulative_counts': 2},
     'accumulation over the end of an epoch': {'quantization': quantization(), 'optim_wrapper.accumulative_counts': 3},
-    'accumulation of what learns': {
-        'quantization': quantization(method='lsq'),
-        'optim_wrapper.accumulative_counts': 3,
-    },
+    'accumulation of what learns': {'quantization': quantization(method='lsq'), 'optim_wrapper.accumulative_counts': 3},
     'bfloat16': {'quantization': quantization(), 'optim_wrapper.type': 'gdrq_mm.openmmlab.amp.CPUAmpOptimWrapper'},
     'float, random numbers in the main process': {
         'quantization': None,
@@ -154,13 +151,11 @@ VARIANTS = {
 }
 
 
-LONGER = ('EMA', 'searched', 'seed of its own', 'accumulation')
-"""Variants that another one covers in part; only make test-full runs them."""
+LONGER = ('EMA', 'searched', 'seed of its own', 'accumulation')  # others cover them in part
+MARKED = [pytest.param(name, marks=[pytest.mark.full] if name in LONGER else []) for name in VARIANTS]
 
 
-@pytest.mark.parametrize(
-    'variant', [pytest.param(name, marks=[pytest.mark.full] if name in LONGER else []) for name in VARIANTS]
-)
+@pytest.mark.parametrize('variant', MARKED)
 def test_a_resumed_run_equals_an_undisturbed_one(make, variant, monkeypatch):
     """Interrupted after each epoch, so in every stage: weights, thresholds, losses and optimizer to the last bit."""
     monkeypatch.setattr(gdrq_module, 'SEARCH_INTERVAL', 3)  # else no search falls into so short a run
