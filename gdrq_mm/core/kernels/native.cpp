@@ -84,10 +84,6 @@ struct Range {
     q = q < lo ? lo : q;
     return q > hi ? hi : q;
   }
-
-  bool inside(float x) const {
-    return !((x < lo * step) | (x > hi * step));
-  }
 };
 
 // ---- loops over values of one step ---------------------------------------------------------------------------------

@@ -135,10 +135,6 @@ class ActivationQuantizer(Quantizer):
         """Fake quantization with a scalar step."""
         return fake_quantize(x, Uniform(step, self.lo, self.hi, self.masked))
 
-    def rounds(self) -> bool:
-        """Whether inputs are rounded now."""
-        return self.calibrated and self.stage in (Stage.QUANTIZE, Stage.FREEZE)
-
     def uniform(self) -> Uniform | None:
         """What a kernel needs to quantize the input, and measure it in the same pass; None: `track` and `quantize`."""
         if self.tracks() or type(self).quantize is not ActivationQuantizer.quantize:

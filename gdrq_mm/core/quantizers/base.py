@@ -122,6 +122,10 @@ class Quantizer(ModeOfModel, nn.Module):
         """Weight decay of the learned Parameters, as a multiple of that of the weights."""
         return getattr(self.options, 'decay_mult', 0.0)
 
+    def rounds(self) -> bool:
+        """Whether values are rounded now."""
+        return self.calibrated and self.stage in (Stage.QUANTIZE, Stage.FREEZE)
+
     @property
     def masked(self) -> bool:
         """Whether a clipped value has gradient 0; else 1."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import functional as F
 from ..errors import UserError
 from ..kernels import Codes, Uniform, fake_quantize, restored
-from .base import Quantizer, Stage, uncalibrated
+from .base import Quantizer, Stage, in_backward, uncalibrated
 
 
 class WeightQuantizer(Quantizer):
@@ -80,13 +80,11 @@ class WeightQuantizer(Quantizer):
         if torch.compiler.is_compiling():
             return None
         runs = any(getattr(model, 'in_forward', False) for model in self.root)
-        runs = runs or torch._C._current_graph_task_id() != -1
-        return self.prepared if runs else None
+        return self.prepared if runs or in_backward() else None
 
     def is_uniform(self) -> bool:
         """Whether the filters are rounded now, and as in :meth:`quantize` of this class."""
-        rounds = self.calibrated and self.stage in (Stage.QUANTIZE, Stage.FREEZE)
-        return rounds and type(self).quantize is WeightQuantizer.quantize
+        return self.rounds() and type(self).quantize is WeightQuantizer.quantize
 
     def factor_of_mean(self) -> float | None:
         """k, if the threshold is k * mean(|w|) of the group now, see prepare.py; None: it is another."""
