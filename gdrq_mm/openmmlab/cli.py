@@ -20,7 +20,7 @@ from ..core.errors import Stopped, UserError
 from .checkpoint_runner import CheckpointRunner
 from .compat import check_environment, mend_bases
 from .mistakes import config_mistake
-from .processes import leave
+from .processes import keep_freed_memory, leave
 from .runner import QuantRunner
 
 LAUNCHERS = {
@@ -215,6 +215,7 @@ def _near_files(path: Path) -> str:
 
 def main(command: Callable[[], None]) -> NoReturn:
     """Run a tool and end the process as `ending` says."""
+    keep_freed_memory()
     leave(ending(command))
 
 
