@@ -140,7 +140,7 @@ def activation_row(kind: str, name: str, x: Tensor, bits: int) -> dict[str, Any]
         quantizer.start(observed)
         return float(F.quantized_loss(x, quantizer.quantize(x, quantizer.step()), p=2))
 
-    k, least = minimum(error, float(x.abs().max() / x.abs().mean()))
+    k, least = minimum(error, float(x.abs().max() / x[x != 0].abs().mean()))
     default = ACTIVATION_K[kind][bits]
     return dict(
         range=kind,

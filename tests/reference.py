@@ -19,6 +19,18 @@ def quantize(x, threshold, bits, signed=True, narrow=True, zero_point=0):
     return step * np.clip(np.rint(x / step), lo, hi)
 
 
+def quantize_without_zero(x, threshold, bits):
+    """The nearest of 2^n levels that are symmetric and evenly spaced, with T and -T at the ends."""
+    levels = np.linspace(-threshold, threshold, 2**bits)
+    return levels[np.abs(x[..., None] - levels).argmin(-1)]
+
+
+def inside_without_zero(x, threshold, bits):
+    """1 where x is in a cell of a level: not farther from the nearest than half of their distance."""
+    nearest = quantize_without_zero(x, threshold, bits)
+    return (np.abs(x - nearest) <= threshold / (2**bits - 1)).astype(x.dtype)
+
+
 def groups_of(channels, groups):
     """Group index of each channel: contiguous, sizes differ by one at most."""
     return np.concatenate([np.full(len(part), g) for g, part in enumerate(np.array_split(np.arange(channels), groups))])

@@ -207,7 +207,9 @@ def quantized_loss(weight: Tensor, quantized: Tensor, sizes: Tensor | None = Non
     return torch.where(bottom > 0, top / bottom.clamp(min=1e-300), 0).pow(1 / p)
 
 
-def search_threshold(weight: Tensor, lo: int, hi: int, sizes: Tensor, p: float = 2.0, candidates: int = 64) -> Tensor:
+def search_threshold(
+    weight: Tensor, lo: int, hi: int, sizes: Tensor, apart: int = 1, p: float = 2.0, candidates: int = 64
+) -> Tensor:
     """The threshold of each group that minimizes its quantized loss: (C, ...) gives (G,).
 
     `candidates` thresholds are tried, evenly spaced up to the largest |w| of the group (grid: ours).
@@ -218,7 +220,8 @@ def search_threshold(weight: Tensor, lo: int, hi: int, sizes: Tensor, p: float =
     for i in range(1, candidates + 1):
         threshold = top * (i / candidates)
         step = per_channel(step_size(threshold, lo, hi), sizes, weight.shape)
-        loss = quantized_loss(weight, fake_quantize(weight, step, lo, hi), sizes, p)
+        quantized = kernels.fake_quantize(weight, kernels.Uniform(step, lo, hi, apart=apart))
+        loss = quantized_loss(weight, quantized, sizes, p)
         better = loss < best_loss
         best, best_loss = torch.where(better, threshold, best), torch.where(better, loss, best_loss)
     return best

@@ -91,7 +91,8 @@ def quantized_weight(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Filters (C, ...), what they are quantized to, and the ends of the range, which broadcast against them."""
     weight, quant = layer.filters().detach(), layer.weight_quant
     step = quant.step(weight)
-    return weight, quant.quantize(weight, step), quant.lo * step, quant.hi * step
+    beyond = quant.apart - 1  # in the cell of an outer level nothing is clipped
+    return weight, quant.quantize(weight, step), (quant.lo - beyond) * step, (quant.hi + beyond) * step
 
 
 def watch(quantizer: ActivationQuantizer, meter: Meter) -> Any:

@@ -44,8 +44,8 @@ def test_a_given_range_is_kept(kind):
 @pytest.mark.parametrize('name', INPUTS)
 def test_the_threshold_starts_at_k_times_the_mean_but_not_beyond_the_largest_value(name, bits):
     x = INPUTS[name][0](torch.randn(4, 8, 16, 16))
-    k = ACTIVATION_K[INPUTS[name][1]][bits]
-    expected = min(k * np.abs(double(x)).mean(), np.abs(double(x)).max())
+    k, values = ACTIVATION_K[INPUTS[name][1]][bits], double(x)[double(x) != 0]
+    expected = min(k * np.abs(values).mean(), np.abs(values).max())
     assert float(activation_quantizer('gdrq', x, bits=bits).threshold) == pytest.approx(expected, rel=1e-5)
 
 
@@ -72,10 +72,11 @@ def test_the_summary_of_calibration_adds_up_over_batches():
     assert quantizer.observed().tolist() == [7, 4, 3, 2, 4]  # sum|x|, count, non-zeros, -min, max
 
 
-def test_the_mean_may_leave_out_zeros():
+def test_the_mean_leaves_out_zeros_unless_it_is_that_of_all():
     x = torch.relu(torch.randn(4, 8, 16, 16))
-    quantizer = activation_quantizer('gdrq', x, k=2.0, mean='nonzero')
+    quantizer, of_all = (activation_quantizer('gdrq', x, k=2.0, **each) for each in ({}, dict(mean='all')))
     assert float(quantizer.threshold) == pytest.approx(2 * double(x)[double(x) > 0].mean(), rel=1e-5)
+    assert float(of_all.threshold) == pytest.approx(2 * double(x).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize('k', [0.5, 1.0, 2.0])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gdrq_mm.core.quantizers import Stage
-from gdrq_mm.core.quantizers.gdrq import SEARCH_INTERVAL, WEIGHT_K, GDRQWeight
+from gdrq_mm.core.quantizers.gdrq import SEARCH_INTERVAL, WEIGHT_K, WEIGHT_K_WITHOUT_ZERO, GDRQWeight
 from tests import reference
 from tests.core import builders
 from tests.core.builders import VALUES, activation_quantizer, double
@@ -41,7 +41,7 @@ def thresholds_of(weight, k, groups):
 @pytest.mark.parametrize('narrow', [True, False])
 def test_quantized_weights_equal_the_reference(bits, groups, narrow):
     weight = torch.randn(10, 3, 3, 3)
-    quantizer = weight_quantizer(weight, bits, groups, k=2.5, narrow_range=narrow).eval()
+    quantizer = weight_quantizer(weight, bits, groups, k=2.5, narrow_range=narrow, levels='with_zero').eval()
     expected = reference.quantize_groups(double(weight), thresholds_of(weight, 2.5, groups), bits, narrow)
     np.testing.assert_allclose(quantizer(weight), expected, rtol=1e-5, atol=1e-6)
 
@@ -68,13 +68,15 @@ def test_a_group_depends_on_its_own_filters_only():
 
 @pytest.mark.parametrize('bits', range(2, 9))
 def test_k_depends_on_the_bits_unless_it_is_given(bits):
-    assert GDRQWeight(bits, (4, 3)).k == WEIGHT_K[bits] and GDRQWeight(bits, (4, 3), k=1.25).k == 1.25
+    assert GDRQWeight(bits, (4, 3), levels='with_zero').k == WEIGHT_K[bits]
+    assert GDRQWeight(bits, (4, 3), k=1.25).k == 1.25
 
 
 @pytest.mark.parametrize('bits', range(2, 9))
 def test_the_full_range_has_the_step_of_the_narrow_one(bits):
     weight = torch.randn(4, 3, 3, 3)
-    narrow, full = (weight_quantizer(weight, bits, narrow_range=narrow).step(weight) for narrow in (True, False))
+    options = [dict(narrow_range=narrow, levels='with_zero') for narrow in (True, False)]
+    narrow, full = (weight_quantizer(weight, bits, **each).step(weight) for each in options)
     assert torch.allclose(narrow, full, rtol=1e-6)
 
 
@@ -112,6 +114,64 @@ def test_the_input_is_left_as_it_was():
     weight_quantizer(weight)(weight)
     activation_quantizer('gdrq', x)(x)
     assert torch.equal(weight, kept[0]) and torch.equal(x, kept[1])
+
+
+# ---- weights: levels without a zero ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('bits', [2, 3])
+@pytest.mark.parametrize('groups', [1, 4, 'channel'])
+def test_levels_without_a_zero_equal_the_reference(bits, groups):
+    weight = torch.randn(10, 3, 3, 3)
+    quantizer = weight_quantizer(weight, bits, groups, k=1.5, levels='without_zero').eval()
+    thresholds = thresholds_of(weight, 1.5, groups)
+    index = reference.groups_of(10, len(thresholds))
+    expected = [
+        reference.quantize_without_zero(filters, thresholds[g], bits) for filters, g in zip(double(weight), index)
+    ]
+    np.testing.assert_allclose(quantizer(weight), expected, rtol=1e-5, atol=1e-6)
+    assert set(quantizer.codes(weight).unique().tolist()) == set(range(1 - 2**bits, 2**bits, 2))
+
+
+@pytest.mark.parametrize('bits', [2, 3])
+def test_masked_gradient_without_a_zero_passes_in_the_outer_cells_too(bits):
+    weight = torch.randn(8, 3, 3, 3, requires_grad=True)
+    upstream = torch.randn(8, 3, 3, 3)
+    weight_quantizer(weight, bits, k=1.5, levels='without_zero')(weight).backward(upstream)
+    inside = reference.inside_without_zero(double(weight), thresholds_of(weight, 1.5, 1)[0], bits)
+    assert torch.equal(weight.grad, upstream * torch.from_numpy(inside).float()) and 0 < inside.mean() < 1
+
+
+def test_two_bits_have_four_levels_by_default():
+    weight = torch.randn(4, 3, 3, 3)
+    default, full = weight_quantizer(weight, 2), weight_quantizer(weight, 2, narrow_range=False)
+    assert default.k == WEIGHT_K_WITHOUT_ZERO[2] and default.codes(weight).unique().tolist() == [-3, -1, 1, 3]
+    assert full.codes(weight).unique().tolist() == [-2, -1, 0, 1]
+    assert weight_quantizer(weight, 3).codes(weight).unique().tolist() == list(range(-3, 4))
+    assert weight_quantizer(weight, 2, levels='with_zero').codes(weight).unique().tolist() == [-1, 0, 1]
+
+
+@LAW
+@given(weight=WEIGHTS, bits=st.integers(2, 3), groups=st.integers(1, 5))
+def test_a_negative_weight_has_the_negative_of_a_level(weight, bits, groups):
+    """So batch normalization with a negative gamma is merged by changing signs."""
+    weight = torch.from_numpy(weight)
+    quantizer = weight_quantizer(weight, bits, groups, levels='without_zero')
+    cells = weight / (2 * quantizer.step(weight))
+    middle = cells != cells.round()  # a weight between two cells goes up
+    assert torch.equal(quantizer(weight)[middle], -quantizer(-weight)[middle])
+
+
+def test_uniform_weights_lose_less_without_a_zero():
+    """12.0 dB against 9.5: the share of the signal that is lost, by 2 bits at the best step."""
+    weight = torch.rand(4, 4096, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    lost = {}
+    for levels in ('with_zero', 'without_zero'):
+        quantizer = weight_quantizer(weight, 2, threshold='search', levels=levels)
+        lost[levels] = float((quantizer(weight) - weight).square().mean() / weight.square().mean())
+    decibels = {name: -10 * np.log10(value) for name, value in lost.items()}
+    assert decibels['without_zero'] == pytest.approx(12.0, abs=0.1)
+    assert decibels['with_zero'] == pytest.approx(9.5, abs=0.1)
 
 
 # ---- weights: gradients ---------------------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ def test_quantized_values_gradients_and_sums(values, dtype, layout, step, ends, 
         return
     sums = torch.ones(2, dtype=torch.float64, device=DEVICE)
     ours, theirs = both(
-        lambda x: gpu.FakeQuantize.apply(x, step, *ends, masked, sums, nonzero),
-        lambda x: reference.FakeQuantize.apply(x, step, *ends, masked),
+        lambda x: gpu.FakeQuantize.apply(x, step, *ends, masked, sums, nonzero, 1),
+        lambda x: reference.FakeQuantize.apply(x, step, *ends, masked, 1),
         [x],
     )
     equal(ours, theirs)
@@ -89,15 +89,22 @@ def test_quantized_values_gradients_and_sums(values, dtype, layout, step, ends, 
 
 @computes
 @many
-@given(ARRAYS, DTYPES, STEPS, RANGES, st.integers(0, 99))
-def test_a_step_for_each_filter(values, dtype, step, ends, seed):
+@given(
+    ARRAYS,
+    DTYPES,
+    STEPS,
+    RANGES.map(lambda ends: (*ends, 1)) | st.sampled_from([(-3, 3, 2), (-7, 7, 2)]),
+    st.integers(0, 99),
+)
+def test_a_step_for_each_filter(values, dtype, step, levels, seed):
     x = tensor(values, dtype, lambda x: x)
     torch.manual_seed(seed)
     steps = (step * torch.rand(len(x), *[1] * (x.dim() - 1))).to(DEVICE)
     assert gpu.takes(x, steps)
+    *ends, apart = levels
     ours, theirs = both(
-        lambda x: gpu.FakeQuantize.apply(x, steps, *ends, True, None, False),
-        lambda x: reference.FakeQuantize.apply(x, steps, *ends, True),
+        lambda x: gpu.FakeQuantize.apply(x, steps, *ends, True, None, False, apart),
+        lambda x: reference.FakeQuantize.apply(x, steps, *ends, True, apart),
         [x],
     )
     equal(ours, theirs)
@@ -124,8 +131,8 @@ def test_a_tensor_of_many_blocks():
     x, step = torch.randn(3, 50, 41, 37, device=DEVICE, requires_grad=True), torch.tensor(0.3, device=DEVICE)
     sums = torch.zeros(2, dtype=torch.float64, device=DEVICE)
     ours, theirs = both(
-        lambda x: gpu.FakeQuantize.apply(x, step, -7, 7, True, sums, True),
-        lambda x: reference.FakeQuantize.apply(x, step, -7, 7, True),
+        lambda x: gpu.FakeQuantize.apply(x, step, -7, 7, True, sums, True, 1),
+        lambda x: reference.FakeQuantize.apply(x, step, -7, 7, True, 1),
         [x],
     )
     equal(ours, theirs)

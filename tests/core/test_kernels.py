@@ -207,9 +207,12 @@ def test_every_method_without_a_learned_step(method, reference):
     'options',
     [
         dict(weight=dict(bits=4, gdrq=dict(gradient='straight_through'))),
-        dict(activation=dict(bits=4, gdrq=dict(gradient='straight_through', mean='nonzero'))),
+        dict(activation=dict(bits=4, gdrq=dict(gradient='straight_through', mean='all'))),
         dict(weight=dict(bits=4, groups='channel', gdrq=dict(clip='project', narrow_range=False))),
         dict(weight=dict(bits=4, gdrq=dict(threshold='search'))),
+        dict(weight=dict(bits=2, gdrq=dict(threshold='search', gradient='straight_through'))),
+        dict(weight=dict(bits=2, gdrq=dict(levels='with_zero'))),
+        dict(weight=dict(bits=3, groups='channel', gdrq=dict(levels='without_zero', clip='project'))),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import native
 from .choice import kernels_of, triton_of
-from .reference import FakeQuantize, LearnedStep, StraightThrough, sum_abs
+from .reference import FakeQuantize, LearnedStep, StraightThrough, nearest_codes, sum_abs
 
 __all__ = [
     'Codes',
@@ -22,6 +22,7 @@ __all__ = [
     'kernels_of',
     'layer',
     'learned_step',
+    'nearest_codes',
     'restored',
     'straight_through',
     'sum_abs',
@@ -44,6 +45,8 @@ class Uniform(NamedTuple):
     """Which number: of the values that are not zero, or of all."""
     top: int = 1
     """d is `step` / `top`: a threshold and its code may stand for the step."""
+    apart: int = 1
+    """How far two neighbouring codes are apart; 2: odd codes, without 0. For weights."""
 
 
 class Codes(NamedTuple):
@@ -58,18 +61,18 @@ class Codes(NamedTuple):
 
 def fake_quantize(x: Tensor, how: Uniform, overwrite: bool = False) -> Tensor:
     """Uniform quantization, see functional.fake_quantize; `overwrite` allows to write the result into x."""
-    step, lo, hi, masked, sums, nonzero, top = how
-    if step.dim() == 0 and step.dtype == torch.float32 and (operators := kernels_of(x)) is not None:
+    step, lo, hi, masked, sums, nonzero, top, apart = how
+    if apart == 1 and step.dim() == 0 and step.dtype == torch.float32 and (operators := kernels_of(x)) is not None:
         compute = operators.fake_quantize_ if overwrite else operators.fake_quantize
         return compute(x, step, lo, hi, masked, sums, nonzero, top)
     step = step if top == 1 else step / top
     if (gpu := triton_of(x, step)) is not None:
-        return gpu.FakeQuantize.apply(x, step, lo, hi, masked, sums, nonzero)
+        return gpu.FakeQuantize.apply(x, step, lo, hi, masked, sums, nonzero, apart)
     if sums is not None:
         with torch.no_grad():
             sums[0] += sum_abs(x)
-            sums[1] += torch.count_nonzero(x) if nonzero else x.numel()
-    return FakeQuantize.apply(x, step, lo, hi, masked)
+            sums[1] += (x != 0).sum() if nonzero else x.numel()
+    return FakeQuantize.apply(x, step, lo, hi, masked, apart)
 
 
 def learned_step(x: Tensor, step: Tensor, lo: int, hi: int, scale: Tensor | float, within: bool) -> Tensor:
@@ -90,7 +93,8 @@ def straight_through(surrogate: Tensor, value: Tensor) -> Tensor:
 def codes_of(weights: Sequence[Tensor], how: Sequence[Uniform], operators: Any) -> list[Codes]:
     """The codes of weights, (C, ...) each, in one pass over all of them."""
     steps = [each.step.flatten() for each in how]
-    found = operators.codes_of_weights(weights, torch.cat(steps), [each.lo for each in how], [each.hi for each in how])
+    ranges = zip(*[(each.lo, each.hi, each.apart) for each in how])
+    found = operators.codes_of_weights(weights, torch.cat(steps), *map(list, ranges))
     return [Codes(*each) for each in zip(found, steps, how)]
 
 
@@ -116,4 +120,5 @@ def layer(
         geometry: stride, padding, dilation, groups; three empty ones for a linear layer.
     """
     codes, steps, of_weight = quantized
-    return operators.layer(x, *how, weight, codes, steps, of_weight.lo, of_weight.hi, of_weight.masked, bias, *geometry)
+    of_codes = of_weight.lo, of_weight.hi, of_weight.masked, of_weight.apart
+    return operators.layer(x, *how[:-1], weight, codes, steps, *of_codes, bias, *geometry)

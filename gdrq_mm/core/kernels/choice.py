@@ -47,7 +47,7 @@ def _gpu() -> Any:
         from . import gpu
 
         x = torch.ones(1, device='cuda')
-        gpu.FakeQuantize.apply(x, x[0], 0, 1, False, None, False)
+        gpu.FakeQuantize.apply(x, x[0], 0, 1, False, None, False, 1)
     except Exception as error:  # Triton's have no class in common
         warnings.warn(f'the torch code runs in place of the Triton kernels: {error}', stacklevel=2)
         return None

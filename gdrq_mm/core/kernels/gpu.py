@@ -23,12 +23,13 @@ def _load(x, at, n):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _ratio_and_code(v, d, lo, hi):  # type: ignore[no-untyped-def]
-    """x / d, and the nearest code in [lo, hi], half to even; a step of 0 gives 0."""
+def _ratio_and_code(v, d, lo, hi, APART: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x / d, and the nearest code in [lo, hi], half to even, or the nearest odd one; a step of 0 gives 0."""
     ratio = tl.div_rn(v, tl.where(d > 0, d, 1.0))
-    clipped = tl.where(ratio < lo, lo, ratio)
-    clipped = tl.where(clipped > hi, hi, clipped)
-    return ratio, (clipped + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fractions from there on
+    code = ratio if APART == 1 else tl.floor(ratio * 0.5) * 2 + 1
+    code = tl.where(code < lo, lo, code)
+    code = tl.where(code > hi, hi, code)
+    return ratio, (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fractions from there on
 
 
 @triton.jit
@@ -37,12 +38,25 @@ def _outside(v, d, lo, hi):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _quantize(x, steps, out, parts, n, inner, lo, hi, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantize(  # type: ignore[no-untyped-def]
+    x,
+    steps,
+    out,
+    parts,
+    n,
+    inner,
+    lo,
+    hi,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    APART: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     d = tl.load(steps + at // inner, mask=at < n, other=0) if ROWS else tl.load(steps)
     v = _load(x, at, n)
-    _, code = _ratio_and_code(v, d, lo, hi)
+    _, code = _ratio_and_code(v, d, lo, hi, APART)
     tl.store(out + at, (code * d).to(out.dtype.element_ty), mask=at < n)
     if ADD:
         tl.store(parts + 2 * block, tl.sum(tl.abs(v).to(tl.float64)))
@@ -62,7 +76,7 @@ def _learn(grad, x, step, out, parts, n, lo, hi, WITHIN: tl.constexpr, BLOCK: tl
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     d, v, g = tl.load(step), _load(x, at, n), _load(grad, at, n)
-    ratio, code = _ratio_and_code(v, d, lo, hi)
+    ratio, code = _ratio_and_code(v, d, lo, hi, 1)
     inside = (ratio > lo) & (ratio < hi)
     slope = tl.where(inside, code - ratio if WITHIN else 0.0, code)
     tl.store(parts + block, tl.sum((g * slope).to(tl.float64)))
@@ -97,15 +111,17 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, masked: bool, sums: Tensor | None, nonzero: bool
+        ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, masked: bool, sums: Any, nonzero: bool, apart: int
     ) -> Tensor:
         out = torch.empty_like(x)
         x = _laid_out(x, out)
         ctx.save_for_backward(*((x, step) if masked else ()))
         n, rows = x.numel(), step.dim() > 0
-        ctx.args = n, n // len(x) if rows else n, float(lo), float(hi)
+        inner, beyond = n // len(x) if rows else n, apart - 1
+        ctx.args = n, inner, float(lo - beyond), float(hi + beyond)
         parts = out if sums is None else _parts(x, 2)
-        _launch(_quantize, x, step, out, parts, *ctx.args, n=n, ADD=sums is not None, ROWS=rows)
+        options = dict(ADD=sums is not None, ROWS=rows, APART=apart)
+        _launch(_quantize, x, step, out, parts, n, inner, float(lo), float(hi), n=n, **options)
         if sums is not None:
             total, count = parts.sum(0).unbind()
             sums[0] += total
@@ -120,7 +136,7 @@ class FakeQuantize(torch.autograd.Function):
             grad, out = _laid_out(grad, x), torch.empty_like(x, dtype=grad.dtype)
             _launch(_mask, grad, x, step, out, *ctx.args, n=x.numel(), ROWS=step.dim() > 0)
             grad = out
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
 
 class LearnedStep(torch.autograd.Function):
@@ -135,7 +151,7 @@ class LearnedStep(torch.autograd.Function):
         ctx.save_for_backward(x, step)
         ctx.args = float(lo), float(hi), scale, within
         n = x.numel()
-        _launch(_quantize, x, step, out, out, n, n, float(lo), float(hi), n=n, ADD=False, ROWS=False)
+        _launch(_quantize, x, step, out, out, n, n, float(lo), float(hi), n=n, ADD=False, ROWS=False, APART=1)
         return out
 
     @staticmethod

@@ -1,6 +1,7 @@
 // Fake quantization on a CPU: each operator passes once over memory and saves one byte a value for its backward pass.
 //
-// What is computed, to the last bit, is in reference.py. Words: step d, smallest and largest code lo and hi.
+// What is computed, to the last bit, is in reference.py. Words: step d, smallest and largest code lo and hi; codes are
+// `apart` = 1 apart, or 2: odd ones, without 0.
 //
 // Bytes of an activation: bit 6 says that x is in [lo d, hi d], bit 7 that x > 0, the lower six are code - lo if
 // hi - lo < 64. Bytes of a weight: code - lo. Sums are those of fixed pieces, so they do not depend on the threads.
@@ -79,10 +80,17 @@ struct Range {
 
   Range(float step, int64_t lo, int64_t hi) : divisor(step > 0 ? step : 1), step(step), lo(lo), hi(hi) {}
 
-  float code(float x) const { // NaN stays NaN
-    float q = std::nearbyint(x / divisor);
+  float clipped(float q) const { // NaN stays NaN
     q = q < lo ? lo : q;
     return q > hi ? hi : q;
+  }
+
+  float code(float x) const {
+    return clipped(std::nearbyint(x / divisor));
+  }
+
+  float odd_code(float x) const {
+    return clipped(2 * std::floor(x / divisor * 0.5f) + 1);
   }
 };
 
@@ -134,8 +142,8 @@ void mask_values(const T* grad, const uint8_t* codes, T* out, int64_t n) {
 }
 
 template <typename G>
-void mask_by_range(const G* grad, const float* x, float* out, int64_t n, Range range) {
-  const float low = range.lo * range.step, high = range.hi * range.step;
+void mask_by_range(const G* grad, const float* x, float* out, int64_t n, Range range, int apart) {
+  const float beyond = apart - 1, low = (range.lo - beyond) * range.step, high = (range.hi + beyond) * range.step;
 #pragma omp simd
   for (int64_t i = 0; i < n; i++)
     out[i] = (x[i] < low) | (x[i] > high) ? 0 : wide(grad[i]);
@@ -289,7 +297,7 @@ Tensor mask(Tensor grad, const Tensor& codes) {
   return out;
 }
 
-Tensor mask_weight(Tensor grad, const Tensor& weight, const Tensor& steps, int64_t lo, int64_t hi) {
+Tensor mask_weight(Tensor grad, const Tensor& weight, const Tensor& steps, int64_t lo, int64_t hi, int64_t apart) {
   bool writable = grad.scalar_type() == at::kFloat && (ours(grad) || grad.strides() != weight.strides());
   Tensor from = laid_out(grad, weight), out = writable ? from : like(weight, at::kFloat);
   int64_t rows = weight.size(0), inner = weight.numel() / rows;
@@ -300,7 +308,8 @@ Tensor mask_weight(Tensor grad, const Tensor& weight, const Tensor& steps, int64
           weight.const_data_ptr<float>() + r * inner,
           out.mutable_data_ptr<float>() + r * inner,
           inner,
-          Range(steps.const_data_ptr<float>()[r], lo, hi));
+          Range(steps.const_data_ptr<float>()[r], lo, hi),
+          int(apart));
     });
   });
   return out;
@@ -424,7 +433,7 @@ struct Layer : Function<Layer> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& input, float d, int64_t lo, int64_t hi, bool masked, Codes sums,
       bool nonzero, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi,
-      bool wmasked, Codes bias, Geometry geometry, at::ScalarType type, bool grads) {
+      bool wmasked, int64_t wapart, Codes bias, Geometry geometry, at::ScalarType type, bool grads) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor x = dense(input);
     bool learns = weight.requires_grad();
@@ -441,7 +450,7 @@ struct Layer : Function<Layer> {
         {bytes ? *bytes : Tensor(), keep ? xq : Tensor(), weight, codes, steps});
     auto& saved = ctx->saved_data;
     saved["step"] = double(d), saved["lo"] = lo, saved["masked"] = masked, saved["wmasked"] = wmasked;
-    saved["wlo"] = wlo, saved["whi"] = whi, saved["groups"] = geometry.groups, saved["type"] = type;
+    saved["wlo"] = wlo, saved["whi"] = whi, saved["wapart"] = wapart, saved["groups"] = geometry.groups, saved["type"] = type;
     saved["stride"] = geometry.stride, saved["padding"] = geometry.padding, saved["dilation"] = geometry.dilation;
     saved["wanted"] = std::vector<bool>{input.requires_grad(), learns, bias && bias->requires_grad()};
     saved["sizes"] = input.sizes().vec(), saved["in"] = input.scalar_type();
@@ -451,7 +460,7 @@ struct Layer : Function<Layer> {
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     no_second_derivative();
     auto& saved = ctx->saved_data;
-    variable_list out(17);
+    variable_list out(18);
     if (!grads[0].defined())
       return out;
     auto kept = ctx->get_saved_variables();
@@ -471,10 +480,11 @@ struct Layer : Function<Layer> {
       out[0] = (saved["masked"].toBool() ? mask(std::move(gx), bytes) : gx).to(saved["in"].toScalarType());
     if (wanted[1])
       out[7] = saved["wmasked"].toBool()
-          ? mask_weight(std::move(gw), weight, steps, saved["wlo"].toInt(), saved["whi"].toInt())
+          ? mask_weight(
+                std::move(gw), weight, steps, saved["wlo"].toInt(), saved["whi"].toInt(), saved["wapart"].toInt())
           : gw.to(weight.scalar_type());
     if (wanted[2])
-      out[13] = gb.to(weight.scalar_type());
+      out[14] = gb.to(weight.scalar_type());
     return out;
   }
 };
@@ -546,7 +556,8 @@ Tensor sums_of_filters(at::TensorList weights) {
 }
 
 // Codes of all weights as bytes, code - lo, in the layout of the weight; `steps` has a step for each filter.
-std::vector<Tensor> codes_of_weights(at::TensorList weights, const Tensor& steps, at::IntArrayRef lo, at::IntArrayRef hi) {
+std::vector<Tensor> codes_of_weights(
+    at::TensorList weights, const Tensor& steps, at::IntArrayRef lo, at::IntArrayRef hi, at::IntArrayRef apart) {
   std::vector<Tensor> out;
   const float* step = steps.const_data_ptr<float>();
   for (size_t k = 0; k < weights.size(); k++) {
@@ -557,9 +568,15 @@ std::vector<Tensor> codes_of_weights(at::TensorList weights, const Tensor& steps
     const float* from = w.const_data_ptr<float>();
     in_rows(rows, inner, [&](int64_t r) {
       Range range(step[r], lo[k], hi[k]);
+      auto code = [&](auto code_of) {
 #pragma omp simd
-      for (int64_t i = r * inner; i < (r + 1) * inner; i++)
-        to[i] = uint8_t(int(range.code(from[i])) - int(range.lo));
+        for (int64_t i = r * inner; i < (r + 1) * inner; i++)
+          to[i] = uint8_t(int(code_of(from[i])) - int(range.lo));
+      };
+      if (apart[k] == 2)
+        code([&](float w) { return range.odd_code(w); });
+      else
+        code([&](float w) { return range.code(w); });
     });
     step += rows;
   }
@@ -592,11 +609,11 @@ Tensor fake_quantize_(
 Tensor layer(
     const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
     int64_t top, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi, bool wmasked,
-    const Codes& bias, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+    int64_t wapart, const Codes& bias, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), groups};
   auto type = at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
   return Layer::apply(
-      x, divided(step, top), lo, hi, masked, sums, nonzero, weight, codes, steps, wlo, whi, wmasked, bias, geometry, type,
+      x, divided(step, top), lo, hi, masked, sums, nonzero, weight, codes, steps, wlo, whi, wmasked, wapart, bias, geometry, type,
       at::GradMode::is_enabled());
 }
 
@@ -617,11 +634,11 @@ TORCH_LIBRARY(gdrq_mm, m) {
       &fake_quantize_);
   m.def(
       "layer(Tensor x, Tensor step, int lo, int hi, bool masked, Tensor(a!)? sums, bool nonzero, int top, Tensor weight, "
-      "Tensor codes, Tensor steps, int wlo, int whi, bool wmasked, Tensor? bias, int[] stride, int[] padding, "
+      "Tensor codes, Tensor steps, int wlo, int whi, bool wmasked, int wapart, Tensor? bias, int[] stride, int[] padding, "
       "int[] dilation, int groups) -> Tensor",
       &layer);
   m.def("learned_step(Tensor x, Tensor step, int lo, int hi, float scale, bool within) -> Tensor", &learned_step);
   m.def("weight_of_codes(Tensor codes, Tensor steps, int lo) -> Tensor", &weight_of_codes);
   m.def("sums_of_filters(Tensor[] weights) -> Tensor", &sums_of_filters);
-  m.def("codes_of_weights(Tensor[] weights, Tensor steps, int[] lo, int[] hi) -> Tensor[]", &codes_of_weights);
+  m.def("codes_of_weights(Tensor[] weights, Tensor steps, int[] lo, int[] hi, int[] apart) -> Tensor[]", &codes_of_weights);
 }

@@ -21,30 +21,38 @@ def _divisor(step: Tensor) -> Tensor:
     return torch.where(step > 0, step, 1)
 
 
-def _quantized(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
-    return ((_wide(x) / _divisor(step)).round().clamp(lo, hi) * step).to(x.dtype)
+def nearest_codes(x: Tensor, step: Tensor, lo: int, hi: int, apart: int = 1) -> Tensor:
+    """The codes in [lo, hi] that are nearest to x / d, as floats: half to even, or up where they are 2 apart."""
+    ratio = _wide(x) / _divisor(step)
+    return (ratio.round() if apart == 1 else 2 * (ratio * 0.5).floor() + 1).clamp(lo, hi)
 
 
-def _masked(grad: Tensor, x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
-    """The gradient where x is in [lo * d, hi * d], else 0."""
-    x = _wide(x)
-    return torch.where((x < lo * step) | (x > hi * step), 0, grad)
+def _quantized(x: Tensor, step: Tensor, lo: int, hi: int, apart: int = 1) -> Tensor:
+    return (nearest_codes(x, step, lo, hi, apart) * step).to(x.dtype)
+
+
+def _masked(grad: Tensor, x: Tensor, step: Tensor, lo: int, hi: int, apart: int = 1) -> Tensor:
+    """The gradient where x is in [lo * d, hi * d], else 0; where codes are 2 apart, in the cells of lo and hi too."""
+    x, beyond = _wide(x), apart - 1
+    return torch.where((x < (lo - beyond) * step) | (x > (hi + beyond) * step), 0, grad)
 
 
 class FakeQuantize(torch.autograd.Function):
     """d * clip(round(x / d), lo, hi), nothing stored but the input, which autograd keeps anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, masked: bool) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, masked: bool, apart: int
+    ) -> Tensor:
         ctx.save_for_backward(x, step)
-        ctx.args = lo, hi, masked
-        return _quantized(x, step, lo, hi)
+        ctx.args = lo, hi, masked, apart
+        return _quantized(x, step, lo, hi, apart)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        lo, hi, masked = ctx.args
+        lo, hi, masked, apart = ctx.args
         x, step = ctx.saved_tensors
-        return _masked(grad, x, step, lo, hi) if masked else grad, None, None, None, None
+        return _masked(grad, x, step, lo, hi, apart) if masked else grad, None, None, None, None, None
 
 
 class LearnedStep(torch.autograd.Function):

@@ -15,7 +15,7 @@ and where it needs them `round` (codes of weights), `reshape` and `after_step`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -111,6 +111,10 @@ class Quantizer(ModeOfModel, nn.Module):
         self.name = '?'
         """Name of the layer, for messages; set by convert.py."""
         self.register_buffer('state', torch.tensor([self.stage, 0, 0, 0, bits], dtype=torch.int32))
+
+    @classmethod
+    def check_options(cls, bits: int, options: Mapping[str, Any], path: str) -> None:
+        """Raise UserError, with the path of the options, if they do not fit together or the bits."""
 
     @property
     def lr_mult(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..errors import UserError
-from ..kernels import Codes, Uniform, fake_quantize, restored
+from ..kernels import Codes, Uniform, fake_quantize, nearest_codes, restored
 from .base import Quantizer, Stage, in_backward, uncalibrated
 
 
@@ -42,6 +42,11 @@ class WeightQuantizer(Quantizer):
         self.set_state(lo=lo, hi=hi)
         self.register_buffer('sizes', torch.tensor(F.group_sizes(shape[0], count)), persistent=False)
         self.register_buffer('threshold', torch.zeros(count))
+
+    @property
+    def apart(self) -> int:
+        """How far two neighbouring codes are apart: 1, or 2 where the codes are odd, so that 0 is no level."""
+        return 2 if self.hi >= 2 ** (self.bits - 1) else 1
 
     @property
     def groups(self) -> int:
@@ -92,11 +97,11 @@ class WeightQuantizer(Quantizer):
 
     def uniform(self, step: Tensor) -> Uniform:
         """What a kernel needs to quantize the filters with this step."""
-        return Uniform(step, self.lo, self.hi, self.masked)
+        return Uniform(step, self.lo, self.hi, self.masked, apart=self.apart)
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         """Codes of a weight, as floats: the nearest ones, in [lo, hi]."""
-        return (weight / torch.where(step > 0, step, 1)).round().clamp(self.lo, self.hi)
+        return nearest_codes(weight, step, self.lo, self.hi, self.apart)
 
     def reshape(self, weight: Tensor, threshold: Tensor) -> Tensor:
         """The reshape stage: the weight in float, clipped or not."""
