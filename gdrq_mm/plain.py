@@ -59,9 +59,13 @@ def quantize(
     if quant_layers(model):
         raise UserError('the model is quantized already')
     settings = _settings(config)
-    report = quantize_model(
-        model, Quantization.from_dict(settings), record(model, lambda: _run(model, example), last=last)
-    )
+    quantization = Quantization.from_dict(settings)
+    if quantization.control or quantization.distill is not None:
+        raise UserError(
+            'control and distill are for configs of OpenMMLab; in a loop of your own train the float model, or add '
+            'gdrq_mm.core.distill.Distillation to the loss'
+        )
+    report = quantize_model(model, quantization, record(model, lambda: _run(model, example), last=last))
     model.to(next(model.parameters()).device)  # quantizers are made on the CPU
     _remember(model, settings, report.plan)
     if show:

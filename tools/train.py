@@ -11,6 +11,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.amp import use_amp
 from gdrq_mm.openmmlab.checkpoints import find_resumable
 from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, load_config, main
+from gdrq_mm.openmmlab.distill import name_teacher
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +38,7 @@ def train() -> None:
     args = parse_args()
     cfg = load_config(args)
     adapt(cfg, args)
+    name_teacher(cfg)
     reason = ''
     if args.resume == 'auto':
         found, reason = find_resumable(cfg.work_dir, checkpoint_folder(cfg), args.unsafe_load)

@@ -7,6 +7,7 @@
         first_last_bits=8,
         deployable=True,
         schedule=dict(reshape=0.0, freeze=0.9),
+        distill=dict(temperature=2.0),
         calibration_batches=8,
         skip=['backbone.layer4.*'],
         overrides={'*.conv2': dict(weight=dict(bits=8))})
@@ -73,6 +74,7 @@ class Side:
             given = check_fields(each.Options, cfg.get(name, {}), f'{path}.{name}', layer)
             if name == method:
                 options.update(given)
+        self.methods[method].check_options(bits, options, f'{path}.{method}')
         return dataclasses.replace(self, **{k: v for k, v in cfg.items() if k not in self.methods}, options=options)
 
 
@@ -114,6 +116,18 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Distillation from the float model (core/distill.py), for all methods."""
+
+    weight: Annotated[float, Bounds(0, 1000)] = 1.0
+    """Of the distance to the teacher's outputs, beside the loss of the task."""
+    temperature: Annotated[float, Bounds(0, 100)] = 2.0
+    """Divides the logits of both."""
+    teacher: str | None = None
+    """Checkpoint of the float model; None: that of `load_from`."""
+
+
+@dataclass(frozen=True)
 class Quantization:
     """The whole `quantization` dict."""
 
@@ -126,6 +140,10 @@ class Quantization:
     8-bit outputs of convolutions in front of an activation function such as SiLU, and in evaluation biases that are
     whole multiples of one unit of the integer sums."""
     schedule: Schedule = Schedule()
+    distill: Distill | None = None
+    """None: without distillation."""
+    control: bool = False
+    """Every quantizer off: the float model, trained on by this very recipe, for comparison."""
     calibration_batches: Annotated[int, Bounds(1, closed=True)] = 8
     """Training batches from which thresholds start (ours)."""
     skip: Annotated[tuple[str, ...], 'a list of patterns'] = ()
@@ -153,6 +171,8 @@ class Quantization:
         cfg['weight'] = sides[0].merged(cfg.get('weight', {}), f'{path}.weight')
         cfg['activation'] = sides[1].merged(cfg.get('activation', {}), f'{path}.activation')
         cfg['schedule'] = _schedule(cfg.get('schedule', {}), f'{path}.schedule')
+        if cfg.get('distill') is not None:
+            cfg['distill'] = Distill(**check_fields(Distill, cfg['distill'], f'{path}.distill'))
         cfg['skip'] = tuple(cfg.get('skip', ()))
         cfg['overrides'] = {pattern: dict(value) for pattern, value in cfg.get('overrides', {}).items()}
         checked = Quantization(**cfg)
@@ -174,6 +194,8 @@ class Quantization:
                 if (name, value) != ('groups', default_groups):
                     found[prefix + name] = value
             found.update({prefix + name: value for name, value in getattr(part, 'options', {}).items()})
+        if self.distill is not None:
+            found['distill'] = f'T {self.distill.temperature:g}, weight {self.distill.weight:g}'
         return found
 
     def check_patterns(self, names: Iterable[str]) -> None:
@@ -252,7 +274,7 @@ def _schedule(cfg: Any, path: str) -> Schedule:
 
 
 TRAINING_ONLY = frozenset(
-    {'schedule', 'calibration_batches', 'momentum', 'mean', 'gradient', 'clip', 'lr_mult', 'decay_mult'}
+    {'schedule', 'distill', 'calibration_batches', 'momentum', 'mean', 'gradient', 'clip', 'lr_mult', 'decay_mult'}
 )
 """Settings that only training reads: a trained model computes the same whatever they are."""
 

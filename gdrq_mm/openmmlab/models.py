@@ -116,7 +116,7 @@ def prepare_model(
     if memory_format == 'channels_last':
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     bare, quantization = bare_model(model), read_quantization(cfg)
-    if quantization is None:
+    if quantization is None or quantization.control:
         return float_report(bare, plan or _plan_of_float(bare, trials))
     report = quantize_model(bare, quantization, plan or first_plan(bare, trials))
     bare.train(bare.training)  # models with frozen parts freeze them here: what was added to these parts too

@@ -45,7 +45,8 @@ def training_of(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(config: Quantization | None) -> dict[str, Any]:
-    """What a run record says of the settings of a model; None is a float model."""
+    """What a run record says of the settings of a model; None is a float model, and so is a control."""
+    config = None if config is not None and config.control else config
     return dict(
         methods=[config.weight.method, config.activation.method] if config else ['float', 'float'],
         options=config.choices() if config else {},

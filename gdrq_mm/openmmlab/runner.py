@@ -21,6 +21,7 @@ from .checkpoint_runner import CheckpointRunner
 from .compat import init_without_gpu
 from .data_only import data_only
 from .describe import describe_model
+from .distill import name_teacher
 from .distributed import synchronized, wrapper_config
 from .hooks import CalibrationHook, hooks_of, with_whole_checkpoints
 from .loading import check_loader, checked_reading, loader_of, trials_of
@@ -48,6 +49,8 @@ class QuantRunner(CheckpointRunner):
     def from_cfg(cls, cfg: Config) -> Runner:
         """Build a runner; a pretrained init that `load_from` replaces is dropped, so it is not downloaded."""
         read_quantization(cfg)
+        if not cfg.get('resume'):
+            name_teacher(cfg)
         if not isinstance(cfg.get('auto_scale_lr') or {}, dict):
             raise UserError(f'auto_scale_lr={cfg.auto_scale_lr!r} is not a dict')
         if cfg.get('load_from') or cfg.get('resume'):
@@ -137,8 +140,8 @@ class QuantRunner(CheckpointRunner):
         Raises:
             UserError: the config quantizes nothing.
         """
-        if self.quantization is None:
-            raise UserError('the config has no quantization: there is nothing to calibrate')
+        if self.quantization is None or self.quantization.control:
+            raise UserError('the config quantizes nothing: there is nothing to calibrate')
         self.load_calibrated()
         self.log_layers()
         folder, name = os.path.split(path)

@@ -28,17 +28,20 @@ COLUMNS = (
     'data',
     'metric',
     'float',
+    'trained on',
     'method',
     'bits',
     'recipe',
     'quantized',
     'seeds',
     'drop',
+    'drop, trained on',
     *RUNTIMES,
     'size in MB',
     'G bit operations',
     'published',
 )
+NUMBERS = ('float', 'trained on', 'quantized', 'drop', 'drop, trained on', 'seeds', 'G bit operations')
 NOT_RUN = 'not run'
 NOT_MEASURED = 'not measured'
 """Stands where there is a record, but without this metric."""
@@ -81,6 +84,8 @@ class _Variant:
 def comparison_rows(records: Sequence[Record]) -> list[dict[str, str]]:
     """A dict by COLUMNS for each model, data set, method, bits, recipe and metric, averaged over seeds.
 
+    'trained on' is the float model trained on by the recipe of the row with every quantizer off (`control=True`).
+
     Every method of a model has a row for all bits that any method was run with; 'not run' stands where there is no
     record. A model with a float record only has no row. Where the records of a model were trained in several ways, a
     letter names each way in the column 'recipe'; :func:`recipe_notes` says in what they differ.
@@ -96,7 +101,7 @@ def comparison_lines(records: Sequence[Record]) -> list[Line]:
     check_comparable(records)
     lines = []
     for of_model in by_model(records):
-        quantized = [record for record in of_model if record['quantization'] is not None]
+        quantized = _quantized(of_model)
         names = _recipes(of_model)
         variants: dict[tuple[str, tuple[int, ...]], dict[str, _Variant]] = {}
         for record in quantized:
@@ -131,7 +136,7 @@ def recipe_notes(records: Sequence[Record]) -> list[str]:
     notes = []
     groups = by_model(records)
     for of_model in groups:
-        if all(record['quantization'] is None for record in of_model):
+        if not _quantized(of_model):
             continue
         names, floats = _recipes(of_model), _floats(of_model)
         several = len(floats) > 1
@@ -139,6 +144,8 @@ def recipe_notes(records: Sequence[Record]) -> list[str]:
             (
                 (f'float ({_file(record)})' if several else 'float')
                 if record['quantization'] is None
+                else 'trained on'
+                if is_control(record)
                 else names[_checkpoint(record)] or 'quantized',
                 record,
             )
@@ -155,7 +162,7 @@ def _recipes(of_model: Sequence[Record]) -> dict[str, str]:
     Two checkpoints of one cell (method, bits, seed) with the same recipe are told apart by their length, as two
     checkpoints of one training are, else by their file.
     """
-    quantized = [record for record in of_model if record['quantization'] is not None]
+    quantized = _quantized(of_model)
     keys = {_checkpoint(r): (recipe_key(r), _start(r)) for r in quantized}
     extra: dict[str, Any] = dict.fromkeys(keys, '')
     for tell in (reached, lambda record: _checkpoint(record)):
@@ -190,6 +197,23 @@ def _baseline(of_model: Sequence[Record], record: Record | None) -> Record | Non
     floats = _floats(of_model)
     start = None if record is None else _start(record)
     return next((before for before in floats if _checkpoint(before) == start), floats[0] if len(floats) == 1 else None)
+
+
+def is_control(record: Record) -> bool:
+    """Whether it is of the float model, trained on by the recipe of a quantized one with every quantizer off."""
+    return bool((record['quantization'] or {}).get('control'))
+
+
+def _quantized(of_model: Iterable[Record]) -> list[Record]:
+    return [record for record in of_model if record['quantization'] is not None and not is_control(record)]
+
+
+def _trained_on(of_model: Iterable[Record], record: Record | None) -> list[Record]:
+    """The controls of a quantized record: those that were trained alike, or all of them if none was."""
+    if record is None:
+        return []
+    controls = [r for r in of_model if is_control(r) and backend_of(r) == 'torch' and _start(r) == _start(record)]
+    return _different([r for r in controls if recipe_key(r) == recipe_key(record)] or controls)
 
 
 def _start(record: Record) -> str | None:
@@ -265,7 +289,7 @@ def comparison_table(records: Sequence[Record], narrow: bool = False) -> Table:
         left_out |= {'seeds', 'G bit operations', 'published', *RUNTIMES, *(['method'] if titles else [])}
     shown = [c for c in COLUMNS if c not in left_out]
     for column in shown:
-        justify = 'right' if column in ('float', 'quantized', 'drop', 'seeds', 'G bit operations') else 'left'
+        justify = 'right' if column in NUMBERS else 'left'
         table.add_column(Text(titles.get(column, column)), justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(Text(row[column].replace(' → ', '→')) for column in shown))  # a name is no markup
@@ -376,6 +400,8 @@ def _row(
     of_row = [*found.torch, *(record for ran in found.runtimes.values() for record in ran)]
     before = _baseline(of_model, of_row[0] if of_row else None)
     base = None if before is None else value_of(before, metric)
+    controls = _trained_on(of_model, of_row[0] if of_row else None)
+    control = [value for value in (value_of(r, metric) for r in controls) if value is not None]
     cells = dict.fromkeys(COLUMNS, '')
     cells.update(
         task=TASK_NAMES[model['task']],
@@ -395,16 +421,29 @@ def _row(
         cells['size in MB'] = f'{number_text(sizes[0] / 1e6)} → {number_text(sizes[1] / 1e6)}'
         cells['G bit operations'] = number_text(sizes[2] / 1e9)
     if measured:
-        with np.errstate(all='ignore'):  # nan and values near the largest float are shown as they come out
-            mean = float(np.mean(measured))
-            spread = f' ± {number_text(float(np.std(measured, ddof=1)))}' if len(measured) > 1 else ''
-        cells['quantized'] = f'{number_text(mean)}{spread}'
+        mean = _mean(measured)
+        cells['quantized'] = _with_spread(measured)
         cells['drop'] = number_text(base - mean) if base is not None and metric.known else ''
+        cells['drop, trained on'] = number_text(_mean(control) - mean) if control and metric.known else ''
+    if control:
+        cells['trained on'] = _with_spread(control)
     for runtime, ran in found.runtimes.items():
         values = [value for value in (value_of(r, metric) for r in _different(ran)) if value is not None]
         with np.errstate(all='ignore'):
             cells[runtime] = number_text(float(np.mean(values))) if values else ''
     return {column: printable(cell) for column, cell in cells.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    with np.errstate(all='ignore'):  # nan and values near the largest float are shown as they come out
+        return float(np.mean(values))
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    """The mean, and the standard deviation if there are several."""
+    with np.errstate(all='ignore'):
+        spread = f' ± {number_text(float(np.std(values, ddof=1)))}' if len(values) > 1 else ''
+    return f'{number_text(_mean(values))}{spread}'
 
 
 def number_text(value: float) -> str:

@@ -170,6 +170,23 @@ BAD = [
     (dict(weight=dict(gdrq=dict(clip='off'))), ["quantization.weight.gdrq.clip='off'", "'forward', 'project'"]),
     (dict(weight=dict(gdrq=dict(gradient='x'))), ["gdrq.gradient='x'", "'masked', 'straight_through'"]),
     (dict(weight=dict(gdrq=dict(threshold='x'))), ["gdrq.threshold='x'", "'scale_clip', 'search'"]),
+    (dict(weight=dict(gdrq=dict(levels='half'))), ["gdrq.levels='half'", "'with_zero', 'without_zero'"]),
+    (
+        dict(weight=dict(bits=4, gdrq=dict(levels='without_zero'))),
+        ["gdrq.levels='without_zero'", '2 and 3 bits, not for 4'],
+    ),
+    (
+        dict(weight=dict(bits=2, gdrq=dict(levels='without_zero', narrow_range=False))),
+        ["weight.gdrq: levels='without_zero' and narrow_range=False exclude each other"],
+    ),
+    (
+        dict(overrides={'*.fc': dict(weight=dict(bits=5, gdrq=dict(levels='without_zero')))}),
+        ["overrides['*.fc'].weight.gdrq.levels", 'not for 5'],
+    ),
+    (dict(distill=dict(temperature=0)), ['distill.temperature=0', 'above 0']),
+    (dict(distill=dict(temprature=1)), ["distill has no key 'temprature'", "'temperature'"]),
+    (dict(distill=2), ['distill=2']),
+    (dict(control=1), ['control=1', 'True, False']),
     (dict(weight=dict(gdrq=dict(narrow_range='x'))), ["gdrq.narrow_range='x'", 'True, False']),
     (dict(weight=dict(gdrq=dict(narrow_range=1))), ['gdrq.narrow_range=1', 'True, False']),
     (dict(activation=dict(gdrq=dict(momentum=0))), ['quantization.activation.gdrq.momentum=0', 'above 0', 'most 1']),

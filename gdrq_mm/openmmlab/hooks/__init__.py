@@ -9,6 +9,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from ...core.config import Quantization
 from .calibration import CalibrationHook
 from .checkpoint import WholeCheckpointHook
+from .distill import DistillHook
 from .guard import FiniteLossHook
 from .norms import NormHook
 from .stages import StageHook
@@ -20,6 +21,7 @@ from .work_dir import WorkDirHook
 
 __all__ = [
     'CalibrationHook',
+    'DistillHook',
     'DueValidationHook',
     'FiniteLossHook',
     'NormHook',
@@ -38,9 +40,11 @@ def hooks_of(quantization: Quantization | None) -> list[Hook]:
     """The hooks of a run, for a float model (None) or a quantized one."""
     hooks: list[Hook] = [WorkDirHook(), FiniteLossHook(), NormHook(), StopHook(), DueValidationHook()]
     if quantization is not None:
-        schedule = quantization.schedule
-        hooks += [CalibrationHook(quantization.calibration_batches), StageHook(schedule.reshape, schedule.freeze)]
-        hooks += [ThresholdHook(), StatisticsHook()]
+        hooks.append(StageHook(quantization.schedule.reshape, quantization.schedule.freeze))
+        if quantization.distill is not None:
+            hooks.append(DistillHook())
+        if not quantization.control:
+            hooks += [CalibrationHook(quantization.calibration_batches), ThresholdHook(), StatisticsHook()]
     return hooks
 
 

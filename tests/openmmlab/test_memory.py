@@ -1,0 +1,36 @@
+"""Tools keep the memory that tensors free: what glibc would give back to the system and take anew at every step."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+FAULTS = """
+import resource, sys, torch
+from gdrq_mm.openmmlab.cli import main
+
+def command():
+    for i in range(12):
+        if i == 2:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+main(command)
+"""
+
+
+def faults(**variables):
+    """Pages that the system gave for ten tensors of 64 MiB, one after the other."""
+    command = [sys.executable, '-c', FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, check=True)
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='not glibc')
+def test_tensors_take_the_memory_of_freed_ones_unless_the_environment_says_otherwise():
+    assert faults() < 2000
+    assert faults(MALLOC_TRIM_THRESHOLD_='131072') > 10 * 2000
