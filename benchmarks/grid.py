@@ -47,14 +47,18 @@ ablation = {
     'search': {'quantization.weight.gdrq.threshold': 'search'},
     'channel_search': {'quantization.weight.groups': 'channel', 'quantization.weight.gdrq.threshold': 'search'},
     'learned': {**learned, 'quantization.weight.lsq.narrow_range': True},
-    'weight_k15': {'quantization.weight.gdrq.k': 1.5},  # the default is 2
+    'weight_k15': {'quantization.weight.gdrq.k': 1.5},  # the default is 1.875
     'weight_k25': {'quantization.weight.gdrq.k': 2.5},
-    'activation_k9': {'quantization.activation.gdrq.k': 9},  # the default is 12
-    'activation_k16': {'quantization.activation.gdrq.k': 16},
+    'activation_k36': {'quantization.activation.gdrq.k': 3.6},  # the default is 4.6
+    'activation_k6': {'quantization.activation.gdrq.k': 6},
     'reshape': {'quantization.weight.gdrq.clip': 'project', 'quantization.schedule.reshape': 0.3},
     'undeployable': {'quantization.deployable': False},
 }
+# What the defaults were before: levels with a zero, and the mean over all values of an activation.
+with_zero = {'quantization.weight.gdrq.levels': 'with_zero'}
 full_range = {'quantization.weight.gdrq.narrow_range': False, 'quantization.weight.gdrq.k': 4}
+mean_of_all = {'quantization.activation.gdrq.mean': 'all', 'quantization.activation.gdrq.k': 12}
+distilled = {'quantization.distill.temperature': 2.0}
 runs = [
     dict(
         cifar10,
@@ -63,7 +67,46 @@ runs = [
         bits=['w4a4', 'w2a4'],
         seeds=[0, 1, 2],
     ),
+    dict(
+        cifar10, methods=['gdrq'], bits=['w4a4'], seeds=[0, 1, 2], variants={'control': {'quantization.control': True}}
+    ),
+    dict(
+        cifar10,
+        methods=['gdrq'],
+        bits=['w2a4'],
+        seeds=[0, 1, 2],
+        variants={
+            'with_zero': with_zero,
+            'mean_of_all': mean_of_all,
+            'with_zero_mean_of_all': {**with_zero, **mean_of_all},
+        },
+    ),
+    dict(
+        cifar10,
+        methods=['gdrq'],
+        bits=['w4a4'],
+        seeds=[0, 1, 2],
+        variants={
+            'mean_of_all': mean_of_all,
+            'weight_k35': {'quantization.weight.gdrq.k': 3.5},
+            'mean_of_all_weight_k35': {**mean_of_all, 'quantization.weight.gdrq.k': 3.5},
+        },
+    ),
+    dict(
+        cifar10,
+        methods=['gdrq', 'lsq', 'lsq_plus'],
+        bits=['w4a4', 'w2a4'],
+        seeds=[0, 1, 2],
+        variants={'distilled': distilled},
+    ),
     dict(cifar10, methods=methods, bits=['w3a3', 'w2a2'], seeds=[0]),
+    dict(
+        cifar10,
+        methods=['gdrq'],
+        bits=['w3a3'],
+        seeds=[0],
+        variants={'without_zero': {'quantization.weight.gdrq.levels': 'without_zero'}},
+    ),
     dict(cifar10, methods=['ptq'], bits=['w8a8', 'w4a4', 'w4a32', 'w32a4'], seeds=[0]),
     dict(digits, **digits_det, float_config='configs/det/yolox_nano_digits.py'),
     dict(digits, **digits_seg, float_config='configs/seg/pspnet_r18_digits.py'),
@@ -90,7 +133,7 @@ runs = [
         seeds=[0, 1, 2],
         variants={
             'groups16_straight_through': {**ablation['groups16'], **ablation['straight_through']},
-            # Four levels of 2 bits, as LSQ's paper has them. T is that of the code -2, so this k is the default's step.
+            # Four levels of 2 bits with a zero, as LSQ's paper has them. T is that of the code -2.
             'full_range_k4': full_range,
             'learned_full_range_k4': learned,
             'lsq_plus_weight': {'quantization.weight.method': 'lsq_plus'},
@@ -109,4 +152,5 @@ runs = [
         for part in (cifar10, digits_det, digits_seg)
     ),
 ]
-del methods, cifar10, digits, digits_det, digits_seg, ablation, full_range, learned, trials
+del methods, cifar10, digits, digits_det, digits_seg, ablation, learned, trials
+del with_zero, full_range, mean_of_all, distilled

@@ -24,10 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES, RECORDS = ROOT / 'docs/figures', ROOT / 'docs/records'
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
 
-OLDER_REVISIONS = '72ead34 682ec0e bfb35bb eba5742 0043b15 ea766ce ce15fee 233ee37'.split()
-"""Revisions of the code, by which records were made, with k = 10 for signed 8-bit inputs; it is 20 since then."""
+DEFAULTS_SINCE = '2026-11-29'
+"""Day since which GDRQ's activations leave zeros out of their mean, and its weights have the k of today and, at 2 bits,
+four levels. A day is compared with the time of a record."""
 OLDER = '†'
-OLDER_NOTE = f'{OLDER} measured with an older default, k = 10 for signed 8-bit inputs (now 20).'
+OLDER_NOTE = (
+    f'{OLDER} measured with older defaults of GDRQ: T of activations from the mean of all values, k = 3.5 for weights '
+    'of 4 bits, three levels for those of 2.'
+)
 
 Records = list[Any]
 Row = dict[str, str]
@@ -52,8 +56,8 @@ def rows_of(records: Records) -> list[Row]:
 
 
 def is_older(record: Any) -> bool:
-    """Whether the record was made with a default of GDRQ's activations that has changed since."""
-    return record['model']['methods'][1] == 'gdrq' and record['git']['commit'][:7] in OLDER_REVISIONS
+    """Whether the record was made with defaults of GDRQ that have changed since."""
+    return 'gdrq' in record['model']['methods'] and record['time'] < DEFAULTS_SINCE
 
 
 def _key(record: Any) -> tuple[str, ...]:
