@@ -54,9 +54,9 @@ ablation = {
     'reshape': {'quantization.weight.gdrq.clip': 'project', 'quantization.schedule.reshape': 0.3},
     'undeployable': {'quantization.deployable': False},
 }
-# What the defaults were before: levels with a zero, and the mean over all values of an activation.
-with_zero = {'quantization.weight.gdrq.levels': 'with_zero'}
-full_range = {'quantization.weight.gdrq.narrow_range': False, 'quantization.weight.gdrq.k': 4}
+# What the defaults were before: three levels of 2 bits, and the mean over all values of an activation.
+narrow = {'quantization.weight.gdrq.levels': 'narrow'}
+full_range = {'quantization.weight.gdrq.levels': 'full', 'quantization.weight.gdrq.k': 4}
 mean_of_all = {'quantization.activation.gdrq.mean': 'all', 'quantization.activation.gdrq.k': 12}
 distilled = {'quantization.distill.temperature': 2.0}
 runs = [
@@ -76,9 +76,9 @@ runs = [
         bits=['w2a4'],
         seeds=[0, 1, 2],
         variants={
-            'with_zero': with_zero,
+            'narrow': narrow,
             'mean_of_all': mean_of_all,
-            'with_zero_mean_of_all': {**with_zero, **mean_of_all},
+            'narrow_mean_of_all': {**narrow, **mean_of_all},
         },
     ),
     dict(
@@ -153,4 +153,4 @@ runs = [
     ),
 ]
 del methods, cifar10, digits, digits_det, digits_seg, ablation, learned, trials
-del with_zero, full_range, mean_of_all, distilled
+del narrow, full_range, mean_of_all, distilled

@@ -59,7 +59,7 @@ def inside_range(x, threshold, bits, signed=True, narrow=True, zero_point=0):
     return ((x >= lo * step) & (x <= hi * step)).astype(x.dtype)
 
 
-def search_threshold(weight, bits, candidates, p=2):
+def search_threshold(weight, bits, candidates, p=2, quantize=quantize):
     """The threshold of least quantized loss on an even grid up to max|w|."""
     grid = np.abs(weight).max() * np.arange(1, candidates + 1) / candidates
     return grid[np.argmin([quantized_loss(weight, quantize(weight, t, bits), p) for t in grid])]

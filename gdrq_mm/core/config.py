@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from .distill import Distill
 from .errors import UserError
 from .quantizers import ACTIVATION_METHODS, METHODS, OF_BITS, WEIGHT_METHODS
 from .typed import Bounds, check_fields, near
@@ -89,8 +90,7 @@ class Weight(Side):
     of_method = dict(groups=None)
 
     groups: Annotated[int, Bounds(1, closed=True)] | Literal['channel'] | None = None
-    """Number of groups of filters with a threshold each; 'channel' is one a filter; None is what the method's paper
-    has, 4 for GDRQ. At most the filters are used."""
+    """Groups of filters with a threshold each, at most as many as filters; None: those of the method's paper."""
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Distill:
-    """Distillation from the float model (core/distill.py), for all methods."""
-
-    weight: Annotated[float, Bounds(0, 1000)] = 1.0
-    """Of the distance to the teacher's outputs, beside the loss of the task."""
-    temperature: Annotated[float, Bounds(0, 100)] = 2.0
-    """Divides the logits of both."""
-    teacher: str | None = None
-    """Checkpoint of the float model; None: that of `load_from`."""
-
-
-@dataclass(frozen=True)
 class Quantization:
     """The whole `quantization` dict."""
 
@@ -136,12 +124,10 @@ class Quantization:
     first_last_bits: int = 8
     """Bits of weights and inputs of the first and last layers (docs/method.md, section 5); a float side stays float."""
     deployable: bool = True
-    """Simulate what the integer graph needs: one quantizer for all readers of a tensor, 8-bit operands of additions,
-    8-bit outputs of convolutions in front of an activation function such as SiLU, and in evaluation biases that are
-    whole multiples of one unit of the integer sums."""
+    """Simulate what the integer graph needs: one quantizer for all readers of a tensor, 8-bit operands of additions and
+    inputs of activation functions such as SiLU, and in evaluation biases in whole units of the integer sums."""
     schedule: Schedule = Schedule()
     distill: Distill | None = None
-    """None: without distillation."""
     control: bool = False
     """Every quantizer off: the float model, trained on by this very recipe, for comparison."""
     calibration_batches: Annotated[int, Bounds(1, closed=True)] = 8

@@ -53,7 +53,6 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
 
     Args:
         model: any module; its Parameters stay the same objects.
-        config: see gdrq_mm/core/config.py.
         plan: what :func:`topology.record` returns. Without it the order of the modules tells the first and the last
             layer, and `deployable` has no effect.
 

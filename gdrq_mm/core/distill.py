@@ -8,7 +8,8 @@ equal outputs, and have the gradient of `ours` alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn as nn
@@ -17,8 +18,21 @@ from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_so
 
 from .errors import UserError
 from .quantizers.base import in_backward
+from .typed import Bounds
 
 Distance = Callable[[Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distillation from the float model (the dict `quantization.distill`), for all methods."""
+
+    weight: Annotated[float, Bounds(0, 1000)] = 1.0
+    """Of the distance to the teacher's outputs, beside the loss of the task."""
+    temperature: Annotated[float, Bounds(0, 100)] = 2.0
+    """Divides the logits of both."""
+    teacher: str | None = None
+    """Checkpoint of the float model; None: that of `load_from`."""
 
 
 def of_classes(ours: Tensor, theirs: Tensor, temperature: float) -> Tensor:
@@ -90,7 +104,6 @@ class Distillation:
 
         return collect
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of the forwards since the last call, a scalar.
 

@@ -25,17 +25,13 @@ def code_range(bits: int, signed: bool, narrow_range: bool = True, zero_point: i
     """Smallest and largest code of an n-bit quantizer.
 
     Args:
-        bits: n, 2 to 8.
-        signed: signed codes; otherwise unsigned.
-        narrow_range: leave out the code -2^(n-1), so that the range is symmetric (ours; the paper's Fig. 5 draws
+        narrow_range: leave out the code -2^(n-1), so that a signed range is symmetric (ours; the paper's Fig. 5 draws
             the full range).
         zero_point: shift of an unsigned range, in codes: it becomes [-z, 2^n - 1 - z].
 
     Examples:
-        >>> code_range(4, signed=True), code_range(4, signed=True, narrow_range=False)
-        ((-7, 7), (-8, 7))
-        >>> code_range(4, signed=False), code_range(4, signed=False, zero_point=1)
-        ((0, 15), (-1, 14))
+        >>> code_range(4, signed=True), code_range(4, signed=False), code_range(4, signed=False, zero_point=1)
+        ((-7, 7), (0, 15), (-1, 14))
     """
     if signed:
         top = 2 ** (bits - 1)
@@ -44,11 +40,7 @@ def code_range(bits: int, signed: bool, narrow_range: bool = True, zero_point: i
 
 
 def step_size(threshold: Tensor, lo: int, hi: int) -> Tensor:
-    """Step d = T / max(-lo, hi): the code farthest from zero stands for the threshold (docs/method.md, section 1).
-
-    That is T / (2^(n-1) - 1) for signed codes, T / 2^(n-1) for the full signed range, T / (2^n - 1) for unsigned
-    ones, T / (2^n - 1 - z) with a zero point z.
-    """
+    """Step d = T / max(-lo, hi): the code farthest from zero stands for the threshold (docs/method.md, section 1)."""
     return threshold / max(-lo, hi)
 
 
@@ -131,10 +123,7 @@ def max_abs(weight: Tensor, sizes: Tensor) -> Tensor:
 
 
 def scale_clip_threshold(weight: Tensor, k: float, sizes: Tensor) -> Tensor:
-    """Scale-Clip's threshold of each group, T_g = k * mean(|w|) over the group's filters: (C, ...) gives (G,).
-
-    k = 2 is the smallest k that leaves a uniform distribution unchanged.
-    """
+    """Scale-Clip's threshold of each group, T_g = k * mean(|w|) over the group's filters: (C, ...) gives (G,)."""
     return scaled_mean(mean_abs(weight, sizes), k)
 
 

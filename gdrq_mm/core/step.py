@@ -16,13 +16,10 @@ from .ranks import all_reduce
 
 @torch.no_grad()
 def after_step(model: nn.Module, step: int | None = None) -> None:
-    """Call once after each optimizer step: project weights, then move the thresholds of activations.
+    """Call once after each optimizer step, before an average of the weights: project weights, then move thresholds.
 
-    Statistics of all forwards since the last call and of all processes are added up, in one collective; so call it not
-    between the forwards of gradient accumulation. It belongs before an average of the weights (EMA).
-
-    Args:
-        step: number of the optimizer step, from 0, where a training may be resumed; None counts the calls.
+    Statistics of all forwards since the last call and of all processes are added up, in one collective. `step` is the
+    number of the optimizer step, from 0, where a training may be resumed; None counts the calls.
     """
     if step is None:
         step = model.steps_taken = getattr(model, 'steps_taken', -1) + 1  # type: ignore[assignment]

@@ -33,17 +33,12 @@ class Bounds:
 def check_fields(
     cls: Any, given: Any, path: str, layer: str = '', also: Iterable[str] = (), hidden: Iterable[str] = ()
 ) -> Mapping[str, Any]:
-    """Returns `given` if it is a dict whose keys are fields of a dataclass, with values of their types.
+    """`given`, if it is a dict whose keys are fields of a dataclass, with values of their types; else a UserError.
 
     Args:
         cls: the dataclass; a field that is a dataclass itself takes a dict, whose keys are not looked at.
-        path: what leads to the dict, for messages.
-        layer: what follows a message about a value, such as ' (layer backbone.conv1)'.
-        also: keys that are allowed; their values are not checked here.
-        hidden: fields that no key may name.
-
-    Raises:
-        UserError: with field, value and choices.
+        path, layer: what leads to the dict in a message, and what follows one, such as ' (layer backbone.conv1)'.
+        also: keys that are allowed, whatever their values; and `hidden` are fields that no key may name.
     """
     hints = get_type_hints(cls, include_extras=True)
     fields = [f.name for f in dataclasses.fields(cls) if f.name not in hidden]

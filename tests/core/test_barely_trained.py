@@ -43,7 +43,9 @@ def seen_in_training(model, x):
     seen = {}
     for name, quantizer in activation_quantizers(model).items():
         quantizer.set_state(stage=Stage.FLOAT)
-        quantizer.register_forward_pre_hook(lambda q, args, name=name: seen.update({name: float(args[0].abs().mean())}))
+        quantizer.register_forward_pre_hook(
+            lambda q, args, name=name: seen.update({name: float(args[0].abs().sum() / (args[0] != 0).sum())})
+        )
     set_stage(model, Stage.FLOAT)
     with torch.no_grad():
         model.train()(x)

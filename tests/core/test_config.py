@@ -170,14 +170,10 @@ BAD = [
     (dict(weight=dict(gdrq=dict(clip='off'))), ["quantization.weight.gdrq.clip='off'", "'forward', 'project'"]),
     (dict(weight=dict(gdrq=dict(gradient='x'))), ["gdrq.gradient='x'", "'masked', 'straight_through'"]),
     (dict(weight=dict(gdrq=dict(threshold='x'))), ["gdrq.threshold='x'", "'scale_clip', 'search'"]),
-    (dict(weight=dict(gdrq=dict(levels='half'))), ["gdrq.levels='half'", "'with_zero', 'without_zero'"]),
+    (dict(weight=dict(gdrq=dict(levels='half'))), ["gdrq.levels='half'", "'narrow', 'full', 'without_zero'"]),
     (
         dict(weight=dict(bits=4, gdrq=dict(levels='without_zero'))),
         ["gdrq.levels='without_zero'", '2 and 3 bits, not for 4'],
-    ),
-    (
-        dict(weight=dict(bits=2, gdrq=dict(levels='without_zero', narrow_range=False))),
-        ["weight.gdrq: levels='without_zero' and narrow_range=False exclude each other"],
     ),
     (
         dict(overrides={'*.fc': dict(weight=dict(bits=5, gdrq=dict(levels='without_zero')))}),
@@ -187,8 +183,8 @@ BAD = [
     (dict(distill=dict(temprature=1)), ["distill has no key 'temprature'", "'temperature'"]),
     (dict(distill=2), ['distill=2']),
     (dict(control=1), ['control=1', 'True, False']),
-    (dict(weight=dict(gdrq=dict(narrow_range='x'))), ["gdrq.narrow_range='x'", 'True, False']),
-    (dict(weight=dict(gdrq=dict(narrow_range=1))), ['gdrq.narrow_range=1', 'True, False']),
+    (dict(weight=dict(method='lsq', lsq=dict(narrow_range='x'))), ["lsq.narrow_range='x'", 'True, False']),
+    (dict(weight=dict(method='lsq', lsq=dict(narrow_range=1))), ['lsq.narrow_range=1', 'True, False']),
     (dict(activation=dict(gdrq=dict(momentum=0))), ['quantization.activation.gdrq.momentum=0', 'above 0', 'most 1']),
     (dict(activation=dict(gdrq=dict(momentum=1.1))), ['quantization.activation.gdrq.momentum=1.1', 'most 1']),
     (dict(activation=dict(gdrq=dict(momentum=None))), ['quantization.activation.gdrq.momentum=None', 'most 1']),
@@ -207,7 +203,7 @@ def test_a_bad_value_is_named_with_its_field_and_the_choices(cfg, fragments):
 
 KEYS = st.sampled_from(
     'weight activation first_last_bits deployable schedule calibration_batches skip overrides method bits groups range '
-    'gdrq k clip gradient threshold narrow_range momentum mean reshape freeze * backbone.conv1'.split()
+    'gdrq k clip gradient threshold levels momentum mean reshape freeze * backbone.conv1'.split()
 )
 LEAVES = st.one_of(
     st.none(),

@@ -32,8 +32,8 @@ def kl(p, q):
 def test_distances_of_scores_are_kl_divergences(ours, theirs, t):
     one, other = ours.astype(np.float64) / t, theirs.astype(np.float64) / t
     classes = kl(softmax(other, 1), softmax(one, 1)).sum(1).mean() * t**2
-    p, q = (1 / (1 + np.exp(-x)) for x in (other, one))
-    sigmoids = (kl(p, q) + kl(1 - p, 1 - q)).sum(1).mean() * t**2
+    (p, q), (no_p, no_q) = ([1 / (1 + np.exp(-sign * x)) for x in (other, one)] for sign in (1, -1))
+    sigmoids = (kl(p, q) + kl(no_p, no_q)).sum(1).mean() * t**2
     pair = torch.from_numpy(ours), torch.from_numpy(theirs)
     assert float(of_classes(*pair, t)) == pytest.approx(classes, rel=1e-4, abs=1e-4)
     assert float(of_probabilities(*pair, t)) == pytest.approx(sigmoids, rel=1e-3, abs=1e-3)

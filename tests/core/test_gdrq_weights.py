@@ -41,7 +41,7 @@ def thresholds_of(weight, k, groups):
 @pytest.mark.parametrize('narrow', [True, False])
 def test_quantized_weights_equal_the_reference(bits, groups, narrow):
     weight = torch.randn(10, 3, 3, 3)
-    quantizer = weight_quantizer(weight, bits, groups, k=2.5, narrow_range=narrow, levels='with_zero').eval()
+    quantizer = weight_quantizer(weight, bits, groups, k=2.5, levels='narrow' if narrow else 'full').eval()
     expected = reference.quantize_groups(double(weight), thresholds_of(weight, 2.5, groups), bits, narrow)
     np.testing.assert_allclose(quantizer(weight), expected, rtol=1e-5, atol=1e-6)
 
@@ -68,15 +68,14 @@ def test_a_group_depends_on_its_own_filters_only():
 
 @pytest.mark.parametrize('bits', range(2, 9))
 def test_k_depends_on_the_bits_unless_it_is_given(bits):
-    assert GDRQWeight(bits, (4, 3), levels='with_zero').k == WEIGHT_K[bits]
+    assert GDRQWeight(bits, (4, 3), levels='narrow').k == WEIGHT_K[bits]
     assert GDRQWeight(bits, (4, 3), k=1.25).k == 1.25
 
 
 @pytest.mark.parametrize('bits', range(2, 9))
 def test_the_full_range_has_the_step_of_the_narrow_one(bits):
     weight = torch.randn(4, 3, 3, 3)
-    options = [dict(narrow_range=narrow, levels='with_zero') for narrow in (True, False)]
-    narrow, full = (weight_quantizer(weight, bits, **each).step(weight) for each in options)
+    narrow, full = (weight_quantizer(weight, bits, levels=levels).step(weight) for levels in ('narrow', 'full'))
     assert torch.allclose(narrow, full, rtol=1e-6)
 
 
@@ -91,10 +90,12 @@ def test_a_dead_group_gives_zero_and_finite_gradients():
 
 @pytest.mark.parametrize('source', SOURCES)
 @LAW
-@given(weight=WEIGHTS, bits=st.integers(2, 8), groups=st.integers(1, 5), narrow=st.booleans())
-def test_codes_times_step_is_what_evaluation_returns(source, weight, bits, groups, narrow):
+@given(
+    weight=WEIGHTS, bits=st.integers(2, 8), groups=st.integers(1, 5), levels=st.sampled_from(['narrow', 'full', None])
+)
+def test_codes_times_step_is_what_evaluation_returns(source, weight, bits, groups, levels):
     weight = torch.from_numpy(weight)
-    quantizer = weight_quantizer(weight, bits, groups, threshold=source, narrow_range=narrow).eval()
+    quantizer = weight_quantizer(weight, bits, groups, threshold=source, levels=levels).eval()
     with torch.no_grad():
         codes, step, out = quantizer.codes(weight), quantizer.step(weight), quantizer(weight)
     assert codes.dtype == torch.int8 and codes.min() >= quantizer.lo and codes.max() <= quantizer.hi
@@ -143,12 +144,12 @@ def test_masked_gradient_without_a_zero_passes_in_the_outer_cells_too(bits):
 
 
 def test_two_bits_have_four_levels_by_default():
-    weight = torch.randn(4, 3, 3, 3)
-    default, full = weight_quantizer(weight, 2), weight_quantizer(weight, 2, narrow_range=False)
+    weight = torch.randn(64, 3, 3, 3)
+    default, full = weight_quantizer(weight, 2), weight_quantizer(weight, 2, levels='full')
     assert default.k == WEIGHT_K_WITHOUT_ZERO[2] and default.codes(weight).unique().tolist() == [-3, -1, 1, 3]
     assert full.codes(weight).unique().tolist() == [-2, -1, 0, 1]
     assert weight_quantizer(weight, 3).codes(weight).unique().tolist() == list(range(-3, 4))
-    assert weight_quantizer(weight, 2, levels='with_zero').codes(weight).unique().tolist() == [-1, 0, 1]
+    assert weight_quantizer(weight, 2, levels='narrow').codes(weight).unique().tolist() == [-1, 0, 1]
 
 
 @LAW
@@ -166,12 +167,12 @@ def test_uniform_weights_lose_less_without_a_zero():
     """12.0 dB against 9.5: the share of the signal that is lost, by 2 bits at the best step."""
     weight = torch.rand(4, 4096, generator=torch.Generator().manual_seed(0)) * 2 - 1
     lost = {}
-    for levels in ('with_zero', 'without_zero'):
+    for levels in ('narrow', 'without_zero'):
         quantizer = weight_quantizer(weight, 2, threshold='search', levels=levels)
         lost[levels] = float((quantizer(weight) - weight).square().mean() / weight.square().mean())
     decibels = {name: -10 * np.log10(value) for name, value in lost.items()}
     assert decibels['without_zero'] == pytest.approx(12.0, abs=0.1)
-    assert decibels['with_zero'] == pytest.approx(9.5, abs=0.1)
+    assert decibels['narrow'] == pytest.approx(9.5, abs=0.1)
 
 
 # ---- weights: gradients ---------------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_uniform_weights_lose_less_without_a_zero():
 def test_masked_gradient_is_exact_and_the_threshold_takes_none(stage, narrow):
     weight = torch.randn(8, 3, 3, 3, requires_grad=True)
     upstream = torch.randn(8, 3, 3, 3)
-    quantizer = weight_quantizer(weight, 3, groups=2, k=1.5, narrow_range=narrow, stage=stage)
+    quantizer = weight_quantizer(weight, 3, groups=2, k=1.5, levels='narrow' if narrow else 'full', stage=stage)
     quantizer(weight).backward(upstream)
     thresholds = thresholds_of(weight, 1.5, 2)
     halves = [reference.inside_range(double(weight)[4 * g : 4 * g + 4], thresholds[g], 3, True, narrow) for g in (0, 1)]
@@ -262,10 +263,13 @@ def test_the_threshold_follows_the_weights_until_it_is_frozen():
 @pytest.mark.parametrize('bits', [2, 4])
 def test_search_finds_the_threshold_of_least_loss_in_each_group(bits):
     weight = torch.randn(9, 4, 3, 3)
-    quantizer = weight_quantizer(weight, bits, groups=2, threshold='search')
-    for g, filters in enumerate((double(weight)[:5], double(weight)[5:])):
-        best = reference.search_threshold(filters, bits, 64)
-        assert float(quantizer.threshold[g]) == pytest.approx(best, rel=1e-5)
+    for levels, quantize in (('narrow', reference.quantize), ('without_zero', reference.quantize_without_zero)):
+        if bits > 3 and levels == 'without_zero':
+            continue
+        quantizer = weight_quantizer(weight, bits, groups=2, threshold='search', levels=levels)
+        for g, filters in enumerate((double(weight)[:5], double(weight)[5:])):
+            best = reference.search_threshold(filters, bits, 64, quantize=quantize)
+            assert float(quantizer.threshold[g]) == pytest.approx(best, rel=1e-5)
 
 
 def test_search_runs_again_once_in_an_interval():

@@ -208,10 +208,10 @@ def test_every_method_without_a_learned_step(method, reference):
     [
         dict(weight=dict(bits=4, gdrq=dict(gradient='straight_through'))),
         dict(activation=dict(bits=4, gdrq=dict(gradient='straight_through', mean='all'))),
-        dict(weight=dict(bits=4, groups='channel', gdrq=dict(clip='project', narrow_range=False))),
+        dict(weight=dict(bits=4, groups='channel', gdrq=dict(clip='project', levels='full'))),
         dict(weight=dict(bits=4, gdrq=dict(threshold='search'))),
         dict(weight=dict(bits=2, gdrq=dict(threshold='search', gradient='straight_through'))),
-        dict(weight=dict(bits=2, gdrq=dict(levels='with_zero'))),
+        dict(weight=dict(bits=2, gdrq=dict(levels='narrow'))),
         dict(weight=dict(bits=3, groups='channel', gdrq=dict(levels='without_zero', clip='project'))),
     ],
     ids=str,
@@ -329,7 +329,7 @@ def test_somebody_who_looks_at_a_quantizer_sees_its_values():
     model(x)
     for handle in handles:
         handle.remove()
-    assert len(seen[0].unique()) <= 8 and len(seen[1].unique()) <= 3 * 4
+    assert len(seen[0].unique()) <= 8 and len(seen[1].unique()) <= 4 * 4
 
 
 # ---- other ways to run a model --------------------------------------------------------------------------------------

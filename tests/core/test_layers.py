@@ -209,7 +209,7 @@ def test_a_filter_of_a_transposed_convolution_makes_one_output_channel(name):
 def test_a_transposed_convolution_has_a_threshold_for_each_output_channel(name):
     layer = LAYERS[name]()
     scale = torch.logspace(-3, 3, layer.out_channels)
-    new = quantized(layer, *bits(4, 32, groups='channel'))
+    new = quantized(layer, *bits(4, 32, groups='channel', options=dict(k=3.5)))
     with torch.no_grad():
         layer.weight.copy_(new.set_filters(new.filters() * scale[:, None, None, None]))
     _, weight, _ = new.operands(image())

@@ -27,9 +27,10 @@ OTHER_SUBJECTS = {
     'prepare',
     'fused',
     'choice',
+    'distill',
 }
 """Modules of core/ that are not about what GDRQ computes: what feeds what, deployment, pyramid levels, processes, the
-loop around calibration, finding modules in a model, and where kernels compute the same at more speed."""
+loop around calibration, finding modules in a model, distillation, and where kernels compute the same at more speed."""
 OTHER_FIELDS = ('Report.fields', 'Quantizer.Options.fields')
 """Those of the layer table, and of options that GDRQ replaces by its own."""
 MOST = 800

@@ -79,7 +79,8 @@ def test_an_activation_threshold_starts_from_the_first_training_forward():
 @pytest.mark.parametrize('stage', [Stage.RESHAPE, Stage.QUANTIZE, Stage.FREEZE])
 def test_the_state_of_a_weight_quantizer_survives_a_checkpoint(source, stage):
     weight = torch.randn(6, 3, 3, 3)
-    saved = weight_quantizer(weight, 3, groups=2, source=source, stage=stage, narrow_range=False)
+    full = dict(narrow_range=False) if WEIGHTS[source][0] == 'lsq' else dict(levels='full')
+    saved = weight_quantizer(weight, 3, groups=2, source=source, stage=stage, **full)
     loaded = unstarted(weight.shape, 3, 2, source)
     loaded.load_state_dict(saved.state_dict())
     assert (loaded.stage, loaded.calibrated, loaded.lo, loaded.hi) == (stage, True, -4, 3)

@@ -239,7 +239,7 @@ def test_a_negative_gamma_and_the_lowest_code(bits):
     layer.weight.data = torch.tensor([[[[-1.0]]], [[[0.3]]]])
     norm = nn.BatchNorm2d(2)
     norm.weight.data.fill_(-1)
-    options = dict(weight=dict(bits=bits, groups=1, gdrq=dict(narrow_range=False, threshold='search')))
+    options = dict(weight=dict(bits=bits, groups=1, gdrq=dict(levels='full', threshold='search')))
     x = torch.rand(2, 1, 4, 4)
     model, plan = prepared(nn.Sequential(layer, norm), x, overrides={'*': options})
     assert int(model[0].weight_quant.codes(model[0].weight).min()) == -(2 ** (bits - 1))

@@ -57,13 +57,9 @@ class ActivationQuantizer(Quantizer):
     def observe(self, x: Tensor) -> None:
         """Collect statistics of a calibration batch: sum|x|, count, count of non-zeros, -min, max."""
         x = x.detach().float()
-        total = x.abs().sum()
-        if not bool(torch.isfinite(total)):  # beyond float32, if the values are finite
-            total = x.abs().sum(dtype=torch.float64)
         low, high = torch.aminmax(x)
-        count = torch.tensor(float(x.numel()), device=x.device)
-        counts = count, torch.count_nonzero(x).float()
-        self._observed.append(torch.stack([v.double() for v in (total, *counts, -low, high)]))
+        counts = torch.tensor(x.numel(), device=x.device), (x != 0).sum()
+        self._observed.append(torch.stack([v.double() for v in (F.sum_abs(x), *counts, -low, high)]))
         if self.keeps_samples:
             few = x.flatten()[:: math.ceil(x.numel() / SAMPLES)].clone()  # the model may go on in place
             self.samples = few if self.samples is None else torch.cat([self.samples, few])

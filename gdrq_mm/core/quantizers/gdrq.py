@@ -8,7 +8,7 @@ activations, and that their mean leaves out zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -46,8 +46,8 @@ SEARCH_INTERVAL = 100
 
 
 def default_weight_k(bits: int, lo: int, hi: int) -> float:
-    """WEIGHT_K for codes from lo to hi."""
-    return WEIGHT_K[bits] * -lo / hi
+    """The default k for codes from lo to hi."""
+    return WEIGHT_K_WITHOUT_ZERO[bits] if hi >= 2 ** (bits - 1) else WEIGHT_K[bits] * -lo / hi
 
 
 @register('gdrq', title='GDRQ')
@@ -67,34 +67,26 @@ class GDRQWeight(WeightQuantizer):
         """Of a clipped weight: 0 or 1."""
         threshold: Literal['scale_clip', 'search'] = 'scale_clip'
         """'scale_clip', or 'search', the T of least quantized loss."""
-        narrow_range: bool = True
-        """Leave out the code -2^(n-1)."""
-        levels: Literal['with_zero', 'without_zero'] | None = field(default=None, metadata=OF_BITS)
-        """'without_zero': all 2^n levels, at the odd multiples of half a step; for 2 and 3 bits. None: so at 2 bits,
-        unless narrow_range is False."""
+        levels: Literal['narrow', 'full', 'without_zero'] | None = field(default=None, metadata=OF_BITS)
+        """'narrow': -1, 0 and 1 steps of 2 bits; 'full': -2 too; 'without_zero', for 2 and 3 bits: -3, -1, 1 and 3 half
+        steps. None: 'without_zero' at 2 bits, else 'narrow'."""
 
     options: Options
 
-    def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None, **options: Any) -> None:
-        super().__init__(bits, shape, groups, **options)
-        levels, narrow = self.options.levels, self.options.narrow_range
-        if levels == 'without_zero' or (levels is None and bits == 2 and narrow):
-            self.set_state(lo=1 - 2**bits, hi=2**bits - 1)
+    def code_range(self) -> tuple[int, int]:
+        levels = self.options.levels or ('without_zero' if self.bits == 2 else 'narrow')
+        top = 2**self.bits - 1
+        return (-top, top) if levels == 'without_zero' else F.code_range(self.bits, True, levels == 'narrow')
 
     @classmethod
     def check_options(cls, bits: int, options: Mapping[str, Any], path: str) -> None:
-        if options.get('levels') == 'without_zero':
-            if bits not in WEIGHT_K_WITHOUT_ZERO:
-                raise UserError(f"{path}.levels='without_zero' is for 2 and 3 bits, not for {bits}")
-            if not options.get('narrow_range', True):
-                raise UserError(f"{path}: levels='without_zero' and narrow_range=False exclude each other")
+        if options.get('levels') == 'without_zero' and bits not in WEIGHT_K_WITHOUT_ZERO:
+            raise UserError(f"{path}.levels='without_zero' is for 2 and 3 bits, not for {bits}")
 
     @property
     def k(self) -> float:
         """The k in use."""
-        if self.options.k is not None:
-            return self.options.k
-        return default_weight_k(self.bits, self.lo, self.hi) if self.apart == 1 else WEIGHT_K_WITHOUT_ZERO[self.bits]
+        return default_weight_k(self.bits, self.lo, self.hi) if self.options.k is None else self.options.k
 
     def start_threshold(self, weight: Tensor) -> Tensor:
         if self.options.threshold == 'search':

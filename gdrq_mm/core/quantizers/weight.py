@@ -22,7 +22,7 @@ class WeightQuantizer(Quantizer):
         shape: of the filters, (C_out, ...).
         groups: thresholds; a number of contiguous groups (at most C_out are used), or 'channel'; None: the method's
             `default_groups`.
-        options: the method's own; with `narrow_range=False` there is the code -2^(n-1) too.
+        options: the method's own.
     """
 
     default_groups: int | str = 1
@@ -38,10 +38,14 @@ class WeightQuantizer(Quantizer):
         """The filters as prepare.py has quantized them for the last forward of the model; see `codes_in_use`."""
         groups = self.default_groups if groups is None else groups
         count = shape[0] if groups == 'channel' else min(int(groups), shape[0])
-        lo, hi = F.code_range(bits, True, getattr(self.options, 'narrow_range', True))
+        lo, hi = self.code_range()
         self.set_state(lo=lo, hi=hi)
         self.register_buffer('sizes', torch.tensor(F.group_sizes(shape[0], count)), persistent=False)
         self.register_buffer('threshold', torch.zeros(count))
+
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code; an option `narrow_range=False` adds -2^(n-1)."""
+        return F.code_range(self.bits, True, getattr(self.options, 'narrow_range', True))
 
     @property
     def apart(self) -> int:

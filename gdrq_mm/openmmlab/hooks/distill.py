@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -29,6 +30,7 @@ class DistillHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = bare_model(runner.model)
         distillation = distillation_of(model, runner.cfg, bool(runner.cfg.get('unsafe_load')))
+        distance = torch.compiler.disable(distillation) if runner.cfg.get('compile') else distillation
         runner.logger.info(f'Distillation compares {", ".join(distillation.distances)}.')
 
         def begin(module: Any, args: Any, kwargs: Any) -> None:
@@ -39,7 +41,7 @@ class DistillHook(Hook):
             if mode != 'loss' or not module.training:
                 return
             given = dict(zip(('inputs', 'data_samples'), args)) | kwargs
-            losses['loss_distill'] = distillation(given['inputs'], given.get('data_samples'))
+            losses['loss_distill'] = distance(given['inputs'], given.get('data_samples'))
 
         self._handles = [
             model.register_forward_pre_hook(begin, with_kwargs=True),
