@@ -54,11 +54,7 @@ ablation = {
     'reshape': {'quantization.weight.gdrq.clip': 'project', 'quantization.schedule.reshape': 0.3},
     'undeployable': {'quantization.deployable': False},
 }
-# What the defaults were before: three levels of 2 bits, and the mean over all values of an activation.
-narrow = {'quantization.weight.gdrq.levels': 'narrow'}
 full_range = {'quantization.weight.gdrq.levels': 'full', 'quantization.weight.gdrq.k': 4}
-mean_of_all = {'quantization.activation.gdrq.mean': 'all', 'quantization.activation.gdrq.k': 12}
-distilled = {'quantization.distill.temperature': 2.0}
 runs = [
     dict(
         cifar10,
@@ -67,46 +63,7 @@ runs = [
         bits=['w4a4', 'w2a4'],
         seeds=[0, 1, 2],
     ),
-    dict(
-        cifar10, methods=['gdrq'], bits=['w4a4'], seeds=[0, 1, 2], variants={'control': {'quantization.control': True}}
-    ),
-    dict(
-        cifar10,
-        methods=['gdrq'],
-        bits=['w2a4'],
-        seeds=[0, 1, 2],
-        variants={
-            'narrow': narrow,
-            'mean_of_all': mean_of_all,
-            'narrow_mean_of_all': {**narrow, **mean_of_all},
-        },
-    ),
-    dict(
-        cifar10,
-        methods=['gdrq'],
-        bits=['w4a4'],
-        seeds=[0, 1, 2],
-        variants={
-            'mean_of_all': mean_of_all,
-            'weight_k35': {'quantization.weight.gdrq.k': 3.5},
-            'mean_of_all_weight_k35': {**mean_of_all, 'quantization.weight.gdrq.k': 3.5},
-        },
-    ),
-    dict(
-        cifar10,
-        methods=['gdrq', 'lsq', 'lsq_plus'],
-        bits=['w4a4', 'w2a4'],
-        seeds=[0, 1, 2],
-        variants={'distilled': distilled},
-    ),
     dict(cifar10, methods=methods, bits=['w3a3', 'w2a2'], seeds=[0]),
-    dict(
-        cifar10,
-        methods=['gdrq'],
-        bits=['w3a3'],
-        seeds=[0],
-        variants={'without_zero': {'quantization.weight.gdrq.levels': 'without_zero'}},
-    ),
     dict(cifar10, methods=['ptq'], bits=['w8a8', 'w4a4', 'w4a32', 'w32a4'], seeds=[0]),
     dict(digits, **digits_det, float_config='configs/det/yolox_nano_digits.py'),
     dict(digits, **digits_seg, float_config='configs/seg/pspnet_r18_digits.py'),
@@ -152,5 +109,4 @@ runs = [
         for part in (cifar10, digits_det, digits_seg)
     ),
 ]
-del methods, cifar10, digits, digits_det, digits_seg, ablation, learned, trials
-del narrow, full_range, mean_of_all, distilled
+del methods, cifar10, digits, digits_det, digits_seg, ablation, full_range, learned, trials
