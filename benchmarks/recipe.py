@@ -1,5 +1,6 @@
-# What GDRQ's defaults, distillation and the training itself give, for tools/sweep.py: one epoch from one float model,
-# three seeds, beside LSQ+ with the same settings. `python tools/sweep.py benchmarks/recipe.py` goes on where it stopped.
+# What GDRQ's defaults, distillation and the training itself give, for tools/sweep.py: one epoch from one float
+# model, three seeds, beside LSQ+ with the same settings. `python tools/sweep.py benchmarks/recipe.py` goes on where it
+# stopped.
 work_dir = 'work_dirs/recipe'
 records = 'docs/records/recipe'
 
