@@ -396,6 +396,18 @@ def chosen(args: argparse.Namespace, console: Console) -> list[str]:
     return names
 
 
+def save(rows: list[dict[str, Any]], names: list[str], args: argparse.Namespace) -> None:
+    """Write what was measured so far."""
+    about = dict(
+        settings=dict(rounds=args.rounds, batch=args.batch, size=args.size),
+        device=DEVICE.type,
+        kernels=native.description(),
+        rows=rows,
+        versions=dict(brevitas=version('brevitas') if 'brevitas' in names else None),
+    )
+    write_figure(args.out, about, Console(quiet=True))
+
+
 def run() -> None:
     args = parse_args()
     if args.memory_of:
@@ -412,16 +424,10 @@ def run() -> None:
         found = measure(names, title, precision, args, console)
         add_ratios(found)
         rows += found
+        save(rows, names, args)  # what was measured is not lost if a later model cannot be
         count = args.batch or MODELS[title][1]
         console.print(show(found, f'{title}, {count} pictures a step, {precision}, threads {threads}, {where}'))
-    about = dict(
-        settings=dict(rounds=args.rounds, batch=args.batch, size=args.size),
-        device=DEVICE.type,
-        kernels=native.description(),
-        rows=rows,
-        versions=dict(brevitas=version('brevitas') if 'brevitas' in names else None),
-    )
-    write_figure(args.out, about, console)
+    console.print(f'wrote {args.out}', soft_wrap=True, highlight=False)
 
 
 if __name__ == '__main__':
