@@ -25,12 +25,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from contestants import build
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from shared import check_least, write_figure
 from torch.nn.parallel import DistributedDataParallel
-from train_step import WARM_UP, build
+from train_step import WARM_UP
 
 from gdrq_mm.core.modules import moving_quantizers
 from gdrq_mm.core.quantizers.following import collected

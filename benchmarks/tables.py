@@ -17,8 +17,11 @@ from typing import Any
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.cli import main
-from gdrq_mm.report.compare import PUBLISHED, backend_of, bits_of, comparison_rows, main_metric, markdown, method_of
+from gdrq_mm.report.compare import PUBLISHED, comparison_rows
+from gdrq_mm.report.identity import backend_of, bits_of, method_of
+from gdrq_mm.report.metrics import main_metric
 from gdrq_mm.report.record import read_record
+from gdrq_mm.report.text import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, RECORDS = ROOT / 'docs/figures', ROOT / 'docs/records'

@@ -9,7 +9,8 @@ from rich.console import Console
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.cli import check_writable, main
-from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_rows, comparison_table, recipe_notes
+from gdrq_mm.report.compare import comparison_rows, recipe_notes
+from gdrq_mm.report.formats import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import find_records
 

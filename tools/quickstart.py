@@ -24,7 +24,7 @@ from gdrq_mm.openmmlab.compat import check_environment
 from gdrq_mm.openmmlab.describe import make_record
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.openmmlab.tasks import task_of
-from gdrq_mm.report.compare import comparison_table
+from gdrq_mm.report.formats import comparison_table
 from gdrq_mm.report.plots import side_by_side
 from gdrq_mm.report.record import write_record
 

@@ -23,18 +23,16 @@ from .compare import (
     NOT_RUN,
     TASK_NAMES,
     Record,
-    backend_of,
     by_model,
     check_comparable,
     comparison_lines,
-    main_metric,
-    number_text,
-    printable,
     recipe_notes,
-    title_of,
 )
 from .html_plots import Points, bits_key, curve_plot, drawable, metric_plot, series, sparkline
+from .identity import backend_of, title_of
+from .metrics import main_metric
 from .record import as_number
+from .text import number_text, printable
 from .train_log import QUANTITIES, TrainLog, read_log
 
 TEXT_COLUMNS = ('task', 'model', 'data', 'metric', 'method', 'recipe')

@@ -40,7 +40,7 @@ from gdrq_mm.openmmlab.accumulation import accumulated
 from gdrq_mm.openmmlab.checkpoints import iterations_of, read_checkpoint
 from gdrq_mm.openmmlab.models import read_quantization
 from gdrq_mm.openmmlab.weights import dataset_meta_of, load_weights, plan_of
-from gdrq_mm.report.compare import comparison_csv, comparison_markdown, comparison_table
+from gdrq_mm.report.formats import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import find_records
 from tests.campaigns.report import FIGURES, report

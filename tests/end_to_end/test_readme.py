@@ -13,7 +13,8 @@ import pytest
 
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.data import digits
-from gdrq_mm.report.compare import TASK_NAMES, main_metric
+from gdrq_mm.report.compare import TASK_NAMES
+from gdrq_mm.report.metrics import main_metric
 from tests.runs import tool_function
 
 ROOT = Path(__file__).resolve().parents[2]

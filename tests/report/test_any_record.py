@@ -14,16 +14,11 @@ from markupsafe import escape
 from rich.console import Console
 
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.report.compare import (
-    comparison_csv,
-    comparison_markdown,
-    comparison_table,
-    literal,
-    printable,
-    recipe_notes,
-)
+from gdrq_mm.report.compare import recipe_notes
+from gdrq_mm.report.formats import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import read_record
+from gdrq_mm.report.text import literal, printable
 from tests.records import record
 
 NAMES = st.text(st.characters() | st.sampled_from('[]/|\\\n`*_<&\x1b\u202e'), min_size=1, max_size=12)

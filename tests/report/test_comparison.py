@@ -11,14 +11,8 @@ from markupsafe import escape
 from rich.console import Console
 
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.report.compare import (
-    NOT_MEASURED,
-    comparison_csv,
-    comparison_markdown,
-    comparison_rows,
-    comparison_table,
-    recipe_notes,
-)
+from gdrq_mm.report.compare import NOT_MEASURED, comparison_rows, recipe_notes
+from gdrq_mm.report.formats import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
 from gdrq_mm.report.record import read_record, write_record
 from tests.helpers import ROOT

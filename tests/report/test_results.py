@@ -17,7 +17,8 @@ from rich.console import Console
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.describe import make_record, model_name
-from gdrq_mm.report.compare import comparison_markdown, comparison_rows, comparison_table
+from gdrq_mm.report.compare import comparison_rows
+from gdrq_mm.report.formats import comparison_markdown, comparison_table
 from gdrq_mm.report.record import git_revision, read_record, write_record
 from tests.helpers import ROOT
 from tests.records import MODEL, config, record

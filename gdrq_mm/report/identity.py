@@ -1,0 +1,60 @@
+"""What a record is of: its model, data, method and bits, checkpoint and float model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..core.quantizers import TITLES
+
+Record = Mapping[str, Any]
+
+
+def is_control(record: Record) -> bool:
+    """Whether it is of the float model, trained on by the recipe of a quantized one with every quantizer off."""
+    return bool((record['quantization'] or {}).get('control'))
+
+
+def backend_of(record: Record) -> str:
+    """What ran the network: 'torch', or the runtime of an exported graph."""
+    return record['model'].get('backend', 'torch')
+
+
+def method_of(record: Record) -> str:
+    """The method of a quantized record and its settings that are not the default, such as 'GDRQ (clip=project)'."""
+    model = record['model']
+    names = '/'.join(dict.fromkeys(TITLES.get(m, m) for m in model['methods']))
+    names = 'PACT' if model['methods'] == ['dorefa', 'pact'] else names  # the paper combines them so
+    options = {key: value for key, value in model['options'].items() if key != 'calibration_batches'}
+    if not model['deployable']:
+        options['deployable'] = False
+    shown = ', '.join(f'{key.removeprefix("weight.")}={value}' for key, value in options.items())
+    return f'{names} ({shown})' if shown else names
+
+
+def bits_of(bits: Sequence[int]) -> str:
+    """Such as 'W4A4'."""
+    return 'W{}A{}'.format(*bits)
+
+
+def title_of(record: Record) -> str:
+    """Model and data set, for messages and titles."""
+    return f'{record["model"]["name"]} on {record["data"]["name"]}'
+
+
+def identity_of(record: Record) -> tuple[str, ...]:
+    """What records must have in common to be compared: task, architecture, data and evaluation settings."""
+    return record['task'], record['model']['config_sha256'], record['data']['evaluation_sha256']
+
+
+def start_of(record: Record) -> str | None:
+    start = record['training'].get('start')
+    return (start['sha256'] or start['file']) if start else None
+
+
+def checkpoint_of(record: Record) -> str:
+    return record['checkpoint']['sha256'] or record['checkpoint']['file']
+
+
+def file_of(record: Record) -> str:
+    return record.get('path') or record['checkpoint']['file']
