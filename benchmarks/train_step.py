@@ -3,11 +3,11 @@
 
 Models are those of configs, with 4-bit weights and activations, 8 bits in the first and the last layers. Contestants:
 float; gdrq, with `deployable` off and on; gdrq without its kernels; torch.ao's FakeQuantize with moving min/max
-observers; Brevitas, if it is installed (see BREVITAS in contestants.py); float and gdrq by torch.compile, if asked for. All of them
-quantize the input and the weight of the same layers, and only `deployable` more, the operands of additions and what
-activation functions read. gdrq has 4 groups a layer as in configs/_base_/quantization/gdrq_w4a4.py, the others one
-range a layer. A step is forward, loss, backward, SGD with momentum and, for gdrq, core.step.after_step. Classifiers get
-noise, the others pictures of the digits.
+observers; Brevitas, if it is installed (see BREVITAS in contestants.py); float and gdrq by torch.compile, if asked for.
+All of them quantize the input and the weight of the same layers, and only `deployable` more, the operands of additions
+and what activation functions read. gdrq has 4 groups a layer as in configs/_base_/quantization/gdrq_w4a4.py, the others
+one range a layer. A step is forward, loss, backward, SGD with momentum and, for gdrq, core.step.after_step. Classifiers
+get noise, the others pictures of the digits.
 
 Every round runs one step of each contestant in each memory format, in an order drawn anew. The ratio is that of the
 medians, within a memory format. Peak memory is what two steps add to a fresh process. Prints a table for each model,
