@@ -6,7 +6,7 @@
         activation=dict(bits=4, range='auto', per_level=False, gdrq=dict(k=None, momentum=0.01)),
         first_last_bits=8,
         deployable=True,
-        schedule=dict(reshape=0.0, freeze=0.9),
+        schedule=dict(reshape=0.0, freeze=0.9, settle=0.02),
         distill=dict(temperature=2.0),
         calibration_batches=8,
         skip=['backbone.layer4.*'],
@@ -113,6 +113,8 @@ class Schedule:
     """Until here: Scale-Clip in float, no rounding. 0 leaves the stage out."""
     freeze: Fraction = 1.0
     """From here: thresholds and BN statistics stand still. 1 leaves the stage out."""
+    settle: Fraction = 0.0
+    """Length of an epilogue in which both are computed anew, with the weights fixed, on weakly augmented pictures."""
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,7 @@ BAD = [
     (dict(distill=dict(temperature=0)), ['distill.temperature=0', 'above 0']),
     (dict(distill=dict(temprature=1)), ["distill has no key 'temprature'", "'temperature'"]),
     (dict(distill=2), ['distill=2']),
+    (dict(schedule=dict(settle=1.5)), ['schedule.settle=1.5', 'from 0 to 1']),
     (dict(control=1), ['control=1', 'True, False']),
     (dict(weight=dict(method='lsq', lsq=dict(narrow_range='x'))), ["lsq.narrow_range='x'", 'True, False']),
     (dict(weight=dict(method='lsq', lsq=dict(narrow_range=1))), ['lsq.narrow_range=1', 'True, False']),

@@ -41,8 +41,7 @@ class FollowingQuantizer(ActivationQuantizer):
     def sums(self) -> Tensor:
         """Since the last move: the sums of all s and of all n, (2,) float64.
 
-        No buffer: DistributedDataParallel would copy those of the first process, and `half` would round them.
-        """
+        No buffer: DistributedDataParallel would copy those of one process, and `half` would round them."""
         if self._sums.device != self.threshold.device:
             self._sums = torch.zeros(2, dtype=torch.float64, device=self.threshold.device)
         return self._sums
@@ -67,14 +66,14 @@ def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
     return torch.stack([q.sums for q in quantizers])
 
 
-def move_thresholds(quantizers: Collection[FollowingQuantizer], statistics: Tensor) -> None:
-    """Move T by (N, 2) statistics, and start them anew; a T whose n is 0 stays."""
+def move_thresholds(quantizers: Collection[FollowingQuantizer], statistics: Tensor, momentum: Any = None) -> None:
+    """Move T by (N, 2) statistics, and start them anew; a T whose n is 0 stays. `momentum` replaces their own."""
     total, count = statistics.unbind(1)
     thresholds = [q.threshold for q in quantizers]
     before, k = torch.stack(thresholds), torch.stack([q.k for q in quantizers])
-    momentum = torch.tensor([q.options.momentum for q in quantizers], device=before.device)
+    momenta = torch.tensor([momentum or q.options.momentum for q in quantizers], device=before.device)
     mean = total / count.clamp(min=1)
     target = torch.where(torch.isfinite(mean), (k * mean).clamp(max=F.LARGEST), mean).float()
-    moved = before + momentum * (target - before)
+    moved = before + momenta * (target - before)
     torch._foreach_copy_(thresholds, list(torch.where(count > 0, moved, before).unbind()))
     torch._foreach_zero_([q.sums for q in quantizers])

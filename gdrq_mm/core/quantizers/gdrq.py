@@ -61,8 +61,7 @@ class GDRQWeight(WeightQuantizer):
         k: Annotated[float, Bounds(0, 1000)] | None = field(default=None, metadata=OF_BITS)
         """T_g = k * mean(|w|) of the group; None: WEIGHT_K."""
         clip: Literal['forward', 'project'] = 'forward'
-        """'forward', clipped on the way into the layer, or 'project', the stored weights are clipped after each
-        optimizer step."""
+        """'forward', clipped on the way into the layer, or 'project', clipped as stored after each optimizer step."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
         """Of a clipped weight: 0 or 1."""
         threshold: Literal['scale_clip', 'search'] = 'scale_clip'

@@ -12,6 +12,7 @@ from .checkpoint import WholeCheckpointHook
 from .distill import DistillHook
 from .guard import FiniteLossHook
 from .norms import NormHook
+from .settle import SettleHook
 from .stages import StageHook
 from .statistics import StatisticsHook
 from .stop import StopHook
@@ -25,6 +26,7 @@ __all__ = [
     'DueValidationHook',
     'FiniteLossHook',
     'NormHook',
+    'SettleHook',
     'StageHook',
     'StatisticsHook',
     'StopHook',
@@ -41,6 +43,8 @@ def hooks_of(quantization: Quantization | None) -> list[Hook]:
     hooks: list[Hook] = [WorkDirHook(), FiniteLossHook(), NormHook(), StopHook(), DueValidationHook()]
     if quantization is not None:
         hooks.append(StageHook(quantization.schedule.reshape, quantization.schedule.freeze))
+        if quantization.schedule.settle:
+            hooks.append(SettleHook(quantization.schedule.settle))
         if quantization.distill is not None:
             hooks.append(DistillHook())
         if not quantization.control:

@@ -50,16 +50,16 @@ class CalibrationHook(Hook):
             model(**model.data_preprocessor(batch, training=True), mode='loss')
 
         with kept_random_state():
-            batches = islice(_own_loader(runner), self.batches)
+            batches = islice(own_loader(runner), self.batches)
             wrong = calibrate(model, batches, predict, training=True, trains_next=self.trains_next)
         if wrong:
             runner.logger.warning(wrong_statistics(wrong, self.trains_next))
 
 
-def _own_loader(runner: Runner) -> DataLoader:
-    """The training data once more, so that the sampler of the run is not moved by calibration."""
+def own_loader(runner: Runner, dataset: Any = None) -> DataLoader:
+    """The training data once more, or another data set in its place, so that the sampler of the run is not moved."""
     loader, cfg = runner.train_dataloader, runner.cfg.get('train_dataloader')
-    dataset, collate = loader.dataset, loader.collate_fn
+    dataset, collate = dataset or loader.dataset, loader.collate_fn
     cfg = cfg if isinstance(cfg, dict) else {}
     sampler_cfg, batch_cfg = cfg.get('sampler') or {}, cfg.get('batch_sampler')
     size = loader.batch_size or loader.batch_sampler.batch_size

@@ -1,0 +1,79 @@
+"""Statistics of batch normalization, and thresholds, anew for the weights of the end of a training.
+
+During training both are running averages over weights that move, on pictures that are augmented strongly. Merchant et
+al., "Does Data Augmentation Benefit from Split BatchNorms", 2020, arXiv:2010.07810, find those of weakly augmented
+pictures better; an average of weights (SWA, Izmailov et al., 2018, arXiv:1803.05407) has none of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .modules import activation_quantizers, modes_kept, moves, mute_leaves, uncompiled
+from .quantizers import Quantizer, Stage
+from .quantizers.following import collected, move_thresholds
+from .ranks import all_reduce, world_size
+from .step import set_stage
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any], Any] | None = None) -> int:
+    """Replace running averages by those of some batches: means and variances of BN, thresholds that follow.
+
+    The weights stay. BN that training leaves alone (`norm_eval`) stays too. All processes find the same.
+
+    Args:
+        batches: each is used once.
+        predict: runs one batch in training mode; None: `model(batch)`.
+
+    Returns:
+        Number of batches; with 0 nothing changes.
+    """
+    predict, stages = predict or model, {q: q.stage for q in model.modules() if isinstance(q, Quantizer)}
+    with uncompiled(), modes_kept(model):
+        model.train()
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
+        momenta = [(norm, norm.momentum) for norm in norms]
+        mute_leaves(model)
+        if Stage.FREEZE in stages.values():
+            set_stage(model, Stage.QUANTIZE)
+        following: Any = [quantizer for quantizer in activation_quantizers(model).values() if moves(quantizer)]
+        for quantizer in following:
+            quantizer.sums.zero_()
+        count = 0
+        for batch in batches:
+            if count == 0:
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.training, norm.momentum = True, None  # an average of all batches alike
+            predict(batch)
+            count += 1
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+    if count:
+        _average(norms)
+        _move(following)
+    if Stage.FREEZE in stages.values():
+        set_stage(model, Stage.FREEZE)
+    return count
+
+
+def _average(norms: list[Any]) -> None:
+    """The mean over all processes."""
+    for norm in norms if world_size() > 1 else ():
+        for buffer in (norm.running_mean, norm.running_var):
+            all_reduce(buffer, 'sum')
+            buffer /= world_size()
+
+
+def _move(following: list[Any]) -> None:
+    """Put the thresholds where the inputs of all processes want them."""
+    if following:
+        statistics = collected(following)
+        all_reduce(statistics, 'sum')
+        move_thresholds(following, statistics, momentum=1.0)

@@ -1,0 +1,81 @@
+"""At the end of a training: statistics of BN and thresholds anew, on weakly augmented pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import DATASETS, HOOKS
+from mmengine.runner import Runner
+
+from ...core.reestimate import reestimate
+from ..models import bare_model
+from ..seeding import kept_random_state
+from ..tasks import type_name
+from .calibration import own_loader
+
+STRONG = (
+    *('AutoAugment', 'RandAugment', 'AugMix', 'ColorJitter', 'Lighting', 'RandomErasing', 'Albumentations', 'Albu'),
+    *('Mosaic', 'CachedMosaic', 'MixUp', 'CachedMixUp', 'CopyPaste', 'RandomMosaic', 'CutOut', 'RandomCutOut'),
+    *('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'RandomAffine', 'Rotate', 'RandomRotate'),
+)
+"""Transforms of the three libraries that training pictures are settled without (ours); crops, flips and sizes stay."""
+
+
+def weakly_augmented(cfg: Any) -> Any:
+    """The config of a data set without the transforms of STRONG, in every pipeline in it."""
+    if isinstance(cfg, dict):
+        kept = {key: weakly_augmented(value) for key, value in cfg.items()}
+        if isinstance(kept.get('pipeline'), list):
+            kept['pipeline'] = [each for each in kept['pipeline'] if type_name(each) not in STRONG]
+        return kept
+    return [weakly_augmented(each) for each in cfg] if isinstance(cfg, (list, tuple)) else cfg
+
+
+@HOOKS.register_module()
+class SettleHook(Hook):
+    """After the last training iteration, compute BN statistics and thresholds anew with the weights as they are.
+
+    With EMAHook it is the average that settles: its weights are those that are tested.
+
+    Args:
+        length: number of batches, as a fraction of the training length; at most one pass over the data.
+
+    Example:
+        custom_hooks = [dict(type='SettleHook', length=0.02)]   # also for a float model
+    """
+
+    priority = 'LOW'  # behind thresholds and EMA, before the checkpoint is written
+
+    def __init__(self, length: float = 0.02) -> None:
+        self.length = length
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        if runner.iter + 1 < runner.max_iters:
+            return
+        averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
+        model = bare_model((averages or [runner.model])[0])
+        cfg, preprocessor = (runner.cfg.get('train_dataloader') or {}).get('dataset'), model.data_preprocessor
+        with kept_random_state(), _without_batch_augments(preprocessor):
+            dataset = DATASETS.build(weakly_augmented(cfg)) if isinstance(cfg, dict) else None
+            batches = islice(own_loader(runner, dataset), max(1, round(self.length * runner.max_iters)))
+            count = reestimate(model, batches, lambda batch: model(**preprocessor(batch, training=True), mode='loss'))
+        runner.logger.info(f'BN statistics and thresholds settled on {count} batches.')
+
+
+@contextmanager
+def _without_batch_augments(preprocessor: Any) -> Iterator[None]:
+    """No mixup, and no other augmentation of whole batches."""
+    before = getattr(preprocessor, 'batch_augments', None)
+    if before is not None:
+        preprocessor.batch_augments = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            preprocessor.batch_augments = before
