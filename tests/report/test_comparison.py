@@ -54,6 +54,39 @@ def cells(rows, *columns):
     return [tuple(row[column] for column in columns) for row in rows]
 
 
+# ---- the float model, trained on ------------------------------------------------------------------------------------
+
+
+def control(made, name, top1, **changes):
+    """A record of a training with every quantizer off."""
+    found = made(name, top1, start='float', **changes)
+    return {**found, 'quantization': dict(weight=dict(bits=4), control=True)}
+
+
+def test_a_control_stands_beside_the_float_model(made):
+    records = [
+        made('float', 90.0, quantized=False),
+        made('a', 89.0, start='float', recipe=recipe()),
+        control(made, 'b', 91.0, recipe=recipe(), seed=0),
+        control(made, 'c', 92.0, recipe=recipe(), seed=1),
+    ]
+    columns = ('float', 'trained on', 'quantized', 'seeds', 'drop', 'drop, trained on')
+    assert cells(comparison_rows(records), *columns) == [('90.00', '91.50 ± 0.71', '89.00', '1', '1.00', '2.50')]
+    assert 'trained on' in comparison_markdown(records) and 'trained on' in html_report(records)
+    assert 'trained on' not in comparison_markdown(records[:2])
+
+
+def test_a_control_of_the_same_recipe_counts_where_there_are_several(made):
+    records = [
+        made('float', 90.0, quantized=False),
+        made('a', 89.0, start='float', recipe=recipe(lr=0.1)),
+        made('b', 88.0, start='float', recipe=recipe(lr=0.2)),
+        control(made, 'c', 91.0, recipe=recipe(lr=0.1)),
+        control(made, 'd', 92.0, recipe=recipe(lr=0.2)),
+    ]
+    assert cells(comparison_rows(records), 'quantized', 'trained on') == [('89.00', '91.00'), ('88.00', '92.00')]
+
+
 # ---- several metrics ------------------------------------------------------------------------------------------------
 
 
