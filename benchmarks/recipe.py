@@ -18,11 +18,13 @@ w4 = {'mean_of_all': mean_of_all, 'before': {**mean_of_all, f'{weight}.k': 3.5}}
 w2 = {'narrow': {f'{weight}.levels': 'narrow'}, 'before': {**mean_of_all, f'{weight}.levels': 'narrow'}}
 distilled = {'distilled': {'quantization.distill.temperature': 2.0}}
 runs = [
-    dict(cifar10, methods=['gdrq', 'lsq_plus'], bits=['w4a4', 'w2a4']),
+    dict(cifar10, methods=['gdrq'], bits=['w4a4', 'w2a4']),
     dict(cifar10, methods=['gdrq'], bits=['w4a4'], variants={'control': {'quantization.control': True}}),
+    dict(cifar10, methods=['gdrq'], bits=['w4a4', 'w2a4'], variants=distilled),
+    dict(cifar10, methods=['lsq_plus'], bits=['w4a4', 'w2a4']),
+    dict(cifar10, methods=['lsq_plus'], bits=['w4a4', 'w2a4'], variants=distilled),
     dict(cifar10, methods=['gdrq'], bits=['w4a4'], variants=w4),
     dict(cifar10, methods=['gdrq'], bits=['w2a4'], variants=w2),
-    dict(cifar10, methods=['gdrq', 'lsq_plus'], bits=['w4a4', 'w2a4'], variants=distilled),
     dict(cifar10, methods=['gdrq', 'lsq_plus'], bits=['w3a3', 'w2a2']),
     dict(cifar10, methods=['gdrq'], bits=['w3a3'], variants={'without_zero': {f'{weight}.levels': 'without_zero'}}),
     dict(cifar10, methods=['lsq', 'pact', 'dorefa', 'minmax'], bits=['w4a4', 'w2a4']),
