@@ -7,7 +7,6 @@ records = 'docs/records/recipe'
 cifar10 = dict(
     name='cifar10',
     config='configs/cls/resnet18_width16_gdrq_w4a4_12e_cifar10.py',
-    float_config='configs/cls/resnet18_width16_12e_cifar10.py',
     seeds=[0, 1, 2],
     amp=True,
 )
@@ -17,8 +16,9 @@ mean_of_all = {f'{activation}.mean': 'all', f'{activation}.k': 12}
 w4 = {'mean_of_all': mean_of_all, 'before': {**mean_of_all, f'{weight}.k': 3.5}}
 w2 = {'narrow': {f'{weight}.levels': 'narrow'}, 'before': {**mean_of_all, f'{weight}.levels': 'narrow'}}
 distilled = {'distilled': {'quantization.distill.temperature': 2.0}}
+float_config = 'configs/cls/resnet18_width16_12e_cifar10.py'
 runs = [
-    dict(cifar10, methods=['gdrq'], bits=['w4a4', 'w2a4']),
+    dict(cifar10, float_config=float_config, methods=['gdrq'], bits=['w4a4', 'w2a4']),
     dict(cifar10, methods=['gdrq'], bits=['w4a4'], variants={'control': {'quantization.control': True}}),
     dict(cifar10, methods=['gdrq'], bits=['w4a4', 'w2a4'], variants=distilled),
     dict(cifar10, methods=['lsq_plus'], bits=['w4a4', 'w2a4']),
@@ -29,4 +29,4 @@ runs = [
     dict(cifar10, methods=['gdrq'], bits=['w3a3'], variants={'without_zero': {f'{weight}.levels': 'without_zero'}}),
     dict(cifar10, methods=['lsq', 'pact', 'dorefa', 'minmax'], bits=['w4a4', 'w2a4']),
 ]
-del cifar10, weight, activation, mean_of_all, w4, w2, distilled
+del cifar10, float_config, weight, activation, mean_of_all, w4, w2, distilled
