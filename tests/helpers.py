@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from gdrq_mm.core.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
+
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {
     **os.environ,
@@ -79,3 +81,10 @@ class OwnForward(nn.Conv2d):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def few_bits_of_both(method):
+    """A `quantization` dict with 4 bits on both sides, or the most that the method has."""
+    weight, activation = METHODS[method]
+    sides = dict(weight=WEIGHT_METHODS[weight], activation=ACTIVATION_METHODS[activation])
+    return dict(method=method, **{side: dict(bits=min(4, cls.allowed_bits[-1])) for side, cls in sides.items()})

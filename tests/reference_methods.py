@@ -4,7 +4,9 @@ Weights are those of one group unless a function says otherwise: `by_groups` app
 docstring names a deviation from its paper, the deviation is what is written here.
 """
 
+import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 
@@ -146,6 +148,89 @@ def log2_weight(w, bits):
     return log_quantize(w, power_of_two(np.abs(w).max()), 2 ** (bits - 1) - 1)
 
 
+def cut_at_ties(x, levels):
+    """The nearest of some levels above 0, or 0: the larger one where |x| is in the middle, with the sign of x."""
+    levels = [0.0, *sorted(levels)]
+    found = np.zeros_like(x)
+    for alpha, beta in itertools.pairwise(levels):
+        found[np.abs(x) >= (alpha + beta) / 2] = beta
+    return np.sign(x) * found
+
+
+def lbw_weight(w, bits, mu=0.75):
+    """LBW-Net: exact for 2 bits, by sorting; else the q are cut at multiples of mu, and the scale is the best one."""
+    if not w.any():
+        return np.zeros_like(w)
+    if bits == 2:
+        ordered = np.sort(np.abs(w).ravel())[::-1]
+        best = 0.0, 0.0
+        for k, total in enumerate(np.cumsum(ordered), 1):
+            scale = 2.0 ** math.floor(math.log2(4 / 3 * total / k))
+            best = min(best, (scale * scale * k - 2 * scale * total, scale))
+        return cut_at_ties(w, [best[1]])
+    n, mu = 2 ** (bits - 2), mu * np.abs(w).max()
+    q = np.where(np.abs(w) >= mu, 1.0, 0.0)
+    for t in range(1, n):
+        low = mu * 2.0**-t * (2 / 3 if t == n - 1 else 1)
+        q[(np.abs(w) >= low) & (np.abs(w) < mu * 2.0 ** (1 - t))] = 2.0**-t
+    scale = 2.0 ** math.floor(math.log2(4 / 3 * (q * np.abs(w)).sum() / (q * q).sum())) if q.any() else 0
+    return scale * q * np.sign(w)
+
+
+def inq_weight(w, bits):
+    """INQ, Eq. 1 to 4: from 2^n1 down to 2^n2."""
+    if not w.any():
+        return np.zeros_like(w)
+    n1 = math.floor(math.log2(4 * np.abs(w).max() / 3))
+    n2 = n1 + 1 - 2 ** (bits - 1) // 2
+    return cut_at_ties(w, [2.0**e for e in range(n2, n1 + 1)])
+
+
+def fgq_weight(w, bits=2, n=4):
+    """FGQ: the best of all choices of the k largest in each group of n weights along the input channels."""
+    if w.ndim > 2 and w.shape[1] < n:
+        return fgq_weight(w.reshape(len(w), -1), bits, n).reshape(w.shape)
+    out, count = np.zeros_like(w), math.ceil(w.shape[1] / n)
+    each = math.ceil(w.shape[1] / count)
+    for place in np.ndindex(len(w), *w.shape[2:]):
+        for first in range(0, w.shape[1], each):
+            index = (place[0], slice(first, first + each), *place[1:])
+            group, best = w[index], np.inf
+            for k in range(1, len(group) + 1):
+                largest = np.argsort(-np.abs(group), kind='stable')[:k]
+                value = np.zeros_like(group)
+                value[largest] = np.sign(group[largest]) * np.abs(group[largest]).mean()
+                if ((group - value) ** 2).sum() < best * (1 - 1e-12):
+                    out[index], best = value, ((group - value) ** 2).sum()
+    return out
+
+
+def refit(w, threshold, bits, importance, rounds):
+    """Alternating least squares for the codes and the step, from a threshold on."""
+    hi = 2 ** (bits - 1) - 1
+    for _ in range(rounds):
+        codes = np.clip(np.rint(w / (threshold / hi)), -hi, hi)
+        if codes.any():
+            threshold = hi * (importance * codes * w).sum() / (importance * codes * codes).sum()
+    return threshold
+
+
+def least_squares_weight(w, bits):
+    """From the T of least squared error, alternated."""
+    if not w.any():
+        return np.zeros_like(w)
+    start = reference.search_threshold(w, bits, 64)
+    return reference.quantize(w, refit(w, start, bits, np.ones_like(w), 10), bits)
+
+
+def fixed_point_step(step, up):
+    """Ristretto's dynamic fixed point: the smallest power of two that is not below a step; or (ours) the nearest."""
+    exponents = range(-40, 41)
+    if up:
+        return 2.0 ** next(e for e in exponents if 2.0**e >= step)
+    return 2.0 ** min(exponents, key=lambda e: abs(math.log2(step) - e))
+
+
 WEIGHTS = {
     'dorefa': dorefa_weight,
     'lsq': lsq_weight,
@@ -158,6 +243,12 @@ WEIGHTS = {
     'syq': syq_weight,
     'xnor': xnor_weight,
     'log2': log2_weight,
+    'bnn': xnor_weight,
+    'lbw': lbw_weight,
+    'inq': inq_weight,
+    'fgq': fgq_weight,
+    'loss_aware': least_squares_weight,
+    'tsq': least_squares_weight,
 }
 """Name of a method -> its function of the filters of a group and bits."""
 
@@ -191,6 +282,11 @@ def ttq_weight_gradient(w, upstream, t=0.05):
 def xnor_weight_gradient(w, upstream):
     """XNOR-Net, section 3.1, for one filter."""
     return upstream * (1 / w.size + np.abs(w).mean() * (np.abs(w) <= 1))
+
+
+BEST_LEVEL = 1.534
+"""The level of least squared error in {0, t} for a rectified Gaussian, as a multiple of its mean above 0; a test
+computes it anew."""
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
@@ -238,7 +334,7 @@ def start_threshold(method, x, kind, bits, wave=None):
     """T of an activation method from the values of calibration.
 
     Args:
-        wave: HWGQ's step for unit variance.
+        wave: the step for unit variance of HWGQ and TSQ.
     """
     top, mean = np.abs(x).max(), np.abs(x).mean()
     if method == 'dorefa':
@@ -252,11 +348,16 @@ def start_threshold(method, x, kind, bits, wave=None):
         return largest_level(lambda qp: wave * sigma, kind, bits, x.min())
     if method == 'log2':
         return power_of_two(top)
+    if method == 'bnn':
+        return mean if kind == 'signed' else BEST_LEVEL * np.abs(x[x != 0]).mean()
+    if method == 'tsq':
+        sigma = mean * (math.sqrt(math.pi / 2) if kind == 'signed' else math.sqrt(2 * math.pi))
+        return sigma * wave * tsq_codes(kind, bits)
     return top  # pact, minmax
 
 
-def activation(method, x, threshold, kind, bits, low):
-    """Quantized values for a threshold and the smallest value of calibration."""
+def activation(method, x, threshold, kind, bits, low, wave=None):
+    """Quantized values for a threshold, the smallest value of calibration, and TSQ's step for unit variance."""
     if method == 'log2':
         signed = kind != 'unsigned'
         out = log_quantize(x, threshold, 2 ** (bits - 1) - 1 if signed else 2**bits - 1)
@@ -264,6 +365,10 @@ def activation(method, x, threshold, kind, bits, low):
     if method == 'hwgq' and kind == 'unsigned':  # section 4.2: any x > 0 gets at least the first level
         step = threshold / (2**bits - 1)
         return np.where(x > 0, step * np.clip(np.rint(x / step), 1, 2**bits - 1), 0)
+    if method == 'bnn':  # Eq. 1; 0 or T without a negative half
+        return threshold * (np.where(x >= 0, 1, -1) if kind == 'signed' else x > threshold / 2)
+    if method == 'tsq':
+        return tsq_activation(x, threshold, kind, bits, wave)
     if method == 'lsq_plus' and kind == 'zero_point':  # Eq. 3 and 4
         lo, hi = codes_of(kind, bits, threshold, low)
         return lsq_plus_activation(x, threshold / hi, lo * threshold / hi, bits)
@@ -289,6 +394,31 @@ def lsq_plus_gradients(x, step, beta, bits, upstream, count):
 def pact_gradient(x, alpha, lo, hi, upstream):
     """PACT, Eq. 3: 1 from alpha on; at the lower end, which is lo / hi * alpha, the derivative of that."""
     return (upstream * np.where(x >= alpha, 1, np.where(x <= lo / hi * alpha, lo / hi, 0))).sum()
+
+
+def tsq_codes(kind, bits):
+    """Levels above 0."""
+    return 2 ** (bits - 1) - 1 if kind == 'signed' else 2**bits - 1
+
+
+def tsq_activation(x, threshold, kind, bits, wave, sparsity=0.625):
+    """TSQ: 0 up to epsilon, then the nearest of the levels above 0."""
+    count = tsq_codes(kind, bits)
+    levels = threshold * np.arange(1, count + 1) / count
+    epsilon = NormalDist().inv_cdf(sparsity) * threshold / (wave * count)
+    nearest = levels[np.abs(np.abs(x)[..., None] - levels).argmin(-1)]
+    return np.where(np.abs(x) > epsilon, np.sign(x) * nearest, 0) * ((x > 0) | (kind == 'signed'))
+
+
+def sparse_error(end, levels, sparsity):
+    """Squared error of x beyond the quantile, x standard normal, with evenly spaced levels up to `end`."""
+    epsilon, step = NormalDist().inv_cdf(sparsity), end / levels
+    ends = [epsilon, *(max(step * (i + 0.5), epsilon) for i in range(1, levels)), math.inf]
+    return sum(_error(step * (i + 1), ends[i], ends[i + 1]) for i in range(levels))
+
+
+def best_sparse_error(levels, sparsity):
+    return min(sparse_error(end / 1000, levels, sparsity) for end in range(500, 6000))
 
 
 # ---- HWGQ's tables --------------------------------------------------------------------------------------------------

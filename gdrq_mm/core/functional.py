@@ -74,6 +74,24 @@ def straight_through(surrogate: Tensor, value: Tensor) -> Tensor:
     return kernels.straight_through(surrogate, value.detach())
 
 
+_CUTS = {'log': 0.5**0.5, 'linear': 0.75, 'up': 0.5 + 2**-24}
+
+
+def power_of_two(x: Tensor, nearest: str = 'log') -> Tensor:
+    """A power of two for each x; zeros stay zeros. It takes no gradient.
+
+    Args:
+        nearest: 'log', the nearest on a logarithmic scale; 'linear', the nearest; 'up', the smallest not below x.
+
+    Examples:
+        >>> [power_of_two(torch.tensor([0.0, 1.1, 1.45, 1.5, 4.0]), how).tolist() for how in ('log', 'linear', 'up')]
+        [[0.0, 1.0, 2.0, 2.0, 4.0], [0.0, 1.0, 1.0, 2.0, 4.0], [0.0, 2.0, 2.0, 2.0, 4.0]]
+    """
+    mantissa, exponent = torch.frexp(x.detach())  # x = mantissa * 2^exponent, with a mantissa in [1/2, 1)
+    below = (mantissa < _CUTS[nearest]).int()
+    return torch.where(x > 0, torch.exp2((exponent - below).to(x.dtype)), 0)
+
+
 # ---- groups -----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +232,36 @@ def search_threshold(
         better = loss < best_loss
         best, best_loss = torch.where(better, threshold, best), torch.where(better, loss, best_loss)
     return best
+
+
+def refit_threshold(
+    weight: Tensor,
+    threshold: Tensor,
+    lo: int,
+    hi: int,
+    sizes: Tensor,
+    importance: Tensor | None = None,
+    rounds: int = 1,
+) -> Tensor:
+    """Alternating least squares: the threshold of each group of least squared error for its codes, (G,).
+
+    Each round takes the codes c nearest to w / d, and then the step d = sum(i c w) / sum(i c^2) that is best for them.
+    A threshold whose codes are all 0 stays.
+
+    Args:
+        weight: filters, (C, ...).
+        threshold: T of each group to begin with, (G,).
+        importance: i, what the squared error of each weight counts, in the shape of the weight; None: 1.
+    """
+    weight, top = weight.detach().float(), max(-lo, hi)
+    counted = torch.ones_like(weight, dtype=torch.float64) if importance is None else importance.double()
+    for _ in range(rounds):
+        codes = kernels.nearest_codes(weight, per_channel(threshold / top, sizes, weight.shape), lo, hi)
+        square = per_group((counted * codes * codes).flatten(1).sum(1), sizes)
+        product = per_group((counted * codes * weight).flatten(1).sum(1), sizes)
+        best = (product / torch.where(square > 0, square, 1) * top).clamp(max=LARGEST).float()
+        threshold = torch.where(square > 0, best, threshold)
+    return threshold
 
 
 def search_activation_threshold(

@@ -15,17 +15,19 @@ from .ranks import all_reduce
 
 
 @torch.no_grad()
-def after_step(model: nn.Module, step: int | None = None) -> None:
+def after_step(model: nn.Module, step: int | None = None, progress: float | None = None) -> None:
     """Call once after each optimizer step, before an average of the weights: project weights, then move thresholds.
 
     Statistics of all forwards since the last call and of all processes are added up, in one collective. `step` is the
-    number of the optimizer step, from 0, where a training may be resumed; None counts the calls.
+    number of the optimizer step, from 0, where a training may be resumed; None counts the calls. `progress` is the
+    fraction of the training that is done, with this step, for methods that go by it (inq, tsq).
     """
     if step is None:
         step = model.steps_taken = getattr(model, 'steps_taken', -1) + 1  # type: ignore[assignment]
     modules = every_module(model)
     for layer in modules:
         if isinstance(layer, QuantLayer) and layer.weight_quant is not None and layer.weight_quant.calibrated:
+            layer.weight_quant.progress = progress
             projected = layer.weight_quant.after_step(layer.filters(), step)
             if projected is not None:
                 layer.weight.copy_(layer.set_filters(projected))

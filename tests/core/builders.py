@@ -22,9 +22,9 @@ def weight_quantizer(method, weight, bits=4, groups=None, stage=Stage.QUANTIZE, 
     return quantizer
 
 
-def activation_quantizer(method, *batches, bits=4, stage=Stage.QUANTIZE, **options):
+def activation_quantizer(method, *batches, bits=None, stage=Stage.QUANTIZE, **options):
     """Calibrated on `batches`, in training mode."""
-    quantizer = ACTIVATION_METHODS[method](bits, **options)
+    quantizer = ACTIVATION_METHODS[method](bits or few_bits(method, ACTIVATION_METHODS), **options)
     quantizer.set_state(stage=Stage.OBSERVE)
     for batch in batches:
         quantizer(batch.detach())
@@ -66,14 +66,15 @@ def levels_of(out, groups):
     return max(len(np.unique(part)) for part in parts)
 
 
-def few_bits(method):
-    """4 bits, or the most that the method has for weights."""
-    return min(4, WEIGHT_METHODS[method].allowed_bits[-1])
+def few_bits(method, methods=WEIGHT_METHODS):
+    """4 bits, or the most that the method has for weights, or for activations."""
+    return min(4, methods[method].allowed_bits[-1])
 
 
 def everywhere(weight, activation, **weight_options):
     """A quantization dict with these methods in all layers, the first and the last one too."""
     sides = dict(
-        weight=dict(method=weight, bits=few_bits(weight), **weight_options), activation=dict(method=activation, bits=4)
+        weight=dict(method=weight, bits=few_bits(weight), **weight_options),
+        activation=dict(method=activation, bits=few_bits(activation, ACTIVATION_METHODS)),
     )
     return dict(**sides, overrides={'*': sides})

@@ -10,11 +10,10 @@ import gdrq_mm as gq
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.layers import QuantConv2d
 from gdrq_mm.core.modules import activation_quantizers, moving_quantizers
-from gdrq_mm.core.quantizers import WEIGHT_METHODS, Stage
+from gdrq_mm.core.quantizers import METHODS, Stage
 from gdrq_mm.core.quantizers.following import collected
 from gdrq_mm.core.step import set_stage
-from tests.core.builders import few_bits
-from tests.helpers import Block, Function, conv, same
+from tests.helpers import Block, Function, conv, few_bits_of_both, same
 
 CLASSES = 3
 W4A4 = dict(weight=dict(bits=4), activation=dict(bits=4))
@@ -143,9 +142,9 @@ def test_other_batch_sizes_are_traced_once_more():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize('method', WEIGHT_METHODS)
+@pytest.mark.parametrize('method', METHODS)
 def test_every_method_is_one_graph(method):
-    model, x = quantized(small(), dict(method=method, weight=dict(bits=few_bits(method)))), images()
+    model, x = quantized(small(), few_bits_of_both(method)), images()
     assert torch.equal(compiled(model)(x), model(x))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from hypothesis.extra import numpy as hnp
 from torch.nn.functional import silu
 
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, Stage
+from gdrq_mm.core.quantizers.bnn import LEVEL
 from gdrq_mm.core.quantizers.hwgq import FULL_WAVE, HALF_WAVE
+from gdrq_mm.core.quantizers.tsq import sparse_step
 from tests import reference_methods as papers
 from tests.core.builders import (
     ACTIVATIONS,
@@ -32,9 +35,13 @@ CASES = [
     (name, kind, bits)
     for name in ACTIVATIONS
     for kind in KINDS
-    for bits in (2, 3, 4, 8)
+    for bits in (1, 2, 3, 4, 8)
     if bits in ACTIVATION_METHODS[name].allowed_bits
 ]
+INSTEAD = dict(log2='signed', bnn='unsigned', tsq='unsigned')
+"""Methods without a zero point, and what they have instead."""
+NO_ZERO = ('bnn', 'signed')
+"""Its two levels are T and -T."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +57,17 @@ def test_quantized_activations_equal_the_paper(method, kind, bits):
     batches = inputs(kind), inputs(kind)
     quantizer = activation_quantizer(method, *batches, bits=bits)
     seen = double(torch.cat(batches))
-    wave = (FULL_WAVE if kind == 'signed' else HALF_WAVE)[bits] if method == 'hwgq' else None
+    wave = (FULL_WAVE if kind == 'signed' else HALF_WAVE).get(bits)
+    if method == 'tsq':
+        wave = sparse_step(papers.tsq_codes(kind, bits), NormalDist().inv_cdf(0.625))
     threshold = papers.start_threshold(method, seen, kind, bits, wave)
     assert float(quantizer.current_threshold()) == pytest.approx(threshold, rel=1e-5)
     x = 1.5 * batches[0]
     out = quantizer(x)
-    expected = papers.activation(method, double(x), threshold, kind, bits, seen.min())
+    expected = papers.activation(method, double(x), threshold, kind, bits, seen.min(), wave)
     np.testing.assert_allclose(double(out), expected, rtol=1e-5, atol=1e-6)
     assert len(torch.unique(out)) <= 2**bits
-    assert quantizer(torch.zeros(5)).tolist() == [0] * 5
+    assert not quantizer(torch.zeros(5)).any() or (method, kind) == NO_ZERO
     assert torch.equal(out, quantizer.eval()(x)), 'evaluation'
     assert torch.equal(out, frozen(quantizer).train()(x)), 'frozen'
 
@@ -66,8 +75,8 @@ def test_quantized_activations_equal_the_paper(method, kind, bits):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('method', ACTIVATIONS)
 def test_the_kind_of_activations_is_decided_by_calibration(method, kind):
-    signed = method == 'log2' and kind == 'zero_point'  # powers of two have no zero point
-    assert activation_quantizer(method, inputs(kind)).kind == ('signed' if signed else kind)
+    expected = INSTEAD.get(method, kind) if kind == 'zero_point' else kind
+    assert activation_quantizer(method, inputs(kind)).kind == expected
 
 
 @pytest.mark.parametrize('method', ACTIVATIONS)
@@ -91,7 +100,7 @@ def test_an_all_zero_tensor_gives_zeros_and_finite_gradients(method, range):
     quantizer = activation_quantizer(method, x, range=range)
     out = quantizer(x)
     out.sum().backward()
-    assert torch.equal(out, torch.zeros_like(out)) and torch.isfinite(x.grad).all()
+    assert (not out.any() or (method, quantizer.kind) == NO_ZERO) and torch.isfinite(x.grad).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in quantizer.parameters())
     assert torch.equal(quantizer.eval()(x), out) and torch.isfinite(quantizer(torch.randn(50))).all()
 
@@ -110,14 +119,15 @@ def test_bfloat16_inputs_are_quantized_in_float32(method, kind):
 @LAW
 @given(values=hnp.arrays(np.float32, st.integers(1, 60), elements=VALUES), data=st.data())
 def test_any_activations_get_few_levels_and_zero_is_one_of_them(method, values, data):
-    bits = data.draw(st.sampled_from([b for b in (2, 3, 4, 8) if b in ACTIVATION_METHODS[method].allowed_bits]))
+    bits = data.draw(st.sampled_from([b for b in (1, 2, 3, 4, 8) if b in ACTIVATION_METHODS[method].allowed_bits]))
     range_ = data.draw(st.sampled_from(['auto', 'unsigned', 'signed', 'zero_point']))
     x = torch.from_numpy(values)
     quantizer = activation_quantizer(method, x, bits=bits, range=range_).eval()
     with torch.no_grad():
         out = quantizer(torch.cat([x, torch.zeros(1)]))
-    assert torch.isfinite(out).all() and out[-1] == 0 and len(torch.unique(out)) <= 2**bits
-    assert quantizer.kind == range_ or range_ == 'auto' or (method, range_) == ('log2', 'zero_point')
+    assert torch.isfinite(out).all() and len(torch.unique(out)) <= 2**bits
+    assert out[-1] == 0 or (method, quantizer.kind) == NO_ZERO
+    assert range_ == 'auto' or quantizer.kind == (INSTEAD.get(method, range_) if range_ == 'zero_point' else range_)
 
 
 def test_a_running_largest_value():
@@ -170,7 +180,32 @@ def test_the_tables_of_hwgq(bits):
     assert FULL_WAVE[bits] == pytest.approx(papers.best_wave_step(2 ** (bits - 1) - 1, zero=True), abs=0.001)
 
 
-@pytest.mark.parametrize('method', ['ptq', 'dorefa', 'log2'])
+def test_the_level_of_bnn_has_the_least_squared_error():
+    """In {0, t} for a rectified Gaussian, which has the mean sqrt(2 / pi) above 0."""
+    best = papers.best_wave_step(1, zero=True) / math.sqrt(2 / math.pi)
+    assert pytest.approx(best, abs=0.001) == LEVEL == papers.BEST_LEVEL
+
+
+@pytest.mark.parametrize('levels', [1, 3, 7, 15])
+@pytest.mark.parametrize('sparsity', [0.5, 0.625, 0.75])
+def test_the_step_of_tsq_has_the_least_squared_error_beyond_epsilon(levels, sparsity):
+    step = sparse_step(levels, NormalDist().inv_cdf(sparsity))
+    best = papers.best_sparse_error(levels, sparsity)
+    assert papers.sparse_error(levels * step, levels, sparsity) == pytest.approx(best, rel=0.001)
+    assert papers.sparse_error(1.05 * levels * step, levels, sparsity) > 1.001 * best
+    if sparsity == 0.5:  # nothing is cut off
+        assert step == pytest.approx(papers.best_wave_step(levels, zero=False), abs=0.005)
+
+
+def test_tsq_drops_the_share_of_inputs_that_sparsity_names():
+    noise = 2.0 * torch.randn(100_000)
+    for sparsity in (0.55, 0.625, 0.75):
+        out = activation_quantizer('tsq', torch.relu(noise), bits=2, sparsity=sparsity)(torch.relu(noise))
+        assert float((out == 0).float().mean()) == pytest.approx(sparsity, abs=0.01)
+        assert len(torch.unique(out)) == 4
+
+
+@pytest.mark.parametrize('method', ['ptq', 'dorefa', 'log2', 'bnn'])
 def test_a_threshold_that_neither_learns_nor_follows_stays(method):
     quantizer = activation_quantizer(method, inputs('signed'))
     before = float(quantizer.step())
@@ -210,6 +245,26 @@ def test_the_gradient_of_hwgq_is_that_of_a_clipped_relu(bits):
     inside = (double(noise) > 0) & (2 * double(noise) <= highest)
     np.testing.assert_array_equal(gradient, upstream * inside)
     assert inside.mean() < (double(noise) > 0).mean()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_gradient_of_bnn_is_that_of_hard_tanh(kind):
+    x = inputs(kind)
+    quantizer = activation_quantizer('bnn', x)
+    threshold = float(quantizer.threshold)
+    _, upstream, gradient = gradients(quantizer, 2 * x)
+    low = -threshold if kind == 'signed' else 0
+    inside = (2 * double(x) >= low) & (2 * double(x) <= threshold)
+    np.testing.assert_array_equal(gradient, upstream * inside)
+    assert 0.1 < inside.mean() < 0.9
+
+
+@pytest.mark.parametrize('kind', ['unsigned', 'signed'])
+def test_the_gradient_of_tsq_is_that_of_clipping(kind):
+    x = inputs(kind)
+    quantizer = activation_quantizer('tsq', x, bits=2)
+    _, upstream, gradient = gradients(quantizer, 2 * x)
+    np.testing.assert_array_equal(gradient, upstream * (np.abs(2 * double(x)) <= float(quantizer.threshold)))
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from gdrq_mm.core.functional import power_of_two
 from gdrq_mm.core.quantizers import WEIGHT_METHODS, Stage
 from gdrq_mm.core.quantizers.gdrq import WEIGHT_K
-from gdrq_mm.core.quantizers.log2 import power_of_two
 from tests import reference
 from tests import reference_methods as papers
 from tests.core.builders import VALUES, double, frozen, gradients, levels_of, weight_quantizer
@@ -20,8 +20,11 @@ LAW = settings(deadline=None, max_examples=40)
 WEIGHTS = hnp.arrays(np.float32, st.just((5, 2, 3, 3)) | st.just((4, 6)), elements=VALUES)
 BITS = {name: [b for b in (1, 2, 3, 4, 8) if b in WEIGHT_METHODS[name].allowed_bits] for name in papers.WEIGHTS}
 PAIRS = [(name, bits) for name, several in BITS.items() for bits in several]
-NOT_UNIFORM = ('ttq', 'log2')
+NOT_UNIFORM = ('ttq', 'log2', 'lbw', 'inq')
 """Weights whose levels are not whole multiples of a step."""
+OWN_GROUPS = ('syq', 'fgq')
+"""They have scales for each place of the kernel, or for a few weights along the input channels."""
+STRAIGHT = [('lbw', 2), ('lbw', 4), ('inq', 3), ('fgq', 2), ('loss_aware', 3), ('tsq', 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +42,12 @@ def test_quantized_weights_equal_the_paper(method, bits, groups):
     quantizer = weight_quantizer(method, weight, bits, groups)
     out = quantizer(weight)
     function = functools.partial(papers.WEIGHTS[method], bits=bits)
-    places = 1 if method == 'syq' else groups  # it has a scale for each place of the kernel instead
+    places = 1 if method in OWN_GROUPS else groups
     np.testing.assert_allclose(double(out), papers.by_groups(function, places, double(weight)), rtol=1e-5, atol=1e-6)
     assert torch.equal(out, quantizer.eval()(weight)), 'evaluation'
     assert torch.equal(out, frozen(quantizer, weight).train()(weight)), 'frozen'
     by_scale = out.flatten(2).permute(2, 0, 1) if method == 'syq' else out
-    assert levels_of(by_scale, 'channel' if method == 'syq' else groups) <= 2**bits
+    assert method == 'fgq' or levels_of(by_scale, 'channel' if method == 'syq' else groups) <= 2**bits
 
 
 @pytest.mark.parametrize('method', papers.WEIGHTS)
@@ -187,7 +190,7 @@ def test_nothing_is_beyond_the_largest_weight_until_it_is_frozen(bits):
     np.testing.assert_array_equal(gradient, upstream * (np.abs(double(weight)) <= 0.5 * largest))
 
 
-@pytest.mark.parametrize(('method', 'bits'), [('balanced', 3), ('twn', 2), ('log2', 3)])
+@pytest.mark.parametrize(('method', 'bits'), [('balanced', 3), ('twn', 2), ('log2', 3), *STRAIGHT])
 def test_a_straight_through_gradient_passes_everywhere(method, bits):
     weight = torch.randn(8, 3, 3, 3)
     _, upstream, gradient = gradients(weight_quantizer(method, weight, bits), weight)

@@ -13,7 +13,7 @@ from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.integer_bias import bias_in_use
 from gdrq_mm.core.modules import quant_layers
-from gdrq_mm.core.quantizers import METHODS, WEIGHT_METHODS
+from gdrq_mm.core.quantizers import METHODS
 from gdrq_mm.core.topology import record
 from gdrq_mm.deploy.merge import IntegerLayer, merge_model
 from gdrq_mm.deploy.verify import compare
@@ -24,7 +24,7 @@ from tests.deploy.builders import (
     norm_of,
     prepared,
 )
-from tests.helpers import Function
+from tests.helpers import Function, few_bits_of_both
 
 LAW = settings(deadline=None, max_examples=40)
 
@@ -69,17 +69,19 @@ def test_a_merged_layer_gives_exact_sums_and_the_same_output(kind, channels, bit
     assert merged.multiplier.numel() == (getattr(layer, 'out_channels', None) or layer.out_features)
 
 
+UNEVEN = dict(ttq='TTQ', syq='SYQ', log2='logarithmic', hwgq='HWGQ', fgq='FGQ', tsq='TSQ', lbw='powers', inq='powers')
+"""Method -> what the message says, with the bits of this test."""
+
+
 @pytest.mark.parametrize('method', sorted(METHODS))
 def test_methods_merge_or_say_why_not(method):
-    weight = WEIGHT_METHODS[METHODS[method][0]].allowed_bits
-    bits = dict(weight=dict(bits=min(4, weight[-1])), activation=dict(bits=4))
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 3)
     )
     x = torch.randn(4, 3, 9, 9)
-    model, plan = prepared(model, x, method=method, bits=8, **bits)
-    if method in ('ttq', 'syq', 'log2', 'hwgq'):
-        with pytest.raises(UserError, match=r'layer 2 cannot be merged: (TTQ|SYQ|HWGQ|logarithmic)'):
+    model, plan = prepared(model, x, bits=8, **few_bits_of_both(method))
+    if method in UNEVEN:
+        with pytest.raises(UserError, match=rf'layer 2 cannot be merged: .*{UNEVEN[method]}'):
             merge_model(model, plan)
         return
     assert check(model, plan, x) < 1e-4

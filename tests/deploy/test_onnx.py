@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
-from gdrq_mm.core.quantizers import METHODS, WEIGHT_METHODS, Stage
+from gdrq_mm.core.quantizers import METHODS, Stage
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.runtime import RUNTIMES, float_layers, integer_layers, kernels, open_runtime
@@ -29,7 +29,7 @@ from tests.deploy.builders import (
     trained_network,
     wrong,
 )
-from tests.helpers import Function
+from tests.helpers import Function, few_bits_of_both
 
 FUSED = {'QLinearConv', 'QGemm', 'QLinearMatMul'}
 
@@ -147,13 +147,15 @@ def test_float_additions_are_slower_but_right():
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
-UNEVEN = ('hwgq', 'ttq', 'syq', 'log2')
+UNEVEN = ('hwgq', 'ttq', 'syq', 'log2', 'fgq', 'tsq')
 
 
 @pytest.mark.parametrize('method', [name for name in METHODS if name not in (*UNEVEN, 'gdrq')])  # gdrq: see above
 def test_uniform_methods_export(method):
-    bits = min(4, WEIGHT_METHODS[METHODS[method][0]].allowed_bits[-1])
-    model, plan, x = trained_network(method=method, weight=dict(bits=bits))
+    settings_ = few_bits_of_both(method)
+    if method in ('lbw', 'inq'):
+        settings_['weight'] = dict(bits=3)  # more powers of two are no multiples of one step
+    model, plan, x = trained_network(**settings_)
     graph, seen, out = exported(model, plan, x)
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 

@@ -65,7 +65,7 @@ def weights_of(method, x):
 
 def activations_of(method, x):
     """The same for a quantizer of activations that was calibrated on x."""
-    quantizer = ACTIVATION_METHODS[method](4 if 4 in ACTIVATION_METHODS[method].allowed_bits else 2).to(x.device)
+    quantizer = ACTIVATION_METHODS[method](min(4, ACTIVATION_METHODS[method].allowed_bits[-1])).to(x.device)
     quantizer.set_state(stage=Stage.OBSERVE)
     quantizer(x)
     quantizer.start(quantizer.observed())

@@ -89,7 +89,7 @@ class ActivationQuantizer(Quantizer):
         start = self.start_threshold(seen)
         if self.kind == 'zero_point':
             # T may depend on hi, hence on the zero point, which depends on T: the first one that fits its own T
-            while (zero_point := F.zero_point_of(float(start), low, self.bits)) > -self.lo:
+            while (zero_point := F.zero_point_of(float(self.in_use(start)), low, self.bits)) > -self.lo:
                 self.set_range('zero_point', zero_point)
                 start = self.start_threshold(seen)
         if not self.follows and not start > 0:  # zeros only, such as a residual branch at first: 0 would stay for good
@@ -125,7 +125,7 @@ class ActivationQuantizer(Quantizer):
 
     def threshold_in_use(self) -> Tensor:
         """T, a scalar."""
-        return self.threshold if self.stage == Stage.FREEZE else self.current_threshold()
+        return self.in_use(self.threshold if self.stage == Stage.FREEZE else self.current_threshold())
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         """Fake quantization with a scalar step."""

@@ -88,6 +88,9 @@ class Quantizer(ModeOfModel, nn.Module):
     uneven: str | None = None
     """Why integers times one step of the channel cannot express the levels; None: they can."""
 
+    steps_up: bool = False
+    """Whether `power_of_two` takes the next larger step, where nothing may be clipped; else the nearest."""
+
     state: Tensor
     threshold: Tensor
     """T in use: up to date whenever it is saved, and what is used while thresholds are frozen."""
@@ -98,8 +101,9 @@ class Quantizer(ModeOfModel, nn.Module):
     class Options:
         """The method's own options: names, types, bounds and defaults; a method has a class of its own.
 
-        What the base classes know by name: `narrow_range` of weights, and `lr_mult` and `decay_mult`, the learning
-        rate and the weight decay of what is learned, as multiples of those of the weights (1 and 0 without them).
+        What the base classes know by name: `narrow_range` of weights, `power_of_two`, see `in_use`, and `lr_mult` and
+        `decay_mult`, the learning rate and the weight decay of what is learned, as multiples of those of the weights
+        (1 and 0 without them).
         """
 
     def __init__(self, bits: int, **options: Any) -> None:
@@ -139,6 +143,17 @@ class Quantizer(ModeOfModel, nn.Module):
     def gradient(self) -> str:
         """Of a clipped value, as functions name it."""
         return 'masked' if self.masked else 'straight_through'
+
+    def in_use(self, threshold: Tensor) -> Tensor:
+        """T as it is used: with the option `power_of_two` that of the power of two next to its step.
+
+        Ristretto (Gysel et al. 2016, arXiv:1604.03168) calls it dynamic fixed point. Its step is the smallest that
+        clips nothing, `steps_up`; elsewhere it is the nearest (ours). The gradient of T is straight through (ours).
+        """
+        if not getattr(self.options, 'power_of_two', False):
+            return threshold
+        step = F.power_of_two(F.step_size(threshold, self.lo, self.hi), 'up' if self.steps_up else 'log')
+        return F.straight_through(threshold, step * max(-self.lo, self.hi))
 
     @property
     def bits_in_use(self) -> int:

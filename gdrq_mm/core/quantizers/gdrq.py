@@ -69,6 +69,8 @@ class GDRQWeight(WeightQuantizer):
         levels: Literal['narrow', 'full', 'without_zero'] | None = field(default=None, metadata=OF_BITS)
         """'narrow': -1, 0 and 1 steps of 2 bits; 'full': -2 too; 'without_zero', for 2 and 3 bits: -3, -1, 1 and 3 half
         steps. None: 'without_zero' at 2 bits, else 'narrow'."""
+        power_of_two: bool = False
+        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     options: Options
 
@@ -96,7 +98,8 @@ class GDRQWeight(WeightQuantizer):
         return self.threshold if self.options.threshold == 'search' else self.start_threshold(weight)
 
     def factor_of_mean(self) -> float | None:
-        return self.k if self.options.threshold == 'scale_clip' and self.stage != Stage.FREEZE else None
+        simple = self.options.threshold == 'scale_clip' and not self.options.power_of_two
+        return self.k if simple and self.stage != Stage.FREEZE else None
 
     def reshape(self, weight: Tensor, threshold: Tensor) -> Tensor:
         # Projection has already clipped the stored weight.
@@ -110,7 +113,7 @@ class GDRQWeight(WeightQuantizer):
         if self.options.clip == 'forward':
             return None
         self.settle(weight)
-        limit = self.spread(self.threshold)
+        limit = self.spread(self.in_use(self.threshold))
         return torch.clamp(weight, -limit, limit)
 
 
@@ -131,6 +134,8 @@ class GDRQActivation(FollowingQuantizer):
         """Over the elements that are not zero, or over all: a ReLU leaves between a tenth and nine tenths of them."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
         """Of a clipped activation: 0 or 1."""
+        power_of_two: bool = False
+        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     options: Options
 

@@ -31,11 +31,6 @@ def log2_levels(codes: Tensor, top: Tensor, hi: int) -> Tensor:
     return torch.sign(codes) * top * torch.exp2(codes.abs() - hi)
 
 
-def power_of_two(x: Tensor) -> Tensor:
-    """The nearest power of two; 0 stays 0."""
-    return torch.where(x > 0, torch.exp2(torch.log2(x.clamp(min=1e-30)).round()), 0)
-
-
 @register('log2')
 class Log2Weight(WeightQuantizer):
     """Weights with sign and exponent."""
@@ -44,7 +39,7 @@ class Log2Weight(WeightQuantizer):
     allowed_bits = range(2, 6)
 
     def current_threshold(self, weight: Tensor) -> Tensor:
-        return power_of_two(F.max_abs(weight, self.sizes))
+        return F.power_of_two(F.max_abs(weight, self.sizes))
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         return log2_codes(weight, step * self.hi, self.lo, self.hi)
@@ -64,7 +59,7 @@ class Log2Activation(ActivationQuantizer):
         super().set_range('signed' if kind == 'zero_point' else kind)
 
     def start_threshold(self, seen: Statistics) -> Tensor:
-        return power_of_two(seen.largest)
+        return F.power_of_two(seen.largest)
 
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         top = step * self.hi

@@ -44,6 +44,8 @@ class LSQWeight(WeightQuantizer):
     class Options(LearnedStepOptions):
         start: Literal['lsq', 'scale_clip'] = 'lsq'
         """Where the step starts: as in the paper, or at the T of Scale-Clip with GDRQ's default k (ours)."""
+        power_of_two: bool = False
+        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -75,6 +77,8 @@ class LSQActivation(ActivationQuantizer):
     class Options:
         lr_mult: Annotated[float, Bounds(0, 1000)] = 1.0
         """Learning rate of the step, as a multiple of that of the weights."""
+        power_of_two: bool = False
+        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)

@@ -11,12 +11,14 @@ at 0, signed ones are symmetric.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..typed import Bounds
 from .activation import Statistics
 from .base import Stage
 from .lsq import LearnedStepOptions, LSQActivation, LSQWeight
@@ -44,6 +46,11 @@ class LSQPlusActivation(LSQActivation):
     """Activations with a learned step and, beside a zero point, a learned offset."""
 
     keeps_samples = True
+
+    @dataclass(frozen=True)
+    class Options:
+        lr_mult: Annotated[float, Bounds(0, 1000)] = 1.0
+        """Learning rate of step and offset, as a multiple of that of the weights."""
 
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)

@@ -9,6 +9,7 @@ one average.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ class MinMaxWeight(WeightQuantizer):
     """Weights with T = max|w| of each group, by default of each filter."""
 
     default_groups = 'channel'
+    steps_up = True
+
+    @dataclass(frozen=True)
+    class Options:
+        power_of_two: bool = False
+        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     def current_threshold(self, weight: Tensor) -> Tensor:
         return F.max_abs(weight, self.sizes)
@@ -39,6 +46,13 @@ class MinMaxWeight(WeightQuantizer):
 @register('minmax')
 class MinMaxActivation(FollowingQuantizer):
     """Activations with a running largest |x|, T <- T + m * (max|x| - T); m is 0.01 as in torch.ao."""
+
+    steps_up = True
+
+    @dataclass(frozen=True)
+    class Options(FollowingQuantizer.Options):
+        power_of_two: bool = False
+        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)

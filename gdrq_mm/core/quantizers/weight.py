@@ -28,6 +28,8 @@ class WeightQuantizer(Quantizer):
     default_groups: int | str = 1
     """Groups where the config names none: those of the paper."""
 
+    progress: float | None = None
+    """Fraction of the training that is done, told before each `after_step`; None where nobody tells it."""
     sizes: Tensor
     """Number of filters in each group, (G,)."""
 
@@ -73,7 +75,7 @@ class WeightQuantizer(Quantizer):
     def step(self, weight: Tensor) -> Tensor:
         """Step of each filter, shaped to broadcast against the weight: (C, 1, ...)."""
         threshold = self.threshold if self.stage == Stage.FREEZE else self.current_threshold(weight)
-        return self.spread(F.step_size(threshold, self.lo, self.hi))
+        return self.spread(F.step_size(self.in_use(threshold), self.lo, self.hi))
 
     def spread(self, values: Tensor) -> Tensor:
         """A value of each group, (G,), shaped to broadcast against the weight: (C, 1, ...)."""
@@ -132,7 +134,7 @@ class WeightQuantizer(Quantizer):
             return restored(codes)
         with torch.autocast(weight.device.type, enabled=False):
             if self.stage == Stage.RESHAPE:
-                return self.unused(self.reshape(weight, self.spread(self.current_threshold(weight))))
+                return self.unused(self.reshape(weight, self.spread(self.in_use(self.current_threshold(weight)))))
             return self.quantize(weight, self.step(weight))
 
     def extra_repr(self) -> str:

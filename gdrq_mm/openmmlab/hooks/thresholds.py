@@ -28,4 +28,5 @@ class ThresholdHook(Hook):
     ) -> None:
         if not runner.optim_wrapper.should_update():
             return
-        after_step(bare_model(runner.model), runner.iter // getattr(runner.optim_wrapper, '_accumulative_counts', 1))
+        step = runner.iter // getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        after_step(bare_model(runner.model), step, (runner.iter + 1) / runner.max_iters)

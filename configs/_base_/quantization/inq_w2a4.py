@@ -1,0 +1,3 @@
+# INQ with 2-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/inq.py.
+_base_ = './gdrq_w2a4.py'
+quantization = dict(method='inq')

@@ -1,0 +1,3 @@
+# INQ with 3-bit weights and 3-bit activations; see gdrq_mm/core/quantizers/inq.py.
+_base_ = './gdrq_w3a3.py'
+quantization = dict(method='inq')

@@ -1,0 +1,3 @@
+# INQ with 4-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/inq.py.
+_base_ = './gdrq_w4a4.py'
+quantization = dict(method='inq')

@@ -1,0 +1,3 @@
+# Loss-aware quantization with 4-bit weights and 4-bit activations; see gdrq_mm/core/quantizers/loss_aware.py.
+_base_ = './gdrq_w4a4.py'
+quantization = dict(method='loss_aware')
