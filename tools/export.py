@@ -32,6 +32,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, help='folder to write; it must not exist')
     parser.add_argument('--format', choices=['onnx', 'packed'], default='onnx', help='default: %(default)s')
     parser.add_argument(
+        '--compress', action='store_true', help='with --format packed: smaller by the entropy of the codes'
+    )
+    parser.add_argument(
         '--image',
         help='picture to check with; graphs that cannot take any size take its (default: first of the test set)',
     )
@@ -91,8 +94,8 @@ def show_part(part: ExportedPart) -> None:
         CONSOLE.print(f'{backend}: {differing} of {report.codes} codes differ, {ties}', soft_wrap=True)
 
 
-def export_packed(model: Any, merged: Any, image: Any, out: Path) -> None:
-    """Compare the merged model with the trained one and write model.safetensors."""
+def export_packed(model: Any, merged: Any, image: Any, out: Path, compress: bool) -> None:
+    """Compare the merged model with the trained one and write model.safetensors, its codes compressed or not."""
     results = compare(model, merged, model.plan, lambda m: infer(m, image))
     columns = ['layer', 'outputs', 'wrong sums', 'difference', 'codes', 'ties', 'wrong']
     cells = [
@@ -105,8 +108,11 @@ def export_packed(model: Any, merged: Any, image: Any, out: Path) -> None:
         raise UserError(f'{difference}; nothing was written')
     check_writable(out)
     path = out / 'model.safetensors'
-    write_packed(merged, path, model.cfg.pretty_text, model.dataset_meta)
+    sizes = write_packed(merged, path, model.cfg.pretty_text, model.dataset_meta, compress)
     CONSOLE.print(f'{path}: {path.stat().st_size / 1e6:.2f} MB, {len(results)} layers as integers', soft_wrap=True)
+    saved, possible = (1 - size / max(sizes.at_bits, 1) for size in (sizes.written, sizes.entropy))
+    text = f'codes: {sizes.at_bits / 1e6:.3f} MB at their bits, {possible:.1%} less by their entropy'
+    CONSOLE.print(f'{text}; compressed {saved:.1%} less' if compress else f'{text} (--compress)', soft_wrap=True)
 
 
 def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str) -> None:
@@ -153,6 +159,8 @@ def export() -> None:
     out = Path(args.out)
     if out.exists():
         raise UserError(f'--out {out} exists')
+    if args.compress and args.format != 'packed':
+        raise UserError('--compress is for --format packed; an ONNX graph holds its codes as they are')
     if is_packed(args.checkpoint):
         raise UserError(f'{args.checkpoint} is packed already; export the checkpoint of the training')
     model = init_model(args.config, args.checkpoint, 'cpu', args.cfg_options, args.unsafe_load)
@@ -163,7 +171,7 @@ def export() -> None:
     if not Quantization.from_dict(model.cfg.quantization).deployable:
         CONSOLE.print('The model was trained with deployable=False: more stays float, which is slower.')
     if args.format == 'packed':
-        export_packed(model, merged, image, out)
+        export_packed(model, merged, image, out, args.compress)
     else:
         export_onnx(model, merged, image, out, args.checkpoint)
 

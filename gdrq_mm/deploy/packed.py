@@ -1,9 +1,10 @@
 """A packed file: a merged model with weights at their real bits, as safetensors.
 
 Tensors have the names of the merged model's state dict. The codes of a weight, n bits each, are one U8 tensor: unsigned
-numbers (code - lowest) / stride, one after the other, the lowest bit first. `__metadata__` holds
+numbers (code - lowest) / stride, one after the other, the lowest bit first, or compressed (coding.py). `__metadata__`
+holds
 
-    gdrq      version of this layout
+    gdrq      version of this layout: 2 where codes are compressed
     sha256    of the file with this sum as zeros
     config    text of the config, to be read, never to be run
     meta      what the model knows of its data set, as JSON
@@ -24,7 +25,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -40,9 +41,10 @@ from ..core.files import write_whole
 from ..core.layers import QUANTIZED, QuantLayer
 from ..core.modules import replace_modules
 from ..core.pyramid import count_levels
+from .coding import compress_codes, decompress_codes, entropy, pack_codes, unpack_codes
 from .merge import Absent, IntegerLayer, IntegerPyramid, OutputQuantizer, move_output
 
-VERSION = '1'
+VERSION, COMPRESSED = '1', '2'
 _SUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 """As safetensors writes it into the header; in any other text of the header quotes are escaped."""
 
@@ -65,6 +67,8 @@ class PackedLayer:
     """The batch normalization that is folded into it."""
     head: str | None
     """With several pyramid levels: the module that calls the layer once for each."""
+    compressed: bool = False
+    """Whether the codes are compressed."""
 
     @staticmethod
     def from_dict(content: Any) -> PackedLayer:
@@ -93,6 +97,8 @@ class PackedLayer:
             raise ValueError('norm or head is no name')
         if (layer.head is None) != (len(layer.inputs) == 1):
             raise ValueError(f'{len(layer.inputs)} pyramid levels with head {layer.head!r}')
+        if type(layer.compressed) is not bool:
+            raise ValueError(f'compressed {layer.compressed!r}')
         return layer
 
     @property
@@ -118,46 +124,76 @@ class Packed:
     meta: dict[str, Any]
 
 
+class CodeBytes(NamedTuple):
+    """Bytes of all weights' codes in a packed file."""
+
+    at_bits: int
+    """At their real bits."""
+    written: int
+    """As the file has them."""
+    entropy: float
+    """What they need at least where no code tells about another, each layer with its own frequencies."""
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_packed(model: nn.Module, path: str | Path, config: str = '', meta: Mapping[str, Any] | None = None) -> None:
+def write_packed(
+    model: nn.Module,
+    path: str | Path,
+    config: str = '',
+    meta: Mapping[str, Any] | None = None,
+    compress: bool = False,
+) -> CodeBytes:
     """Write a merged model.
 
     Args:
         model: what merge_model() returned.
         config: text of the config.
         meta: what the model knows of its data set, such as the names of the classes; plain data.
+        compress: the codes of each layer that takes less bytes so, without loss.
+
+    Returns:
+        How many bytes the codes take.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(model).items()}
-    layers, outputs, absent = {}, {}, []
+    layers, outputs, absent, sizes = {}, {}, [], []
     heads = {layer: name for name, head in model.named_modules() for _, layer in getattr(head, 'pyramid_layers', ())}
     levels: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, IntegerPyramid):
             levels.update(module.children())
             first, codes = module.get_submodule('0'), f'{name}.0.codes'
-            layers[name], state[codes] = _encoded(first, list(module.children()), heads[module], state[codes])
+            levels_of, head = list(module.children()), heads[module]
+            layers[name], state[codes], size = _encoded(first, levels_of, head, state[codes], compress)
+            sizes.append(size)
         elif isinstance(module, IntegerLayer) and module not in levels:
             codes = f'{name}.codes'
-            layers[name], state[codes] = _encoded(module, [module], None, state[codes])
+            layers[name], state[codes], size = _encoded(module, [module], None, state[codes], compress)
+            sizes.append(size)
         elif isinstance(module, Absent | QuantLayer):
             absent.append(name)
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f'{name}.')}
         elif isinstance(module, OutputQuantizer):
             outputs[name.removesuffix('output_quant').removesuffix('.')] = [module.lo, module.hi]
     about = {
-        'gdrq': VERSION,
+        'gdrq': COMPRESSED if any(layer.compressed for layer in layers.values()) else VERSION,
         'sha256': '0' * 64,
         'config': config,
         'meta': _json(dict(meta or {})),
-        'layers': _json({name: dataclasses.asdict(layer) for name, layer in layers.items()}),
+        'layers': _json({name: _plain(layer) for name, layer in layers.items()}),
         'outputs': _json(outputs),
         'absent': _json(absent),
     }
     content = safetensors.torch.save({name: tensor.clone() for name, tensor in state.items()}, about)
     digest = hashlib.sha256(content).hexdigest()
     write_whole(path, content.replace(b'"sha256":"' + b'0' * 64, f'"sha256":"{digest}'.encode(), 1))
+    return CodeBytes(*(sum(each) for each in zip(*sizes))) if sizes else CodeBytes(0, 0, 0.0)
+
+
+def _plain(layer: PackedLayer) -> dict[str, Any]:
+    """What a layer is, for JSON; files without compressed codes are those of version 1."""
+    return {key: value for key, value in dataclasses.asdict(layer).items() if key != 'compressed' or value}
 
 
 def _json(value: Any) -> str:
@@ -173,14 +209,30 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in named.values()}
 
 
-def _encoded(layer: Any, levels: list[Any], head: str | None, codes: Tensor) -> tuple[PackedLayer, Tensor]:
+def _encoded(
+    layer: Any, levels: list[Any], head: str | None, codes: Tensor, compress: bool
+) -> tuple[PackedLayer, Tensor, CodeBytes]:
     array = codes.numpy()
     lowest = int(array.min()) if array.size else 0
     stride = 2 if array.size and int(array.max()) - lowest >= 2**layer.weight_bits else 1
     inputs = [[each.lo, each.hi, each.input_bits] for each in levels]
-    about = PackedLayer(list(codes.shape), layer.weight_bits, layer.spread, lowest, stride, inputs, layer.norm, head)
-    packed = pack_codes((array.astype(np.int16) - lowest) // stride, layer.weight_bits)
-    return about, torch.from_numpy(np.frombuffer(packed, np.uint8).copy())
+    unsigned = (array.astype(np.int16) - lowest) // stride
+    packed = written = pack_codes(unsigned, layer.weight_bits)
+    if compress and len(smaller := compress_codes(unsigned, layer.weight_bits)) < len(packed):
+        written = smaller
+    about = PackedLayer(
+        list(codes.shape),
+        layer.weight_bits,
+        layer.spread,
+        lowest,
+        stride,
+        inputs,
+        layer.norm,
+        head,
+        written is not packed,
+    )
+    size = CodeBytes(len(packed), len(written), entropy(unsigned) * unsigned.size / 8)
+    return about, torch.from_numpy(np.frombuffer(written, np.uint8).copy()), size
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -219,8 +271,8 @@ def read_packed(path: str | Path) -> Packed:
     try:
         state = safetensors.torch.load(content)
         about = json.loads(header)['__metadata__']
-        if about['gdrq'] != VERSION:
-            raise UserError(f'packed file {path} has version {about["gdrq"]}, this is {VERSION}')
+        if about['gdrq'] not in (VERSION, COMPRESSED):
+            raise UserError(f'packed file {path} has version {about["gdrq"]}, this is {VERSION} or {COMPRESSED}')
         layers = {name: PackedLayer.from_dict(each) for name, each in json.loads(about['layers']).items()}
         for name, layer in layers.items():
             codes = _codes_name(name, layer)
@@ -245,7 +297,8 @@ def _codes_name(name: str, layer: PackedLayer) -> str:
 def _decoded(packed: Tensor, layer: PackedLayer) -> Tensor:
     if packed.dtype != torch.uint8:
         raise ValueError(f'codes are {packed.dtype}')
-    unsigned = unpack_codes(packed.numpy().tobytes(), layer.weight_bits, math.prod(layer.shape))
+    read = decompress_codes if layer.compressed else unpack_codes
+    unsigned = read(packed.numpy().tobytes(), layer.weight_bits, math.prod(layer.shape))
     codes = unsigned.astype(np.int32) * layer.stride + layer.lowest
     if codes.size and codes.max() > 127:
         raise ValueError('codes beyond int8')
@@ -347,25 +400,3 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:
         model.load_state_dict({**state, **every})
     except RuntimeError as error:  # keys or sizes
         raise UserError(f'packed file {path} does not fit the model: {str(error).splitlines()[-1].strip()}') from None
-
-
-# ---- codes of a few bits --------------------------------------------------------------------------------------------
-
-
-def pack_codes(codes: np.ndarray, bits: int) -> bytes:
-    """Unsigned codes below 2^bits, one after the other, the lowest bit first."""
-    each = (codes.reshape(-1, 1).astype(np.uint8) >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(each.ravel(), bitorder='little').tobytes()
-
-
-def unpack_codes(data: bytes, bits: int, count: int) -> np.ndarray:
-    """The inverse of :func:`pack_codes`, uint8.
-
-    Raises:
-        ValueError: the data have another length.
-    """
-    raw = np.frombuffer(data, np.uint8)
-    if len(raw) != math.ceil(count * bits / 8):
-        raise ValueError(f'{len(raw)} bytes for {count} codes of {bits} bits')
-    each = np.unpackbits(raw, count=count * bits, bitorder='little').reshape(count, bits)
-    return (each << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)

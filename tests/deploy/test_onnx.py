@@ -150,7 +150,12 @@ def test_float_additions_are_slower_but_right():
 UNEVEN = ('hwgq', 'ttq', 'syq', 'log2', 'fgq', 'tsq')
 
 
-@pytest.mark.parametrize('method', [name for name in METHODS if name not in (*UNEVEN, 'gdrq')])  # gdrq: see above
+UNIFORM = [name for name in METHODS if name not in (*UNEVEN, 'gdrq')]  # gdrq: see above
+SLOW = ('lbw', 'inq', 'loss_aware')
+"""By make test-full: their codes are merged as those of others."""
+
+
+@pytest.mark.parametrize('method', [pytest.param(m, marks=[pytest.mark.full] * (m in SLOW)) for m in UNIFORM])
 def test_uniform_methods_export(method):
     settings_ = few_bits_of_both(method)
     if method in ('lbw', 'inq'):

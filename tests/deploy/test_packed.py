@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
+from gdrq_mm.deploy.coding import compress_codes, decompress_codes, entropy, pack_codes, unpack_codes
 from gdrq_mm.deploy.merge import merge_model
-from gdrq_mm.deploy.packed import is_packed, load_packed, pack_codes, read_packed, unpack_codes, write_packed
+from gdrq_mm.deploy.packed import is_packed, load_packed, read_packed, write_packed
 from tests.deploy.builders import crafted, network, prepared, summed
 from tests.helpers import Function
 
@@ -32,6 +33,59 @@ def test_codes_survive_packing(bits, count, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, count).astype(np.uint8)
     data = pack_codes(codes, bits)
     assert len(data) == -(-count * bits // 8) and np.array_equal(unpack_codes(data, bits, count), codes)
+
+
+@LAW
+@given(bits=st.integers(1, 8), count=st.integers(0, 50), seed=st.integers(0, 99))
+def test_codes_survive_compression(bits, count, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**bits, count).astype(np.uint8)
+    data = compress_codes(codes, bits)
+    found = decompress_codes(data, bits, count)
+    assert found.dtype == np.uint8 and np.array_equal(found, codes)
+    beyond = 8 // bits * max(1, -(-count // (8 // bits)))  # the codes that fit into the same bytes, and one more
+    for damaged, asked in ((data[:-1], count), (data + b'x', count), (b'', count), (data, beyond + 1)):
+        with pytest.raises(ValueError, match='compressed codes'):
+            decompress_codes(damaged, bits, asked)
+
+
+def test_a_stream_of_zeros_is_not_unpacked_beyond_what_was_asked_for():
+    data = compress_codes(np.zeros(1 << 22, np.uint8), 8)
+    with pytest.raises(ValueError, match='compressed codes are not 10'):
+        decompress_codes(data, 8, 10)
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 5, 8])
+def test_compressed_codes_come_near_to_their_entropy(bits):
+    top = 2 ** (bits - 1) - 1
+    codes = np.clip(np.rint(np.random.default_rng(0).normal(0, top / 3, 50_000)), -top, top).astype(int) + top
+    share = np.bincount(codes) / len(codes)
+    expected = -sum(p * np.log2(p) for p in share if p)
+    assert entropy(codes) == pytest.approx(expected) and entropy(np.zeros(5)) == entropy(np.zeros(0)) == 0
+    assert 1 <= 8 * len(compress_codes(codes, bits)) / len(codes) / expected < 1.05
+
+
+@pytest.mark.parametrize('method, bits', [('gdrq', 4), ('dorefa', 3), ('twn', 2), ('xnor', 1)])
+def test_a_compressed_file_is_read_to_the_last_bit(tmp_path, method, bits):
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 2, 1))
+
+    model, plan = prepared(build(), torch.randn(2, 3, 9, 9), bits=8, method=method, weight=dict(bits=bits))
+    model[2].weight.data.normal_()
+    model[2].weight_quant.start(model[2].weight.detach())
+    merged = merge_model(model, plan)
+    paths = [tmp_path / 'plain.safetensors', tmp_path / 'small.safetensors']
+    sizes = [write_packed(merged, path, compress=path is paths[1]) for path in paths]
+    stored = [read_packed(path).layers for path in paths]
+    assert sizes[0].written == sizes[0].at_bits == sizes[1].at_bits and sizes[0].entropy == sizes[1].entropy > 0
+    smaller = method not in ('xnor', 'dorefa')  # there all codes are about as frequent
+    assert stored[1]['2'].compressed == smaller and not stored[0]['2'].compressed
+    assert sizes[1].entropy <= sizes[1].written and (sizes[1].written < sizes[1].at_bits) == smaller
+    assert (paths[1].stat().st_size < paths[0].stat().st_size) == smaller
+    found = [load_packed(build(), path)[0].state_dict() for path in paths]
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[1][n], v) for n, v in found[0].items())
+    assert torch.equal(found[1]['2.codes'], merged.state_dict()['2.codes'])
+    with safetensors.safe_open(paths[0], 'pt') as file:
+        assert file.metadata()['gdrq'] == '1' and 'compressed' not in file.metadata()['layers']
 
 
 @pytest.mark.parametrize('method, bits', [('gdrq', 2), ('gdrq', 4), ('dorefa', 3), ('lsq', 4), ('xnor', 1)])
@@ -179,6 +233,8 @@ def about(header):
         (lambda header: about(header)['layers']['a'].update(shape=[0, 2**62, -1]), 'damaged: ValueError shape'),
         (lambda header: about(header)['layers']['a'].update(norm=[]), 'damaged: ValueError norm'),
         (lambda header: about(header)['layers']['a'].update(inputs=[]), 'damaged: ValueError inputs'),
+        (lambda header: about(header)['layers']['a'].update(compressed=1), 'damaged: ValueError compressed'),
+        (lambda header: about(header)['layers']['a'].update(compressed=True), 'damaged: ValueError compressed codes'),
         (lambda header: about(header)['layers']['a'].update(inputs=[[0, float('inf'), 4]]), 'damaged: ValueError'),
         (lambda header: about(header)['layers']['a'].update(inputs=[[0, 15, 4]] * 2), 'pyramid levels with head None'),
         (lambda header: about(header)['layers'].update(no=3), 'damaged: TypeError'),

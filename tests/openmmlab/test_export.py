@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -393,10 +394,12 @@ def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits
     _, cfg, checkpoint, _, picture = whole
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/digits').symlink_to(digits_root)
-    command = ('export.py', ROOT / 'configs' / CONFIGS['cls'], checkpoint, '--format', 'packed', '--out', 'out')
-    done = run(ROOT / 'tools' / command[0], *command[1:], '--cfg-options', EIGHT)
+    options = '--format', 'packed', '--compress', '--out', 'out', '--cfg-options', EIGHT
+    done = run(ROOT / 'tools/export.py', ROOT / 'configs' / CONFIGS['cls'], checkpoint, *options)
     assert done.returncode == 0, done.stderr
     assert '21 layers as integers' in done.stdout
+    saved = [float(share) for share in re.findall(r'([\d.]+)% less', done.stdout)]
+    assert len(saved) == 2 and saved[0] > saved[1] > 10, 'by the entropy, and by compression'
     expected = infer(init_model(cfg, checkpoint, 'cpu'), picture).pred_score
     found = infer(init_model(cfg, tmp_path / 'out/model.safetensors', 'cpu'), picture).pred_score
     assert agreement(found, expected) > 0.9

@@ -44,7 +44,15 @@ RUNS = {
 }
 MULTIPLES = dict(lsq=(1.0, 0.0), lsq_plus=(2.0, 0.0), pact=(0.5, 3.0), ttq=(0.5, 0.0), syq=(1.0, 0.0))
 """Learning rate and weight decay of what is learned, as multiples of those of weights."""
-RESUMED = ['lsq_plus', 'pact', 'ttq', 'minmax', 'hwgq', 'inq', 'loss_aware', 'tsq']
+RESUMED = [
+    'lsq_plus',
+    'pact',
+    'ttq',
+    'minmax',
+    'hwgq',
+    'inq',
+    *(pytest.param(m, marks=pytest.mark.full) for m in ('loss_aware', 'tsq')),
+]
 EMA = dict(type='EMAHook', momentum=0.3)
 
 
@@ -113,6 +121,17 @@ def test_a_resumed_run_equals_an_undisturbed_one(method, whole, make):
     resumed = make(**changes, resume=True, load_from=checkpoint)
     train(resumed)
     assert same(contents(runner, 'epoch_2.pth'), contents(resumed, 'epoch_2.pth'))
+
+
+def test_a_training_tells_its_progress(whole):
+    """At its end all weights of INQ are powers of two and stay."""
+    runner, _, _ = whole('inq')
+    quantized = [layer for layer in quant_layers(runner.model).values() if hasattr(layer.weight_quant, 'held')]
+    assert len(quantized) > 2 and {layer.weight_quant.progress for layer in quantized} == {1.0}
+    for layer in quantized:
+        assert int(layer.weight_quant.held.abs().max()) == layer.weight_quant.hi, 'codes, and neither FREE nor UNTOLD'
+        exponents = np.log2(layer.weight.detach().abs()[layer.weight != 0].double())
+        assert torch.equal(exponents, exponents.round())
 
 
 @pytest.mark.parametrize('method', ['lsq_plus', 'pact', 'ttq'])
