@@ -89,6 +89,9 @@ class TSQActivation(FollowingQuantizer):
     allowed_bits = range(2, 8)
     uneven = 'TSQ rounds small inputs to 0, not to the nearest level'
 
+    cut: Tensor
+    """epsilon as a multiple of d, a scalar."""
+
     @dataclass(frozen=True)
     class Options(FollowingQuantizer.Options):
         sparsity: Annotated[float, Bounds(0.5, 0.99, closed=True)] = 0.625
@@ -97,18 +100,17 @@ class TSQActivation(FollowingQuantizer):
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)
         self.register_buffer('k', torch.zeros(()))
+        self.register_buffer('cut', torch.zeros(()))
 
     def set_range(self, kind: str, zero_point: int = 1) -> None:
         super().set_range('unsigned' if kind == 'zero_point' else kind)
 
-    @property
-    def epsilon(self) -> float:
-        """In units of sigma."""
-        return NormalDist().inv_cdf(self.options.sparsity)
-
     def start_threshold(self, seen: Statistics) -> Tensor:
         sigma = math.sqrt(math.pi / 2 if self.kind == 'signed' else 2 * math.pi)  # times mean(|x|)
-        self.k.fill_(self.hi * sparse_step(self.hi, self.epsilon) * sigma)
+        epsilon = NormalDist().inv_cdf(self.options.sparsity)
+        step = sparse_step(self.hi, epsilon)
+        self.k.fill_(self.hi * step * sigma)
+        self.cut.fill_(epsilon / step)
         return self.k * seen.mean
 
     def measure(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -117,6 +119,5 @@ class TSQActivation(FollowingQuantizer):
     def quantize(self, x: Tensor, step: Tensor) -> Tensor:
         size = x.detach().abs().float()
         levels = F.fake_quantize(torch.maximum(size, step), step, 0, self.hi)  # beyond epsilon at least the first
-        cut = step * (self.epsilon / sparse_step(self.hi, self.epsilon))
-        value = torch.sign(x.detach()).clamp(min=self.lo) * torch.where(size > cut, levels, 0)
+        value = torch.sign(x.detach()).clamp(min=self.lo) * torch.where(size > self.cut * step, levels, 0)
         return F.straight_through(F.clip(x, step * self.hi, low=step * self.lo), value)
