@@ -59,6 +59,9 @@ def test_a_growing_share_of_the_largest_weights_becomes_levels_and_stays():
         before, held = stored, now
         weight = stored + 0.1 * torch.randn(weight.shape)  # as momentum and weight decay do, held or not
     assert torch.equal(quantizer(weight), stored) and torch.equal(quantizer.eval()(stored), stored)
+    quantizer.start(weight)  # it begins anew
+    told(quantizer, weight, 1.0)
+    assert int(quantizer.held.abs().max()) == quantizer.hi
 
 
 def levels_of(quantizer):

@@ -67,6 +67,17 @@ def test_the_step_of_activations_is_one_while_the_threshold_goes_on(method, kind
     assert torch.equal(frozen(other)(x), out)
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_the_zero_point_is_that_of_the_step_in_use(method):
+    """Nothing is clipped below."""
+    for scale in (0.5, 0.6, 0.7, 0.8):
+        x = scale * inputs('zero_point', 2000)
+        quantizer = activation_quantizer(method, x, bits=7, range='zero_point', power_of_two=True)
+        assert quantizer.lo < -2
+        step = float(quantizer.step().detach())
+        assert 2 * float(x.min()) - step < quantizer.lo * step < float(x.min()) + 0.51 * step
+
+
 @pytest.mark.parametrize('stage', [Stage.QUANTIZE, Stage.FREEZE])
 def test_a_learned_step_takes_its_gradient_straight_through(stage):
     weight = torch.randn(8, 3, 3, 3)

@@ -13,8 +13,6 @@ A scale of weights for each group, if `groups` says so. Layers of 8 bits take th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -39,9 +37,8 @@ class BNNWeight(WeightQuantizer):
 
     allowed_bits = range(1, 2)
 
-    def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None) -> None:
-        super().__init__(bits, shape, groups)
-        self.set_state(lo=-1, hi=1)
+    def code_range(self) -> tuple[int, int]:
+        return -1, 1
 
     def current_threshold(self, weight: Tensor) -> Tensor:
         return F.mean_abs(weight, self.sizes)

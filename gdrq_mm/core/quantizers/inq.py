@@ -56,6 +56,7 @@ class INQWeight(PowerWeight):
 
     def start(self, weight: Tensor) -> None:
         self.held.fill_(UNTOLD)
+        self._share = 0.0
         super().start(weight)
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:

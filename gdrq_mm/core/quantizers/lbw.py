@@ -14,7 +14,7 @@ activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -40,9 +40,8 @@ class PowerWeight(WeightQuantizer):
 
     allowed_bits = range(2, 7)
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.set_state(lo=-(2 ** (self.bits - 2)), hi=2 ** (self.bits - 2))
+    def code_range(self) -> tuple[int, int]:
+        return -(2 ** (self.bits - 2)), 2 ** (self.bits - 2)
 
     @property
     def uneven(self) -> str | None:  # type: ignore[override]

@@ -57,8 +57,7 @@ class LossAwareWeight(WeightQuantizer):
         return out
 
     def _note(self, gradient: Tensor) -> None:
-        # a copy: the gradient of the weight shares its memory, and is scaled and zeroed in place
-        self._gradient = gradient.clone() if self._gradient is None else self._gradient + gradient
+        self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
     def after_step(self, weight: Tensor, step: int) -> None:
         gradient, self._gradient = self._gradient, None
