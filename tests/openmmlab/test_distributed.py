@@ -213,6 +213,24 @@ def test_frozen_stages_train_on_two_processes(train_on_two, tmp_path, method, sc
     assert moving and all(not torch.equal(first[name], last[name]) for name in moving)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ('method', 'bits', 'buffer'), [('inq', 4, 'held'), ('loss_aware', 4, 'second'), ('tsq', 2, None)]
+)
+def test_what_a_method_keeps_of_the_training_is_the_same_in_both_processes(
+    train_on_two, tmp_path, method, bits, buffer
+):
+    settings = dict(method=method, weight=dict(bits=bits), calibration_batches=2)
+    finished(train_on_two('run', quantization=settings))
+    first, *_, last = same_states(tmp_path / 'run')
+    kept = [name for name in first if name.endswith(f'weight_quant.{buffer or "rounding"}')]
+    assert len(kept) > 2 and all(last[name].any() for name in kept)
+    if buffer:
+        assert all(not torch.equal(first[name], last[name]) for name in kept)
+    else:
+        assert not any(first[name] for name in kept), 'weights are float in the first half'
+
+
 @pytest.mark.parametrize('learning', [pytest.param(False, marks=pytest.mark.full), True])
 def test_accumulation_over_the_end_of_an_epoch_resumes_exactly_on_two_processes(train_on_two, tmp_path, learning):
     """Each process gets its own gradients and sums back, which were not averaged yet."""
