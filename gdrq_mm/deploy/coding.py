@@ -47,6 +47,8 @@ def decompress_codes(data: bytes, bits: int, count: int) -> np.ndarray:
         ValueError: the data are no such stream, or not of this many codes.
     """
     stream, length = zlib.decompressobj(-15), _bytes_of(count, bits)
+    if length > 8 * len(data):  # Huffman's code has at least one bit a byte; a crafted stream may have less
+        raise ValueError(f'compressed codes are not {count}: {len(data)} bytes are too few')
     try:
         raw = stream.decompress(data, length + 1)
     except zlib.error as error:

@@ -1,6 +1,7 @@
 """Packed files: bit-exact, small, and refused where they are damaged or do not fit."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -50,8 +51,13 @@ def test_codes_survive_compression(bits, count, seed):
 
 def test_a_stream_of_zeros_is_not_unpacked_beyond_what_was_asked_for():
     data = compress_codes(np.zeros(1 << 22, np.uint8), 8)
+    assert len(decompress_codes(data, 8, 1 << 22)) == 1 << 22
     with pytest.raises(ValueError, match='compressed codes are not 10'):
         decompress_codes(data, 8, 10)
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15)  # not Huffman's code alone: a thousandth of its size
+    bomb = stream.compress(bytes(1 << 22)) + stream.flush()
+    with pytest.raises(ValueError, match='bytes are too few'):
+        decompress_codes(bomb, 8, 1 << 22)
 
 
 @pytest.mark.parametrize('bits', [2, 3, 4, 5, 8])
