@@ -261,9 +261,9 @@ def _schedule(cfg: Any, path: str) -> Schedule:
     return schedule
 
 
-TRAINING_ONLY = frozenset(
-    {'schedule', 'distill', 'calibration_batches', 'momentum', 'mean', 'gradient', 'clip', 'lr_mult', 'decay_mult'}
-)
+_GENERAL = {'schedule', 'distill', 'calibration_batches'}
+_OF_METHODS = {'momentum', 'mean', 'gradient', 'clip', 'lr_mult', 'decay_mult', 'portions', 'weights_from'}
+TRAINING_ONLY = frozenset(_GENERAL | _OF_METHODS)
 """Settings that only training reads: a trained model computes the same whatever they are."""
 
 

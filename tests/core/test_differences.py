@@ -77,3 +77,12 @@ def test_one_side_may_be_float():
 def test_what_is_no_quantization_dict_is_refused():
     with pytest.raises(UserError, match='quantization=3 is not a dict'):
         first_difference(3, W4A4, training=False)
+
+
+@pytest.mark.parametrize(
+    ('method', 'bits', 'option'), [('inq', 4, dict(portions=2)), ('tsq', 2, dict(weights_from=0.8))]
+)
+def test_when_weights_become_levels_is_of_no_consequence_afterwards(method, bits, option):
+    theirs, ours = (dict(method=method, weight={'bits': bits, method: each}) for each in ({}, option))
+    tested, resumed = differ(theirs, ours)
+    assert tested == '' and f'quantization.weight.{method}.{next(iter(option))} is ' in resumed
