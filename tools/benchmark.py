@@ -122,10 +122,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """A row for each graph, runtime and kind of numbers, and for the sum of the parts."""
     with tempfile.TemporaryDirectory() as folder:
         entered = contestants(args, Path(folder))
-        groups = [[each] for each in entered]
-        for key in dict.fromkeys((each.runtime, each.numbers) for each in entered):
-            parts = [each for each in entered if each.graph.part and (each.runtime, each.numbers) == key]
-            groups += [parts] if len(parts) > 1 else []
+        groups = [[each] for each in entered] + sums(entered)
         memory = [
             peak_memory(group[0].runtime, [each.file for each in group], [each.inputs for each in group], args.threads)
             for group in track(groups, 'memory', console=console, transient=True)
@@ -147,13 +144,25 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
 KEYS = ('graph', 'runtime')
 
 
+def sums(entered: list[Contestant]) -> list[list[Contestant]]:
+    """For each runtime the parts of a prediction, as exported and in float32, where there is more than one."""
+    groups = []
+    for runtime in dict.fromkeys(each.runtime for each in entered):
+        parts = [each for each in entered if each.graph.part and each.runtime == runtime]
+        exported = {each.graph.name: each for each in parts if each.numbers == EXPORTED}
+        twins = {each.graph.name: each for each in parts if each.numbers == FLOAT}
+        if len(exported) > 1:  # a part without quantizers has no twin, and is float itself
+            groups += [list(exported.values()), *([list({**exported, **twins}.values())] if twins else [])]
+    return groups
+
+
 def row(group: list[Contestant], seconds: list[float], peak: int, batch: int) -> dict[str, Any]:
     """What was measured of a graph, or of parts one after the other."""
     low, median, high = (float(found) for found in np.percentile(seconds, (5, 50, 95)))
     return dict(
-        graph=' + '.join(each.graph.name for each in group),
+        graph=group[0].graph.name if len(group) == 1 else 'sum',
         runtime=group[0].runtime,
-        numbers=group[0].numbers,
+        numbers=FLOAT if any(each.numbers == FLOAT for each in group) else EXPORTED,
         inputs=[list(x.shape) for each in group for x in each.inputs],
         seconds=dict(median=median, low=low, high=high),
         pictures_a_second=batch / median,
