@@ -124,7 +124,7 @@ def test_the_float_twin_computes_with_the_rounded_weights():
     model = parsed(
         OPSET
         + """(float[N,2,4,4] x, bool yes) => (float[N,3,2,2] y)
-        <int32 factor = {16}, float[3] scales = {0.5, 0.25, 2}, int8[3] zeros = {0, 0, 0},
+        <int32 factor = {16}, float minus = {-1}, float[3] scales = {0.5, 0.25, 2}, int8[3] zeros = {0, 0, 0},
          float step = {0.1}, uint8 zero = {8}, uint8 low = {1}, uint8 high = {15}>
         {
             wide = Cast<to = 6>(few)
@@ -136,7 +136,7 @@ def test_the_float_twin_computes_with_the_rounded_weights():
             pooled = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(clipped)
             d = DequantizeLinear(pooled, step, zero)
             z = If(yes) <
-                then_branch = then () => (float[N,2,2,2] a) { a = Neg(d) },
+                then_branch = then () => (float[N,2,2,2] a) { a = Mul(d, minus) },
                 else_branch = other () => (float[N,2,2,2] b) { b = Identity(d) }
             >
             y = Conv(z, w)
