@@ -105,8 +105,9 @@ int predict(const std::string& folder, const std::string& path, double lowest) {
     height = std::max(std::nearbyint(down * picture.height), 1.0);
     width = std::max(std::nearbyint(across * picture.width), 1.0);
 
+    const std::string graph = read(folder + "/end2end.onnx");
     ov::Core core;
-    ov::preprocess::PrePostProcessor steps(core.read_model(folder + "/end2end.onnx"));
+    ov::preprocess::PrePostProcessor steps(core.read_model(graph, ov::Tensor()));
     ov::preprocess::InputInfo& image = steps.input("image");
     const ov::Shape shape{1, picture.height, picture.width, 3};
     image.tensor().set_element_type(ov::element::u8).set_layout("NHWC").set_shape(shape);

@@ -125,6 +125,7 @@ def test_a_detector_gives_boxes_in_the_picture(predict, folder, picture, any_siz
             lambda f: (f / 'export.json').write_text('{\n"end2end": {"refused": "soft NMS"},\n"classes": []\n}\n'),
             'error: {f} has no end2end.onnx: "soft NMS"',
         ),
+        (lambda f: (f / 'end2end.onnx').unlink(), 'error: {f}/end2end.onnx cannot be read'),
         (lambda f: (f / 'picture.ppm').write_bytes(b'P6 25 18 255\n123'), 'error: {f}/picture.ppm is no binary PPM'),
         (lambda f: (f / 'picture.ppm').unlink(), 'error: {f}/picture.ppm cannot be read'),
     ],
