@@ -19,35 +19,28 @@ def float_twin(model: onnx.ModelProto) -> onnx.ModelProto | None:
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in twin.graph.initializer}
-    stored = set(known)
     nodes, codes = [], set[str]()
     for node in twin.graph.node:
         if node.op_type in FOLDS and all(name in known for name in node.input):
             known[node.output[0]] = FOLDS[node.op_type](node, *(known[name] for name in node.input))
             continue
         if node.op_type == 'QuantizeLinear' or (node.input[:1] and node.input[0] in codes):
-            if node.op_type == 'DequantizeLinear':
-                nodes.append(_identity(node))
-                continue
-            codes.update(node.output)
-            nodes.append(_identity(node) if node.op_type in ('QuantizeLinear', 'Clip') else node)
-            continue
+            if node.op_type != 'DequantizeLinear':
+                codes.update(node.output)
+            if node.op_type in FORMS:
+                node = helper.make_node('Identity', node.input[:1], node.output, node.name)
         nodes.append(node)
     if not codes:
         return None
-    read = set(_reads(nodes))
+    read = {*_reads(nodes), *(value.name for value in twin.graph.output)}
     del twin.graph.node[:], twin.graph.initializer[:]
     twin.graph.node.extend(nodes)
     kept = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name in known.keys() & read:
-        twin.graph.initializer.append(kept[name] if name in stored else numpy_helper.from_array(known[name], name))
+    for name, array in known.items():
+        if name in read:
+            twin.graph.initializer.append(kept.get(name) or numpy_helper.from_array(array, name))
     onnx.checker.check_model(twin)
     return twin
-
-
-def _identity(node: onnx.NodeProto) -> onnx.NodeProto:
-    """What stands for a node that only changes the form of a value."""
-    return helper.make_node('Identity', node.input[:1], node.output, node.name)
 
 
 def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
@@ -75,5 +68,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+FORMS = ('QuantizeLinear', 'Clip', 'DequantizeLinear')
+"""Operators that make codes of values, clip them, and make values of them again."""
 FOLDS: dict[str, Any] = {'Cast': _cast, 'Mul': lambda node, a, b: a * b, 'DequantizeLinear': _dequantize}
 """Operators between a stored weight and the layer that reads it -> what they compute."""
