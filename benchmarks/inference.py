@@ -14,30 +14,25 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
-import os
-import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from mmcv.cnn import fuse_conv_bn
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from shared import peak_of_process, write_figure
+from shared import write_figure
 
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.deploy.export import properties
+from gdrq_mm.deploy.measure import peak_memory, timed_rounds
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.runtime import RUNTIMES, open_runtime
@@ -65,9 +60,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'W4A4, float additions': {'deployable': False},
 }
 """Title -> settings of `quantization`; the configs are W4A4 with 4 groups a layer."""
-WARM_UP = 2
-PAUSE = 0.05
-"""Seconds before each contestant: the threads of the runtime before it spin for a while, on cores that it needs."""
 
 
 def float_model(title: str) -> Any:
@@ -113,7 +105,6 @@ def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any
             outputs = part.module(x)
         merged = fuse_conv_bn(copy.deepcopy(part.module))  # ONNX Runtime does not do it with what torch exports
         graph = export_onnx(merged, x, [f'y{i}' for i in range(len(outputs))], about['any_size'])
-        onnx.helper.set_model_props(graph, dict(shape=json.dumps(about['shape'])))
         (folder / f'float.{part.name}.onnx').write_bytes(graph.SerializeToString())
     return dict(parts=parts, inputs=inputs, kernels=kernels)
 
@@ -145,48 +136,9 @@ def contestants(
     return runs
 
 
-def time_all(runs: dict[Any, Callable[[], Any]], rounds: int, shuffle: Callable[[list[Any]], None]) -> dict[Any, float]:
-    """Median seconds of each contestant over interleaved rounds."""
-    seconds: dict[Any, list[float]] = {key: [] for key in runs}
-    for number in range(WARM_UP + rounds):
-        keys = list(runs)
-        shuffle(keys)
-        for key in keys:
-            time.sleep(PAUSE)
-            runs[key]()  # after a pause caches are cold and cores are slow
-            start = time.perf_counter()
-            runs[key]()
-            if number >= WARM_UP:
-                seconds[key].append(time.perf_counter() - start)
-    return {key: statistics.median(times) for key, times in seconds.items()}
-
-
-def peak_memory(backend: str, files: list[str]) -> int:
-    """Bytes that loading graphs and one call of each adds to the peak of this process."""
-    inputs = []
-    for file in files:
-        inputs.append(np.zeros((1, *properties(onnx.load(file))['shape']), np.float32))
-    Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew: that of the imports is higher
-    before = peak_of_process()
-    opened = [open_runtime(backend, file, 1) for file in files]
-    for runtime, x in zip(opened, inputs):
-        runtime([x])
-    return peak_of_process() - before
-
-
-def memory_in_fresh_process(backend: str, files: list[Path]) -> int:
-    """The same, in a process of its own."""
-    command = [sys.executable, __file__, '--memory-of', backend, *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    if done.returncode:
-        raise RuntimeError(f'{backend}: {done.stderr[-2000:]}')
-    return int(done.stdout.split()[-1])
-
-
 def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """A row for each model, batch, threads, runtime and bits."""
     rows: list[dict[str, Any]] = []
-    shuffle = random.Random(0).shuffle
     columns = (TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed}/{task.total}'))
     steps = len(args.models) * (1 + len(args.batches) * len(args.threads))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -197,13 +149,16 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
                 progress.update(bar, description=f'{title}: exporting')
                 found = write_graphs(title, folder, args.settings)
                 files = {b: [folder / f'{b}.{p.name}.onnx' for p in found['parts']] for b in ('float', *args.settings)}
-                memory = {(k, b): memory_in_fresh_process(k, f) for k in RUNTIMES for b, f in files.items()}
+                one = [[x.numpy()[:1]] for x in found['inputs'].values()]
+                memory = {(k, b): peak_memory(k, f, one, 1) for k in RUNTIMES for b, f in files.items()}
                 progress.advance(bar)
                 for batch in args.batches:
                     for threads in args.threads:
                         progress.update(bar, description=f'{title}: batch {batch}, threads {threads}')
                         runs = contestants(folder, found, batch, threads)
-                        for (runtime, bits), seconds in time_all(runs, args.rounds, shuffle).items():
+                        times = list(timed_rounds(runs, args.rounds))
+                        for runtime, bits in runs:
+                            seconds = statistics.median(each[runtime, bits] for each in times)
                             size = sum(f.stat().st_size for f in files[bits]) if runtime != 'torch' else None
                             setting = dict(model=title, batch=batch, threads=threads, runtime=runtime, bits=bits)
                             kept = dict(bytes=size, peak_bytes=memory.get((runtime, bits)))
@@ -248,15 +203,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=10, help='timed calls of each contestant (default: %(default)s)')
     out = Path('docs/figures/inference.json')
     parser.add_argument('--out', type=Path, default=out, help='JSON file (default: %(default)s)')
-    parser.add_argument('--memory-of', nargs='+', help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run() -> None:
     args = parse_args()
-    if args.memory_of:
-        print(peak_memory(args.memory_of[0], args.memory_of[1:]))
-        return
     check_writable(args.out.parent)
     console = Console(width=None if sys.stdout.isatty() else 100)
     rows = measure(args, console)

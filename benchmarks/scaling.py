@@ -29,10 +29,11 @@ from contestants import build
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from shared import check_least, write_figure
+from shared import write_figure
 from torch.nn.parallel import DistributedDataParallel
 from train_step import WARM_UP
 
+from gdrq_mm.core.errors import check_least
 from gdrq_mm.core.modules import moving_quantizers
 from gdrq_mm.core.quantizers.following import collected
 from gdrq_mm.openmmlab.cli import check_writable, main

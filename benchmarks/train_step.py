@@ -33,10 +33,11 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from shared import check_least, peak_of_process, write_figure
+from shared import write_figure
 
-from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.errors import UserError, check_least
 from gdrq_mm.core.kernels import native
+from gdrq_mm.deploy.measure import peak_of_process
 from gdrq_mm.openmmlab.cli import check_writable, main
 
 WARM_UP = 3

@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from rich.console import Console
@@ -12,15 +13,17 @@ from rich.table import Table
 
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.deploy.export import ExportedPart, ExportReport, properties
+from gdrq_mm.deploy.export import ExportedPart, ExportReport, for_openvino, properties
 from gdrq_mm.deploy.merge import IntegerLayer, merge_model
 from gdrq_mm.deploy.packed import is_packed, write_packed
 from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends, products
 from gdrq_mm.deploy.verify import compare, first_difference
 from gdrq_mm.openmmlab.apis import infer, init_model
-from gdrq_mm.openmmlab.bundle import export_graphs, write_bundle
+from gdrq_mm.openmmlab.bundle import example_inputs, export_graphs, write_bundle
 from gdrq_mm.openmmlab.cli import ConfigOptions, add_unsafe_load, check_data, check_writable, main
 from gdrq_mm.openmmlab.data_only import data_only
+from gdrq_mm.openmmlab.parts import parts_of
+from gdrq_mm.openmmlab.tasks import task_of
 
 CONSOLE = Console()
 
@@ -33,6 +36,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--format', choices=['onnx', 'packed'], default='onnx', help='default: %(default)s')
     parser.add_argument(
         '--compress', action='store_true', help='with --format packed: smaller by the entropy of the codes'
+    )
+    parser.add_argument(
+        '--for',
+        dest='target',
+        choices=['both', *RUNTIMES],
+        default='both',
+        help='runtime that the graphs are for; OpenVINO needs fewer quantizers (default: %(default)s)',
     )
     parser.add_argument(
         '--image',
@@ -115,12 +125,35 @@ def export_packed(model: Any, merged: Any, image: Any, out: Path, compress: bool
     CONSOLE.print(f'{text}; compressed {saved:.1%} less' if compress else f'{text} (--compress)', soft_wrap=True)
 
 
-def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str) -> None:
+def fit_openvino(model: Any, image: Any) -> Any:
+    """The model as for_openvino() changes it; says how far its outputs are from those of the trained one."""
+    fitted, names = for_openvino(model, model.plan)
+    if not names:
+        return model
+    task = task_of(model.cfg)
+    inputs = example_inputs(model, parts_of(model, task), lambda: infer(model, image))
+    outputs: dict[Any, list[torch.Tensor]] = {model: [], fitted: []}
+    with torch.no_grad():
+        for each, values in outputs.items():
+            for part in parts_of(each, task):
+                values.extend(value.flatten() for value in part.module(inputs[part.name]))
+    one, other = (torch.cat(values) for values in outputs.values())
+    off = float((one - other).norm() / one.norm())
+    CONSOLE.print(
+        f'For OpenVINO {len(names)} outputs in front of activation functions are not quantized. The trained model '
+        f'quantizes them: its outputs differ by {100 * off:.2f} % of their norm. What follows compares with the model '
+        'without these quantizers; tools/test.py --backend openvino tells what leaving them out costs.',
+        soft_wrap=True,
+    )
+    return fitted
+
+
+def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str, target: str) -> None:
     """Export, verify and write the graphs."""
-    report = export_graphs(model, merged, lambda: infer(model, image), show_part)
+    report = export_graphs(model, merged, lambda: infer(model, image), show_part, target)
     installed = installed_backends()
     for name in RUNTIMES:
-        if name not in installed:
+        if target == 'both' and name not in installed:
             CONSOLE.print(f"{name} is not installed and was not compared: uv pip install 'gdrq-mm[deploy]'")
     write_bundle(out, model, checkpoint, report)
     if report.unread:
@@ -161,19 +194,25 @@ def export() -> None:
         raise UserError(f'--out {out} exists')
     if args.compress and args.format != 'packed':
         raise UserError('--compress is for --format packed; an ONNX graph holds its codes as they are')
+    if args.target != 'both' and args.target not in installed_backends():
+        raise UserError(f"--for {args.target}: it is not installed: uv pip install 'gdrq-mm[deploy]'")
+    if args.target != 'both' and args.format == 'packed':
+        raise UserError(f'--for {args.target}: a packed file is for no runtime')
     if is_packed(args.checkpoint):
         raise UserError(f'{args.checkpoint} is packed already; export the checkpoint of the training')
     model = init_model(args.config, args.checkpoint, 'cpu', args.cfg_options, args.unsafe_load)
     if 'quantization' not in model.cfg:
         raise UserError(f'{args.config} has no quantization: there are no integers to export')
     image = args.image or first_picture(model.cfg, args.unsafe_load)
+    if args.target == 'openvino':
+        model = fit_openvino(model, image)
     merged = merge_model(model, model.plan)
     if not Quantization.from_dict(model.cfg.quantization).deployable:
         CONSOLE.print('The model was trained with deployable=False: more stays float, which is slower.')
     if args.format == 'packed':
         export_packed(model, merged, image, out, args.compress)
     else:
-        export_onnx(model, merged, image, out, args.checkpoint)
+        export_onnx(model, merged, image, out, args.checkpoint, args.target)
 
 
 if __name__ == '__main__':

@@ -87,6 +87,20 @@ def quantize_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
     return quant(out, overwrite=len(module._forward_hooks) == 1 and not quant._forward_pre_hooks)
 
 
+def activated_outputs(model: nn.Module, plan: Plan) -> list[str]:
+    """Modules with a quantized output that only an activation function such as SiLU reads."""
+    modules = dict(model.named_modules())
+    return [name for name in plan.activated if 'output_quant' in modules[name]._modules]
+
+
+def float_output(module: nn.Module) -> None:
+    """Take away the quantizer of a module's output."""
+    del module.output_quant
+    for key, hook in list(module._forward_hooks.items()):
+        if hook is quantize_output:
+            del module._forward_hooks[key]
+
+
 def quantize_outputs(
     model: nn.Module, config: Quantization, plan: Plan, edges: dict[str, str]
 ) -> list[QuantizedOutput]:

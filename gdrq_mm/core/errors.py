@@ -1,6 +1,8 @@
-"""The one exception that users see as a message, without a traceback."""
+"""The exceptions that users see as a message, without a traceback."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class UserError(ValueError):
@@ -8,6 +10,15 @@ class UserError(ValueError):
 
     The message is one line: what is wrong, with its value, and what is allowed. tools/ print it and exit with 1.
     """
+
+
+def check_least(options: Any, **least: int) -> None:
+    """Refuse options of a command line, numbers or lists of them, below the least value of each."""
+    for name, value in least.items():
+        given = getattr(options, name)
+        for each in given if isinstance(given, list) else [given]:
+            if each is not None and each < value:
+                raise UserError(f'--{name} {each} is less than {value}')
 
 
 class Stopped(Exception):

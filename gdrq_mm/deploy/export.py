@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..core.deployable import activated_outputs, float_output
 from ..core.errors import UserError
 from ..core.files import whole_folder, write_whole
 from ..core.modules import quant_layers
@@ -144,8 +145,23 @@ def example_batch(x: Tensor) -> Tensor:
     return (torch.cat([x, x.flip(-1)]) if len(x) == 1 else x)[:LARGEST_BATCH].detach().contiguous()
 
 
-def export_part(name: str, trained: Flat, merged: Flat, x: Tensor, any_size: bool = False) -> ExportedPart:
-    """Export a part of a model and verify it in every installed runtime.
+def for_openvino(model: nn.Module, plan: Plan) -> tuple[nn.Module, list[str]]:
+    """A copy without the 8-bit quantizers in front of activation functions such as SiLU, and where they stood.
+
+    Only ONNX Runtime needs them. OpenVINO computes the function and the next quantizer inside of the integer
+    convolution if nothing stands between. The copy does not round there, so its values are not quite the model's.
+    """
+    model = copy.deepcopy(model)
+    names = activated_outputs(model, plan)
+    for name in names:
+        float_output(model.get_submodule(name))
+    return model, names
+
+
+def export_part(
+    name: str, trained: Flat, merged: Flat, x: Tensor, any_size: bool = False, target: str = 'both'
+) -> ExportedPart:
+    """Export a part of a model and verify it in every installed runtime, or in one.
 
     Args:
         trained: the part of the trained model, in evaluation mode.
@@ -153,13 +169,14 @@ def export_part(name: str, trained: Flat, merged: Flat, x: Tensor, any_size: boo
         x: a batch of inputs, of at least 2.
         any_size: try a graph that takes pictures of any size, and verify it at another size than that of its trace. If
             it fails there, the size is fixed, and a warning says why.
+        target: the runtime that it is for, which is noted in the graph; 'both'.
 
     Raises:
         UserError: it cannot be exported or run, or no runtime is installed.
     """
     if any_size:
         try:
-            part = _exported(name, trained, merged, x, nn.functional.pad(x, PADDING))
+            part = _exported(name, trained, merged, x, nn.functional.pad(x, PADDING), target)
             reason = part.wrong
         except (RuntimeError, AssertionError) as error:  # of torch, its exporter and the runtimes; models assert sizes
             reason = _first_line(error)
@@ -167,12 +184,12 @@ def export_part(name: str, trained: Flat, merged: Flat, x: Tensor, any_size: boo
             return part
         log.warning('part %s takes the traced size only: %s', name, reason)
     try:
-        return _exported(name, trained, merged, x, None)
+        return _exported(name, trained, merged, x, None, target)
     except (torch.onnx.errors.OnnxExporterError, RuntimeFailed) as error:
         raise UserError(f'part {name} cannot be exported: {_first_line(error)}') from error
 
 
-def _exported(name: str, trained: Flat, merged: Flat, x: Tensor, other: Tensor | None) -> ExportedPart:
+def _exported(name: str, trained: Flat, merged: Flat, x: Tensor, other: Tensor | None, target: str) -> ExportedPart:
     """Trace with x; verify with x, or with an input of another size."""
     any_size, shown = other is not None, x if other is None else other
     seen, outputs = record_codes(trained.model, functools.partial(trained, shown))
@@ -180,9 +197,9 @@ def _exported(name: str, trained: Flat, merged: Flat, x: Tensor, other: Tensor |
     arrays = [out.numpy() for out in outputs]
     pieces = {
         backend: verify_onnx(graph, seen, [shown.numpy()], arrays, functools.partial(open_runtime, backend))
-        for backend in installed_backends()
+        for backend in (installed_backends() if target == 'both' else [target])
     }
-    about = dict(structure=trained.structure, shape=list(x.shape[1:]), any_size=any_size)
+    about = {'structure': trained.structure, 'shape': list(x.shape[1:]), 'any_size': any_size, 'for': target}
     onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in about.items()})
     whole_biases = any(layer.deployable for layer in quant_layers(trained.model).values())
     return ExportedPart(name, graph, pieces, first_wrong(pieces, whole_biases), {site.quantizer for site in seen})

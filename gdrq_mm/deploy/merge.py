@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.deployable import folded_norms, quantize_output
+from ..core.deployable import float_output, folded_norms
 from ..core.errors import UserError
 from ..core.functional import fake_quantize
 from ..core.integer_bias import LARGEST_BIAS, integer_bias, multiplier_and_bias, spread
@@ -234,10 +234,7 @@ def _fix_output(module: nn.Module, name: str) -> None:
     if quant.uneven:
         raise UserError(f'the output of {name} cannot be merged: {quant.uneven}')
     if quant.stage == Stage.FLOAT:
-        del module.output_quant
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is quantize_output:
-                del module._forward_hooks[key]
+        float_output(module)
     else:
         module.output_quant = OutputQuantizer(quant.step().detach().float(), quant.lo, quant.hi)
 

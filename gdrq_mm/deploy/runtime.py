@@ -95,6 +95,10 @@ COMPILED = 16
 """Shapes of inputs for which OpenVINO keeps a compiled model: pictures of a detector have dozens (ours)."""
 
 
+OPENVINO_LAYERS = ('Convolution', 'Deconvolution', 'FullyConnected')
+"""Layers in the graph that OpenVINO runs. Products of two activations, as in attention, are its MatMul."""
+
+
 class _SignalStack(ctypes.Structure):
     _fields_ = [('start', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]
 
@@ -161,6 +165,13 @@ class OpenVino:
         found = self.compiled[shapes](list(inputs))
         return [np.array(found[i]) for i in range(len(found))]
 
+    def integer_layers(self) -> int:
+        """How many layers it computes with integers, of a model that has run."""
+        model = next(iter(self.compiled.values())).get_runtime_model()
+        made = [node.get_rt_info() for node in model.get_ops()]
+        kinds = [(about['layerType'].value, about['primitiveType'].value) for about in made]
+        return sum(layer in OPENVINO_LAYERS and kernel.endswith('_I8') for layer, kernel in kinds)
+
 
 RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVino]] = {'onnxruntime': OnnxRuntime, 'openvino': OpenVino}
 """The runtimes by the names of their packages."""
@@ -225,7 +236,8 @@ def products(graph: onnx.ModelProto) -> list[Any]:
     return found
 
 
-def _layers(graph: onnx.ModelProto) -> list[Any]:
+def layers(graph: onnx.ModelProto) -> list[Any]:
+    """The nodes that are convolutions or linear layers."""
     apart = {node.name for node in products(graph)}
     return [node for node in graph.graph.node if node.op_type in LAYERS and node.name not in apart]
 
@@ -233,7 +245,7 @@ def _layers(graph: onnx.ModelProto) -> list[Any]:
 def integer_layers(graph: onnx.ModelProto) -> tuple[int, int]:
     """How many layers ONNX Runtime computes with integers, and how many there are."""
     ran = kernels(graph)
-    return sum(ran[kind] for kind in INTEGER_KERNELS), len(_layers(graph))
+    return sum(ran[kind] for kind in INTEGER_KERNELS), len(layers(graph))
 
 
 def float_layers(graph: onnx.ModelProto) -> list[str]:
@@ -241,7 +253,7 @@ def float_layers(graph: onnx.ModelProto) -> list[str]:
     left = {node.name for node in optimized(graph).graph.node if node.op_type not in INTEGER_KERNELS}
     made_by = {name: node for node in graph.graph.node for name in node.output}
     found = []
-    for node in _layers(graph):
+    for node in layers(graph):
         if node.name in left:
             weight = made_by.get(node.input[1])
             while weight is not None and layer_of(weight.name) is None:  # a Transpose

@@ -29,15 +29,20 @@ TURNS = ('to_rgb', '_channel_conversion')
 
 
 def export_graphs(
-    model: Any, merged: nn.Module, predict: Callable[[], Any], report: Callable[[ExportedPart], None]
+    model: Any,
+    merged: nn.Module,
+    predict: Callable[[], Any],
+    report: Callable[[ExportedPart], None],
+    target: str = 'both',
 ) -> ExportReport:
-    """Export each part of a model and verify it in every runtime that is installed.
+    """Export each part of a model and verify it in every runtime that is installed, or in one.
 
     Args:
         model: the trained model, in evaluation mode; it is not changed.
         merged: what merge_model() returns.
         predict: runs the model on one picture.
         report: is called with each part, also with one that is wrong.
+        target: the runtime that the graphs are for, or 'both'.
 
     Raises:
         UserError: a part cannot be exported, no runtime is installed, or one disagrees; names the first layer.
@@ -46,7 +51,7 @@ def export_graphs(
     parts, exported = parts_of(model, task), []
     inputs = example_inputs(model, parts, predict)
     for part, twin in zip(parts, parts_of(merged, task), strict=True):
-        found = export_part(part.name, part.module, twin.module, inputs[part.name], part.any_size)
+        found = export_part(part.name, part.module, twin.module, inputs[part.name], part.any_size, target)
         report(found)
         if found.wrong:
             raise UserError(f'{part.name}: {found.wrong}; nothing was written')

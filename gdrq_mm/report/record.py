@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..core.errors import UserError
 from ..core.files import write_whole
@@ -206,11 +206,16 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(plain, value), key=str)
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+    if isinstance(value, (np.ndarray, np.generic)) or _is_tensor(value):
         return plain(value.tolist())
     if callable(value):
         return f'{getattr(value, "__module__", "")}.{getattr(value, "__qualname__", type(value).__name__)}'
     return str(value)
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get('torch')  # a program that has not imported it has no tensors
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _printable(value: Any) -> Any:
@@ -281,10 +286,13 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, threads of torch, and accelerator."""
+    """Processor and cores; where torch was imported, its threads and accelerators."""
     name = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as file:
             name = next((line.split(':', 1)[1].strip() for line in file if line.startswith('model name')), name)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return dict(cpu=name or platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpus=gpus)
+    found: dict[str, Any] = dict(cpu=name or platform.machine(), cores=os.cpu_count())
+    if torch := sys.modules.get('torch'):
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found.update(threads=torch.get_num_threads(), gpus=gpus)
+    return found

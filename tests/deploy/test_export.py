@@ -16,12 +16,12 @@ import torch.nn as nn
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import whole_folder
 from gdrq_mm.deploy import export as module
-from gdrq_mm.deploy.export import export, export_part, first_wrong, properties
+from gdrq_mm.deploy.export import export, export_part, first_wrong, for_openvino, properties
 from gdrq_mm.deploy.flat import Flat, check_nest, nest
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.names import Site
 from gdrq_mm.deploy.packed import load_packed
-from gdrq_mm.deploy.runtime import RUNTIMES, RuntimeFailed, kept_signal_stack, open_runtime, products
+from gdrq_mm.deploy.runtime import RUNTIMES, OpenVino, RuntimeFailed, kept_signal_stack, open_runtime, products
 from gdrq_mm.deploy.verify_onnx import Piece
 from tests.deploy.builders import pooled_network, prepared, trained_network
 from tests.helpers import ENV, Function
@@ -49,11 +49,44 @@ def test_a_trained_model_is_exported_in_one_call(tmp_path):
     torch.testing.assert_close(torch.from_numpy(run([x.numpy()])[0]), expected, atol=1e-4, rtol=1e-3)
 
 
+def test_for_openvino_only_additions_are_quantized_besides_the_inputs_of_layers():
+    stage = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU()]
+    model, x = (
+        Function(lambda m, x: m.last(m.stage(x) + m.side(x)), stage=nn.Sequential(*stage)),
+        torch.randn(2, 3, 9, 9),
+    )
+    model.side, model.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+    model, plan = prepared(model, x, bits=8, deployable=True)
+    fitted, names = for_openvino(model, plan)
+    assert names == ['stage.1', 'stage.3']  # behind batch normalization where there is one
+    left = [name for name, _ in fitted.named_modules() if name.endswith('output_quant')]
+    assert left and set(left) == {n for n, _ in model.named_modules() if n.endswith('output_quant')} - {
+        f'{name}.output_quant' for name in names
+    }
+    with torch.no_grad():
+        off = float((fitted(x) - model(x)).norm() / model(x).norm())
+    assert 0 < off < 0.05
+    parts = [
+        export_part('model', Flat(m), Flat(merge_model(m, plan)), x, any_size=True, target=target)
+        for m, target in ((model, 'both'), (fitted, 'openvino'))
+    ]
+    assert [part.wrong for part in parts] == ['', ''] and [properties(part.graph)['for'] for part in parts] == [
+        'both',
+        'openvino',
+    ]
+    assert [list(part.pieces) for part in parts] == [list(RUNTIMES), ['openvino']]
+    counts = [[node.op_type for node in part.graph.graph.node].count('QuantizeLinear') for part in parts]
+    assert counts[0] - counts[1] == len(names)
+    run = OpenVino(parts[1].graph.SerializeToString(), 1)
+    torch.testing.assert_close(torch.from_numpy(run([x.numpy()])[0]), fitted(x).detach(), atol=1e-3, rtol=1e-3)
+    assert run.integer_layers() == 4  # all
+
+
 def test_one_example_is_enough_and_pictures_may_have_any_size(tmp_path):
     model, plan, x = trained_network()
     export(model, plan, x[:1], tmp_path / 'exported')
     graph = onnx.load(tmp_path / 'exported/model.onnx')
-    assert properties(graph) == dict(structure=0, shape=[3, 16, 16], any_size=True)
+    assert properties(graph) == {'structure': 0, 'shape': [3, 16, 16], 'any_size': True, 'for': 'both'}
     for backend in RUNTIMES:
         run = open_runtime(backend, tmp_path / 'exported/model.onnx')
         for shape in ((1, 3, 16, 16), (3, 3, 24, 40)):

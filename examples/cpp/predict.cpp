@@ -1,0 +1,161 @@
+// Predict with an exported model: OpenVINO and nothing else. Prints the classes of a classifier, the boxes of a detector.
+//
+//     predict EXPORTED_FOLDER PICTURE.ppm [LOWEST_SCORE]
+//
+// EXPORTED_FOLDER is what tools/export.py wrote, with end2end.onnx. The picture is a binary PPM of 8 bits, which Pillow
+// and ImageMagick write.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <openvino/core/preprocess/pre_post_process.hpp>
+#include <openvino/runtime/core.hpp>
+#include <openvino/runtime/properties.hpp>
+
+struct Picture {
+    size_t width, height;
+    std::vector<uint8_t> pixels;  // RGB, row by row
+};
+
+std::string read(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw std::runtime_error(path + " cannot be read");
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+Picture read_ppm(const std::string& path) {
+    const std::string text = read(path);
+    size_t place = 0, numbers[3] = {};
+    const auto space = [](char c) { return c == ' ' || (c >= '\t' && c <= '\r'); };
+    const auto word = [&] {
+        while (place < text.size() && (space(text[place]) || text[place] == '#'))
+            place = text[place] == '#' ? std::min(text.find('\n', place), text.size()) : place + 1;
+        const size_t start = place;
+        while (place < text.size() && !space(text[place])) ++place;
+        return text.substr(start, place - start);
+    };
+    const bool binary = word() == "P6";
+    for (size_t& number : numbers) number = binary ? std::strtoul(word().c_str(), nullptr, 10) : 0;
+    const auto [width, height, largest] = numbers;
+    const bool sized = width > 0 && width < 65536 && height > 0 && height < 65536 && largest == 255;
+    if (!sized || text.size() != place + 1 + 3 * width * height)
+        throw std::runtime_error(path + " is no binary PPM of 8 bits");
+    return {width, height, {text.begin() + place + 1, text.end()}};
+}
+
+// The text of a value in JSON, behind the first such key.
+std::string value(const std::string& json, const std::string& key) {
+    const std::string name = '"' + key + "\":";
+    size_t start = json.find(name);
+    if (start == std::string::npos) throw std::runtime_error("export.json has no " + key + ": export the model again");
+    start = json.find_first_not_of(" \n", start + name.size());
+    bool quoted = false;
+    int depth = 0;
+    for (size_t end = start; end < json.size(); ++end) {
+        const char c = json[end];
+        if (quoted && c == '\\') {
+            ++end;
+        } else if (c == '"') {
+            quoted = !quoted;
+        } else if (!quoted) {
+            if (depth == 0 && (c == ',' || c == '}' || c == ']' || c == '\n')) return json.substr(start, end - start);
+            depth += (c == '[' || c == '{') - (c == ']' || c == '}');
+        }
+    }
+    throw std::runtime_error("export.json is damaged at " + key);
+}
+
+// The strings in such a text; escapes other than a quote and a backslash stay as they are.
+std::vector<std::string> strings(const std::string& json) {
+    std::vector<std::string> found;
+    bool quoted = false;
+    for (size_t i = 0; i < json.size(); ++i) {
+        if (json[i] == '"') {
+            quoted = !quoted;
+            if (quoted) found.emplace_back();
+        } else if (quoted) {
+            if (json[i] == '\\' && i + 1 < json.size() && (json[i + 1] == '"' || json[i + 1] == '\\')) ++i;
+            found.back() += json[i];
+        }
+    }
+    return found;
+}
+
+int predict(const std::string& folder, const std::string& path, double lowest) {
+    const std::string about = read(folder + "/export.json"), whole = value(about, "end2end");
+    const std::vector<std::string> classes = strings(value(about, "classes"));
+    if (whole.find("\"file\":") == std::string::npos)
+        throw std::runtime_error(folder + " has no end2end.onnx: " + value(whole, "refused"));
+    double height, width;
+    if (std::sscanf(value(whole, "size").c_str(), "[ %lf , %lf", &height, &width) != 2)
+        throw std::runtime_error("export.json is damaged at size");
+    const Picture picture = read_ppm(path);
+    double across = width / picture.width, down = height / picture.height;
+    if (value(whole, "any_size") == "true") across = down = std::min(across, down);  // the picture keeps its shape
+    height = std::max(std::nearbyint(down * picture.height), 1.0);
+    width = std::max(std::nearbyint(across * picture.width), 1.0);
+
+    const std::string graph = read(folder + "/end2end.onnx");
+    ov::Core core;
+    ov::preprocess::PrePostProcessor steps(core.read_model(graph, ov::Tensor()));
+    ov::preprocess::InputInfo& image = steps.input("image");
+    const ov::Shape shape{1, picture.height, picture.width, 3};
+    image.tensor().set_element_type(ov::element::u8).set_layout("NHWC").set_shape(shape);
+    image.model().set_layout("NHWC");
+    if (height != picture.height || width != picture.width)
+        image.preprocess().resize(ov::preprocess::ResizeAlgorithm::RESIZE_BILINEAR_PILLOW, height, width);
+    if (value(whole, "channels") == "\"BGR\"") image.preprocess().reverse_channels();
+    // Else it computes float layers in bfloat16 on CPUs that have it, and quantizes some inputs a second time.
+    ov::CompiledModel model = core.compile_model(steps.build(), "CPU", ov::hint::inference_precision(ov::element::f32),
+                                                 ov::hint::dynamic_quantization_group_size(0));
+    ov::InferRequest request = model.create_infer_request();
+    request.set_tensor("image", ov::Tensor(ov::element::u8, shape, const_cast<uint8_t*>(picture.pixels.data())));
+    request.infer();
+
+    const auto has = [&](const std::string& name) {
+        const auto& outputs = model.outputs();
+        return std::any_of(outputs.begin(), outputs.end(), [&](const auto& o) { return o.get_names().count(name); });
+    };
+    const auto name = [&](int64_t label) {
+        return size_t(label) < classes.size() ? classes[label] : std::to_string(label);
+    };
+    if (has("topk_scores")) {
+        const ov::Tensor scores = request.get_tensor("topk_scores"), labels = request.get_tensor("topk_labels");
+        for (size_t i = 0; i < std::min<size_t>(3, scores.get_size()); ++i)
+            std::printf("%s: %.1f %%\n", name(labels.data<int64_t>()[i]).c_str(), 100 * scores.data<float>()[i]);
+    } else if (has("dets")) {  // (1, K, 5): left, top, right, bottom in pixels of what the network saw, score
+        const ov::Tensor dets = request.get_tensor("dets"), labels = request.get_tensor("labels");
+        for (size_t i = 0; i < labels.get_size(); ++i) {
+            const float* box = dets.data<float>() + 5 * i;
+            if (box[4] > lowest)
+                std::printf("%s: %.0f %% at %.0f, %.0f, %.0f, %.0f\n", name(labels.data<int64_t>()[i]).c_str(),
+                            100 * box[4], box[0] / across, box[1] / down, box[2] / across, box[3] / down);
+        }
+    } else {
+        throw std::runtime_error(folder + " is the export of neither a classifier nor a detector");
+    }
+    return 0;
+}
+
+int main(int count, char** words) {
+    if (count != 3 && count != 4) {
+        std::fprintf(stderr, "predict EXPORTED_FOLDER PICTURE.ppm [LOWEST_SCORE]\n");
+        return 2;
+    }
+    try {
+        return predict(words[1], words[2], count == 4 ? std::stod(words[3]) : 0.3);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return 1;
+    }
+}

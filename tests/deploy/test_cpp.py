@@ -1,0 +1,138 @@
+"""examples/cpp: built as its CMakeLists.txt says, it predicts what Python does with Pillow and numpy."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from PIL import Image
+
+from tests.helpers import ROOT
+
+NEEDS = {
+    'cmake': shutil.which('cmake'),
+    'a C++ compiler': shutil.which('c++') or shutil.which('g++') or shutil.which('clang++'),
+    'openvino': importlib.util.find_spec('openvino'),
+}
+MISSING = [name for name, found in NEEDS.items() if not found]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'not installed: {", ".join(MISSING)}')
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]> whole (uint8[N,H,W,3] image) => '
+MEANS = 'f = Cast<to = 1>(image) means = ReduceMean<keepdims = 0>(f, axes)'
+CLASSIFIER = f"""{HEAD} (float[N,4] scores, float[N,3] topk_scores, int64[N,3] topk_labels)
+<float[3,4] w = {{0.02, -0.01, 0.0, 0.01, 0.0, 0.01, -0.02, 0.0, -0.03, 0.0, 0.03, 0.01}}, int64[1] k = {{3}},
+ int64[2] axes = {{1, 2}}>
+{{ {MEANS} y = MatMul(means, w) scores = Softmax<axis = 1>(y) topk_scores, topk_labels = TopK(scores, k) }}"""
+DETECTOR = f"""{HEAD} (float[N,3,5] dets, int64[N,3] labels)
+<float[1,3,4] boxes = {{0, 0, 5, 7, 3, 4, 11, 13, 1, 2, 3, 4}}, int64[1,3] labels_of = {{2, 0, 1}},
+ int64[2] axes = {{1, 2}}, int64[1] last = {{2}}, float full = {{255}}>
+{{ {MEANS} share = Div(means, full) score = Unsqueeze(share, last)
+   dets = Concat<axis = 2>(boxes, score) labels = Identity(labels_of) }}"""
+CLASSES = ['zero', 'a "one"', 'two, too]', 'three']
+
+
+@pytest.fixture(scope='module')
+def predict(tmp_path_factory):
+    """Builds the program; predict(folder, picture, ...) runs it."""
+    import openvino.utils
+
+    build = tmp_path_factory.mktemp('build')
+    where = f'-DOpenVINO_DIR={openvino.utils.get_cmake_path()}'
+    for command in (['cmake', '-S', ROOT / 'examples/cpp', '-B', build, where], ['cmake', '--build', build]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return lambda *args: subprocess.run([build / 'predict', *args], capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(text, **end2end):
+        onnx.save(onnx.parser.parse_model(text), tmp_path / 'end2end.onnx')
+        about = dict(file='end2end.onnx', size=[24, 40], any_size=False, channels='RGB')
+        about.update(end2end)
+        parts = dict(model=dict(file='model.onnx', shape=[3, 8, 8], any_size=True))
+        text = json.dumps(dict(export_version=2, parts=parts, end2end=about, classes=CLASSES), indent=1)
+        (tmp_path / 'export.json').write_text(text + '\n')
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Writes noise in which red, green and blue differ."""
+
+    def write(height=18, width=25):
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        pixels[..., 2] //= 3
+        Image.fromarray(pixels).save(tmp_path / 'picture.ppm')
+        return tmp_path / 'picture.ppm'
+
+    return write
+
+
+def means_of(path, height, width, channels):
+    pixels = np.asarray(Image.open(path).resize((width, height), Image.Resampling.BILINEAR), np.float64)
+    return pixels.mean((0, 1))[:: 1 if channels == 'RGB' else -1]
+
+
+def assert_printed(done, names, numbers, atol):
+    """Lines of the form 'name: number % at number, number, ...'."""
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(': ') for line in done.stdout.splitlines()]
+    assert [name for name, _ in lines] == names
+    found = [[float(word) for word in re.findall(r'-?[0-9.]+', text)] for _, text in lines]
+    np.testing.assert_allclose(found, numbers, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize('channels', ['RGB', 'BGR'])
+@pytest.mark.parametrize(('size', 'off'), [((24, 40), 0.051), ((18, 25), 0.3)])  # OpenVINO scales to within one level
+def test_a_classifier(predict, folder, picture, channels, size, off):
+    model, path = onnx.parser.parse_model(CLASSIFIER), picture(*size)
+    (weight, *_) = (onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer)
+    scores = np.exp(means_of(path, 24, 40, channels) @ weight)
+    scores *= 100 / scores.sum()
+    best = scores.argsort()[::-1][:3]
+    done = predict(folder(CLASSIFIER, channels=channels), path)
+    assert_printed(done, [CLASSES[i] for i in best], scores[best, None], off)
+
+
+@pytest.mark.parametrize(
+    ('any_size', 'size', 'scales'), [(False, (24, 40), (1.6, 4 / 3)), (True, (24, 33), (4 / 3,) * 2)]
+)
+def test_a_detector_gives_boxes_in_the_picture(predict, folder, picture, any_size, size, scales):
+    path = picture()
+    scores = 100 * means_of(path, *size, 'RGB') / 255
+    boxes = np.array([[0, 0, 5, 7], [3, 4, 11, 13], [1, 2, 3, 4]]) / (scales * 2)
+    numbers, names = np.hstack([scores[:, None], boxes]), ['two, too]', 'zero', 'a "one"']
+    given = folder(DETECTOR, any_size=any_size)
+    assert scores[2] < 30 < scores[:2].min()
+    assert_printed(predict(given, path), names[:2], numbers[:2], 0.8)
+    assert_printed(predict(given, path, '0'), names, numbers, 0.8)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda f: (f / 'export.json').unlink(), 'error: {f}/export.json cannot be read'),
+        (lambda f: (f / 'export.json').write_text('{}\n'), 'error: export.json has no end2end: export the model again'),
+        (
+            lambda f: (f / 'export.json').write_text('{\n"end2end": {"refused": "soft NMS"},\n"classes": []\n}\n'),
+            'error: {f} has no end2end.onnx: "soft NMS"',
+        ),
+        (lambda f: (f / 'end2end.onnx').unlink(), 'error: {f}/end2end.onnx cannot be read'),
+        (lambda f: (f / 'picture.ppm').write_bytes(b'P6 25 18 255\n123'), 'error: {f}/picture.ppm is no binary PPM'),
+        (lambda f: (f / 'picture.ppm').unlink(), 'error: {f}/picture.ppm cannot be read'),
+    ],
+)
+def test_bad_input_is_one_line(predict, folder, picture, change, message):
+    given, path = folder(CLASSIFIER), picture()
+    change(given)
+    done = predict(given, path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(message.format(f=given))
