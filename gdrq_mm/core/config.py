@@ -141,11 +141,7 @@ class Quantization:
 
     @staticmethod
     def from_dict(cfg: Mapping[str, Any]) -> Quantization:
-        """Validate a `quantization` dict.
-
-        Raises:
-            UserError: an unknown key, or a value out of range; the message names the field, its value and the choices.
-        """
+        """Validate a `quantization` dict; a wrong key or value is a UserError with field, value and choices."""
         path = 'quantization'
         cfg = dict(check_fields(Quantization, cfg, path, also=['method', 'first_last_bits']))
         method = cfg.pop('method', 'gdrq')

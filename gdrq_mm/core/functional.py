@@ -140,7 +140,7 @@ def max_abs(weight: Tensor, sizes: Tensor) -> Tensor:
 # ---- Scale-Clip ---------------------------------------------------------------------------------------------------
 
 
-def scale_clip_threshold(weight: Tensor, k: float, sizes: Tensor) -> Tensor:
+def scale_clip_threshold(weight: Tensor, k: float | Tensor, sizes: Tensor) -> Tensor:
     """Scale-Clip's threshold of each group, T_g = k * mean(|w|) over the group's filters: (C, ...) gives (G,)."""
     return scaled_mean(mean_abs(weight, sizes), k)
 

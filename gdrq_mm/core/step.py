@@ -19,8 +19,8 @@ def after_step(model: nn.Module, step: int | None = None, progress: float | None
     """Call once after each optimizer step, before an average of the weights: project weights, then move thresholds.
 
     Statistics of all forwards since the last call and of all processes are added up, in one collective. `step` is the
-    number of the optimizer step, from 0, where a training may be resumed; None counts the calls. `progress` is the
-    fraction of the training that is done, with this step, for methods that go by it (inq, tsq).
+    number of the optimizer step, from 0; None counts the calls. `progress`, the part of the training that is done, is
+    for methods that go by it (inq, tsq).
     """
     if step is None:
         step = model.steps_taken = getattr(model, 'steps_taken', -1) + 1  # type: ignore[assignment]

@@ -117,6 +117,16 @@ def test_the_input_is_left_as_it_was():
     assert torch.equal(weight, kept[0]) and torch.equal(x, kept[1])
 
 
+def test_a_trained_weight_keeps_its_k_whatever_the_default_becomes(monkeypatch):
+    weight = torch.randn(6, 3, 3, 3)
+    trained = weight_quantizer(weight, groups=2)
+    monkeypatch.setitem(WEIGHT_K, 4, 2.0)
+    other = GDRQWeight(4, weight.shape, 2)
+    assert other.k == 2
+    other.load_state_dict(trained.state_dict())
+    assert torch.equal(other.eval()(weight), trained.eval()(weight))
+
+
 # ---- weights: levels without a zero ----------------------------------------------------------------------------------
 
 

@@ -85,8 +85,7 @@ def test_evaluation_rounds_from_the_stage_quantize_on(make):
     for epoch in (2, 3, 4):
         assert len(counts[epoch]) == len(quantizers_of(runner))
         for quantizer, levels in counts[epoch].items():
-            narrow = isinstance(quantizer, WeightQuantizer) and quantizer.bits > 2
-            assert levels <= 2**quantizer.bits - narrow
+            assert levels <= 2**quantizer.bits - (isinstance(quantizer, WeightQuantizer) and quantizer.bits > 2)
     assert all(levels > 2**quantizer.bits for quantizer, levels in counts[1].items() if quantizer.bits < 8)
 
 

@@ -25,6 +25,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
+from .fixed_point import fixed_point
 
 
 class Stage(IntEnum):
@@ -145,15 +146,8 @@ class Quantizer(ModeOfModel, nn.Module):
         return 'masked' if self.masked else 'straight_through'
 
     def in_use(self, threshold: Tensor) -> Tensor:
-        """T as it is used: with the option `power_of_two` that of the power of two next to its step.
-
-        Ristretto (Gysel et al. 2016, arXiv:1604.03168) calls it dynamic fixed point. Its step is the smallest that
-        clips nothing, `steps_up`; elsewhere it is the nearest (ours). The gradient of T is straight through (ours).
-        """
-        if not getattr(self.options, 'power_of_two', False):
-            return threshold
-        step = F.power_of_two(F.step_size(threshold, self.lo, self.hi), 'up' if self.steps_up else 'log')
-        return F.straight_through(threshold, step * max(-self.lo, self.hi))
+        """T as it is used: with the option `power_of_two` another one."""
+        return fixed_point(self, threshold)
 
     @property
     def bits_in_use(self) -> int:

@@ -21,6 +21,7 @@ from ..kernels import Uniform
 from ..typed import Bounds
 from .activation import Statistics
 from .base import OF_BITS, Stage
+from .fixed_point import FixedPoint
 from .following import FollowingQuantizer
 from .registry import register
 from .weight import WeightQuantizer
@@ -57,7 +58,7 @@ class GDRQWeight(WeightQuantizer):
     default_groups = 4
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(FixedPoint):
         k: Annotated[float, Bounds(0, 1000)] | None = field(default=None, metadata=OF_BITS)
         """T_g = k * mean(|w|) of the group; None: WEIGHT_K."""
         clip: Literal['forward', 'project'] = 'forward'
@@ -67,12 +68,15 @@ class GDRQWeight(WeightQuantizer):
         threshold: Literal['scale_clip', 'search'] = 'scale_clip'
         """'scale_clip', or 'search', the T of least quantized loss."""
         levels: Literal['narrow', 'full', 'without_zero'] | None = field(default=None, metadata=OF_BITS)
-        """'narrow': -1, 0 and 1 steps of 2 bits; 'full': -2 too; 'without_zero', for 2 and 3 bits: -3, -1, 1 and 3 half
-        steps. None: 'without_zero' at 2 bits, else 'narrow'."""
-        power_of_two: bool = False
-        """The step is a power of two, see :meth:`Quantizer.in_use`."""
+        """Of 2 bits -1, 0, 1 steps; -2 too; or -3, -1, 1, 3 half steps, the default at 2 bits and possible at 3."""
 
     options: Options
+    k: Tensor
+
+    def __init__(self, bits: int, *args: Any, **options: Any) -> None:
+        super().__init__(bits, *args, **options)
+        k = default_weight_k(bits, self.lo, self.hi) if self.options.k is None else self.options.k
+        self.register_buffer('k', torch.tensor(k))  # a trained model keeps it, whatever the default becomes
 
     def code_range(self) -> tuple[int, int]:
         levels = self.options.levels or ('without_zero' if self.bits == 2 else 'narrow')
@@ -84,11 +88,6 @@ class GDRQWeight(WeightQuantizer):
         if options.get('levels') == 'without_zero' and bits not in WEIGHT_K_WITHOUT_ZERO:
             raise UserError(f"{path}.levels='without_zero' is for 2 and 3 bits, not for {bits}")
 
-    @property
-    def k(self) -> float:
-        """The k in use."""
-        return default_weight_k(self.bits, self.lo, self.hi) if self.options.k is None else self.options.k
-
     def start_threshold(self, weight: Tensor) -> Tensor:
         if self.options.threshold == 'search':
             return F.search_threshold(weight, self.lo, self.hi, self.sizes, self.apart)
@@ -99,7 +98,7 @@ class GDRQWeight(WeightQuantizer):
 
     def factor_of_mean(self) -> float | None:
         simple = self.options.threshold == 'scale_clip' and not self.options.power_of_two
-        return self.k if simple and self.stage != Stage.FREEZE else None
+        return float(self.k) if simple and self.stage != Stage.FREEZE else None
 
     def reshape(self, weight: Tensor, threshold: Tensor) -> Tensor:
         # Projection has already clipped the stored weight.
@@ -125,7 +124,7 @@ class GDRQActivation(FollowingQuantizer):
     """
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(FixedPoint):
         k: Annotated[float, Bounds(0, 1000)] | None = field(default=None, metadata=OF_BITS)
         """None: ACTIVATION_K of the range and bits, but at most max|x| / mean(|x|) of the calibration (ours)."""
         momentum: Annotated[float, Bounds(0, 1)] = 0.01
@@ -134,8 +133,6 @@ class GDRQActivation(FollowingQuantizer):
         """Over the elements that are not zero, or over all: a ReLU leaves between a tenth and nine tenths of them."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
         """Of a clipped activation: 0 or 1."""
-        power_of_two: bool = False
-        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     options: Options
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..typed import Bounds
 from .activation import ActivationQuantizer, Statistics
+from .fixed_point import FixedPoint
 from .gdrq import default_weight_k
 from .registry import register
 from .weight import WeightQuantizer
@@ -41,11 +42,9 @@ class LSQWeight(WeightQuantizer):
     """Weights with a learned step in each group."""
 
     @dataclass(frozen=True)
-    class Options(LearnedStepOptions):
+    class Options(LearnedStepOptions, FixedPoint):
         start: Literal['lsq', 'scale_clip'] = 'lsq'
         """Where the step starts: as in the paper, or at the T of Scale-Clip with GDRQ's default k (ours)."""
-        power_of_two: bool = False
-        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -74,11 +73,9 @@ class LSQActivation(ActivationQuantizer):
     """Activations with a learned step."""
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(FixedPoint):
         lr_mult: Annotated[float, Bounds(0, 1000)] = 1.0
         """Learning rate of the step, as a multiple of that of the weights."""
-        power_of_two: bool = False
-        """The step is a power of two, see :meth:`Quantizer.in_use`."""
 
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import functional as F
 from .base import Stage
+from .fixed_point import FixedPoint
 from .following import FollowingQuantizer
 from .registry import register
 from .weight import WeightQuantizer
@@ -30,9 +31,8 @@ class MinMaxWeight(WeightQuantizer):
     steps_up = True
 
     @dataclass(frozen=True)
-    class Options:
-        power_of_two: bool = False
-        """The step is a power of two, see :meth:`Quantizer.in_use`."""
+    class Options(FixedPoint):
+        """Those of a step that may be a power of two."""
 
     def current_threshold(self, weight: Tensor) -> Tensor:
         return F.max_abs(weight, self.sizes)
@@ -50,9 +50,8 @@ class MinMaxActivation(FollowingQuantizer):
     steps_up = True
 
     @dataclass(frozen=True)
-    class Options(FollowingQuantizer.Options):
-        power_of_two: bool = False
-        """The step is a power of two, see :meth:`Quantizer.in_use`."""
+    class Options(FollowingQuantizer.Options, FixedPoint):
+        """Those of both."""
 
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)
