@@ -18,22 +18,20 @@ if len(sys.argv) != 3 or not Path(sys.argv[1], 'export.json').is_file():
     sys.exit(f'{__doc__}\nEXPORTED_FOLDER is what tools/export.py wrote.')
 folder = Path(sys.argv[1])
 about = json.loads((folder / 'export.json').read_text())
-part = about['parts']['model']
-_, height, width = part['shape']
-
-picture = Image.open(sys.argv[2]).convert('RGB').resize((width, height), Image.Resampling.BILINEAR)
-pixels = np.asarray(picture, np.float32)
-if not about['rgb']:
-    pixels = pixels[..., ::-1]
-image = ((pixels - (about['mean'] or 0)) / (about['std'] or 1)).astype(np.float32).transpose(2, 0, 1)[None]
+whole = about.get('end2end', {})
+if about['export_version'] != 2 or about['task'] != 'cls' or 'file' not in whole:
+    sys.exit(f'{folder} has no end2end.onnx of a classifier: {whole.get("refused", "export the model again")}')
+height, width = whole['size']
+try:
+    picture = Image.open(sys.argv[2]).convert('RGB').resize((width, height), Image.Resampling.BILINEAR)
+except OSError as error:
+    sys.exit(f'{sys.argv[2]} cannot be read as a picture: {error}')
+pixels = np.asarray(picture)[..., :: 1 if whole['channels'] == 'RGB' else -1]
 
 onnxruntime.set_default_logger_severity(3)
 options = onnxruntime.SessionOptions()
 options.add_session_config_entry('session.x64quantprecision', '1')  # exact without VNNI too, slower with it
-session = onnxruntime.InferenceSession(folder / part['file'], options)
-(scores,) = session.run(None, {'x': image})[0]
-probabilities = np.exp(scores - scores.max())
-probabilities /= probabilities.sum()
-for index in probabilities.argsort()[::-1][:3]:
-    name = about['classes'][index] if about['classes'] else index
-    print(f'{name}: {100 * probabilities[index]:.1f} %')
+session = onnxruntime.InferenceSession(folder / whole['file'], options)
+scores, labels = session.run(['topk_scores', 'topk_labels'], {'image': pixels[None]})
+for score, label in zip(scores[0, :3], labels[0]):
+    print(f'{about["classes"][label] if about["classes"] else label}: {100 * score:.1f} %')

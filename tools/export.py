@@ -22,6 +22,8 @@ from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import example_inputs, export_graphs, write_bundle
 from gdrq_mm.openmmlab.cli import ConfigOptions, add_unsafe_load, check_data, check_writable, main
 from gdrq_mm.openmmlab.data_only import data_only
+from gdrq_mm.openmmlab.decode.boxes import NotCovered
+from gdrq_mm.openmmlab.end2end import EndToEnd, export_end2end
 from gdrq_mm.openmmlab.parts import parts_of
 from gdrq_mm.openmmlab.tasks import task_of
 
@@ -155,7 +157,12 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str,
     for name in RUNTIMES:
         if target == 'both' and name not in installed:
             CONSOLE.print(f"{name} is not installed and was not compared: uv pip install 'gdrq-mm[deploy]'")
-    write_bundle(out, model, checkpoint, report)
+    end2end: EndToEnd | str
+    try:
+        end2end = export_end2end(model, report, lambda: infer(model, image))
+    except NotCovered as reason:
+        end2end = str(reason)
+    write_bundle(out, model, checkpoint, report, end2end)
     if report.unread:
         CONSOLE.print(f'Not exported, as nothing reads what they make: {", ".join(report.unread)}', soft_wrap=True)
     narrow = [layer for layer in merged.modules() if isinstance(layer, IntegerLayer) and layer.weight_bits < 4]
@@ -178,6 +185,22 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str,
         if products(part.graph):
             text += f'; {len(products(part.graph))} products of two activations, as in attention, are in float'
         CONSOLE.print(text, soft_wrap=True)
+
+    show_end2end(end2end, out, list(report.parts[0].pieces))
+
+
+def show_end2end(end2end: EndToEnd | str, out: Path, runtimes: list[str]) -> None:
+    """What end2end.onnx takes and gives, or why there is none."""
+    if isinstance(end2end, str):
+        CONSOLE.print(f'No end2end.onnx: {end2end}; decoding stays in torch', soft_wrap=True)
+        return
+    path = out / 'end2end.onnx'
+    size = 'any size' if end2end.any_size else ' x '.join(map(str, end2end.size))
+    CONSOLE.print(
+        f'{path}: {path.stat().st_size / 1e6:.2f} MB, uint8 {end2end.channels} pictures (N, H, W, 3) of {size} -> '
+        f'{", ".join(end2end.outputs)}; the same as the model predicts in {" and ".join(runtimes)}',
+        soft_wrap=True,
+    )
 
 
 def sizes_of(graph: Any) -> str:

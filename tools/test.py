@@ -31,10 +31,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--record', help='run record (default: WORK_DIR/record.json, or record_BACKEND.json)')
     parser.add_argument('--backend', choices=RUNTIMES, help='runtime that runs the exported graphs (default: torch)')
     parser.add_argument('--exported', help='folder that tools/export.py wrote, for --backend')
+    parser.add_argument(
+        '--parts', action='store_true', help='test the graphs of the parts, not end2end.onnx; --tta does so too'
+    )
     parser.add_argument('--cell', help=argparse.SUPPRESS)  # what tools/sweep.py calls the settings of a cell
     args = parser.parse_args()
     if bool(args.backend) != bool(args.exported):
         raise UserError('--backend and --exported DIR belong together')
+    if args.parts and not args.backend:
+        raise UserError('--parts belongs to --backend and --exported DIR')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
 
@@ -58,7 +63,8 @@ def test() -> None:
     if args.out:
         dump_after_build(cfg, runner, args.out)
     if args.backend:
-        use_runtime(bare_model(runner.model), args.exported, args.backend, args.checkpoint)
+        model, parts = bare_model(runner.model), args.parts or args.tta
+        use_runtime(model, args.exported, args.backend, args.checkpoint, parts=parts)
     metrics = runner.test()
     if is_main_process():
         described = {**runner.describe(), 'backend': args.backend or 'torch'}

@@ -19,13 +19,14 @@ from ..deploy.export import ExportedPart, ExportReport, check_complete, example_
 from ..deploy.flat import check_nest, nest
 from ..deploy.runtime import open_runtime
 from ..report.record import versions
+from .deployed import let_graph_predict
+from .end2end import EndToEnd, takes_rgb
 from .parts import Part, parts_of
 from .tasks import TASKS, task_of
 
-VERSION = 1
+VERSION = 2
 """Version of export.json."""
-TURNS = ('to_rgb', '_channel_conversion')
-"""Flags of data preprocessors that turn BGR into RGB: mmpretrain's, and mmengine's, which mmdet and mmseg use."""
+END2END = 'end2end.onnx'
 
 
 def export_graphs(
@@ -59,8 +60,11 @@ def export_graphs(
     return ExportReport(exported, check_complete(merged, exported))
 
 
-def write_bundle(out: Path, model: Any, checkpoint: str, report: ExportReport) -> None:
+def write_bundle(out: Path, model: Any, checkpoint: str, report: ExportReport, whole: EndToEnd | str) -> None:
     """Write graphs and export.json into a new folder, whole or not at all.
+
+    Args:
+        whole: the graph from pictures to predictions, or why there is none.
 
     Raises:
         UserError: the folder exists or cannot be written.
@@ -71,23 +75,39 @@ def write_bundle(out: Path, model: Any, checkpoint: str, report: ExportReport) -
             file = folder / f'{part.name}.onnx'
             write_whole(file, part.graph.SerializeToString())
             parts[part.name] = dict(file=file.name, sha256=file_digest(str(file)), **properties(part.graph))
+        if isinstance(whole, EndToEnd):
+            write_whole(folder / END2END, whole.graph.SerializeToString())
         normalize = model.data_preprocessor
         about = dict(
             export_version=VERSION,
             task=task_of(model.cfg),
             checkpoint_sha256=file_digest(checkpoint),
             parts=parts,
+            end2end=_entry(folder, whole),
             mean=_numbers(normalize, 'mean'),
             std=_numbers(normalize, 'std'),
-            rgb=any(getattr(normalize, name, False) for name in TURNS),
+            rgb=takes_rgb(model),
             classes=list(model.dataset_meta.get('classes') or []),
             versions=versions(),
         )
         write_whole(folder / 'export.json', (json.dumps(about, indent=1) + '\n').encode())
 
 
-def use_runtime(model: Any, folder: str | Path, backend: str, checkpoint: str, threads: int | None = None) -> None:
-    """Let exported graphs compute the network of a model. Decoding and NMS stay in torch.
+def _entry(folder: Path, whole: EndToEnd | str) -> dict[str, Any]:
+    """What export.json says of the graph from pictures to predictions."""
+    if isinstance(whole, str):
+        return dict(refused=whole)
+    about = dict(size=whole.size, any_size=whole.any_size, channels=whole.channels, outputs=whole.outputs)
+    return dict(file=END2END, sha256=file_digest(str(folder / END2END)), layout='NHWC', **about)
+
+
+def use_runtime(
+    model: Any, folder: str | Path, backend: str, checkpoint: str, threads: int | None = None, parts: bool = False
+) -> None:
+    """Let exported graphs predict: end2end.onnx where there is one, else the parts, with decoding and NMS in torch.
+
+    Args:
+        parts: run the parts in any case.
 
     Raises:
         UserError: the folder is no export of this checkpoint, a file was changed, or the runtime is not installed.
@@ -96,10 +116,13 @@ def use_runtime(model: Any, folder: str | Path, backend: str, checkpoint: str, t
     about = read_bundle(folder)
     if digest is None or about['checkpoint_sha256'] != digest:
         raise UserError(f'{folder} was exported from another checkpoint than {checkpoint}')
-    parts = parts_of(model, about['task'])
-    if [part.name for part in parts] != list(about['parts']):
+    found = parts_of(model, about['task'])
+    if [part.name for part in found] != list(about['parts']):
         raise UserError(f'{folder} is the export of another model: it has {", ".join(about["parts"])}')
-    for part in parts:
+    if 'file' in about['end2end'] and not parts:
+        let_graph_predict(model, about, open_runtime(backend, folder / about['end2end']['file'], threads))
+        return
+    for part in found:
         entry = about['parts'][part.name]
         part.replace(model, _runner(open_runtime(backend, folder / entry['file'], threads), entry, part.name))
 
@@ -114,10 +137,12 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text())
         if about['export_version'] != VERSION:
-            raise UserError(f'{path} has version {about["export_version"]}, this is {VERSION}')
+            raise UserError(f'{path} has version {about["export_version"]}, this is {VERSION}: export the model again')
         if about['task'] not in TASKS.values():
             raise ValueError(f'task {about["task"]!r}')
-        for name, entry in about['parts'].items():
+        whole = about['end2end']
+        graphs = {**about['parts'], **({'end2end': whole} if 'file' in whole else {})}
+        for name, entry in graphs.items():
             if entry['file'] != f'{Path(name).name}.onnx' or not isinstance(entry['sha256'], str):
                 raise ValueError(f'part {name!r}')
             file = folder / entry['file']
@@ -125,10 +150,13 @@ def read_bundle(folder: Path) -> dict[str, Any]:
                 raise UserError(f'{file} is missing')
             if file_digest(str(file)) != entry['sha256']:
                 raise UserError(f'{file} was changed after its export: its checksum does not fit')
-            check_nest(entry['structure'])
-            list(entry['shape'])
             if not isinstance(entry.get('any_size', False), bool):
                 raise ValueError(f'any_size {entry["any_size"]!r}')
+        for entry in about['parts'].values():
+            check_nest(entry['structure'])
+            list(entry['shape'])
+        if 'file' in whole:
+            str(whole['channels']), list(whole['outputs']), list(whole['size'])
         about['checkpoint_sha256']
     except OSError as error:
         raise UserError(f'{error.filename} cannot be read: {error.strerror}; tools/export.py writes it') from None

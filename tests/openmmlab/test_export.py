@@ -5,10 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
 
-import cv2
 import numpy as np
 import onnx
 import pytest
@@ -16,21 +13,19 @@ import torch
 import torch.nn as nn
 from mmcv.cnn import ConvModule
 from mmdet.models.backbones.darknet import ResBlock
-from PIL import Image
 
-from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.topology import record
 from gdrq_mm.deploy import runtime
 from gdrq_mm.deploy.merge import IntegerLayer, merge_model
-from gdrq_mm.deploy.packed import write_packed
 from gdrq_mm.deploy.runtime import RUNTIMES, float_layers, integer_layers, kernels
 from gdrq_mm.openmmlab.apis import infer, init_model
-from gdrq_mm.openmmlab.bundle import export_graphs, use_runtime, write_bundle
+from gdrq_mm.openmmlab.bundle import export_graphs, use_runtime
 from gdrq_mm.openmmlab.cli import read_config
 from gdrq_mm.openmmlab.parts import parts_of
 from tests.deploy.builders import exported, prepared, wrong
+from tests.exports import ANY_SIZE, CONFIGS, META, PARTS, calibrated
 from tests.helpers import ROOT
 
 
@@ -59,83 +54,7 @@ def test_convolutions_in_front_of_activation_functions_run_as_integer_kernels_af
     assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
-CONFIGS = dict(
-    cls='cls/resnet18_width16_gdrq_w4a4_digits.py',
-    seg='seg/pspnet_r18_gdrq_w4a4_digits.py',
-    det='det/faster_rcnn_r18_gdrq_w4a4_digits.py',
-    yolox='det/yolox_nano_gdrq_w4a4_digits.py',
-)
-
-
-ANY_SIZE = dict(det=['proposals'], yolox=['model'])  # PSPNet pools to grids whose cells depend on the size
-
-
-PARTS = dict(cls=['model'], seg=['model'], det=['proposals', 'bbox_head', 'mask_head'], yolox=['model'])
-
-
-MASKS = dict(
-    mask_roi_extractor=dict(
-        type='SingleRoIExtractor',
-        roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
-        out_channels=64,
-        featmap_strides=[4, 8, 16, 32],
-    ),
-    mask_head=dict(
-        type='FCNMaskHead',
-        num_convs=1,
-        in_channels=64,
-        conv_out_channels=8,
-        num_classes=10,
-        loss_mask=dict(type='CrossEntropyLoss', use_mask=True),
-    ),
-)
-
-
 EIGHT = 'quantization.activation.bits=8'
-
-
-META = dict(classes=['a', 'b'], palette=[(1, 2, 3), (4, 5, 6)])
-
-
-@pytest.fixture(scope='module', params=CONFIGS)
-def whole(request, tmp_path_factory):
-    """Task, model, path of a checkpoint, and the folder of its export; calibrated, not trained."""
-    name = request.param
-    cfg = read_config(ROOT / 'configs' / CONFIGS[name])
-    # A float32 sum may fall on the other side of a tie, which depends on the processor. With 4 bits one such code
-    # changes most outputs of a model that has not been trained; with 8 it hardly moves them.
-    cfg.quantization.activation.bits = 8
-    if name == 'det':  # which boxes survive NMS is chance too: all do
-        cfg.merge_from_dict(
-            {'model.type': 'MaskRCNN', 'model.roi_head': MASKS, 'model.test_cfg.rcnn.mask_thr_binary': 0.5}
-        )
-        test_cfg = cfg.model.test_cfg
-        test_cfg.rpn.nms.iou_threshold = test_cfg.rcnn.nms.iou_threshold = 1.0
-        test_cfg.rcnn.score_thr, test_cfg.rpn.max_per_img, test_cfg.rcnn.max_per_img = 0.0, 100, 1000
-    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3) if name == 'cls' else (96, 96, 3), np.uint8)
-    model = calibrated(cfg, picture)
-    folder = tmp_path_factory.mktemp(name)
-    checkpoint = str(folder / 'model.pth')
-    torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
-    plan = record(model, lambda: infer(model, picture))
-    write_packed(merge_model(model, plan), folder / 'model.safetensors', cfg.pretty_text, META)
-    reported = []
-    report = export_graphs(model, merge_model(model, plan), lambda: infer(model, picture), reported.append)
-    write_bundle(folder / 'exported', model, checkpoint, report)
-    assert reported == report.parts and [part.name for part in reported] == PARTS[name]
-    return name, cfg, checkpoint, folder / 'exported', picture
-
-
-def calibrated(cfg, picture, bias=0.0):
-    torch.manual_seed(0)
-    model = init_model(cfg, None, 'cpu')
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            # Else calibration normalizes by the statistics of the batch: one pooled picture has none.
-            norm.running_mean.fill_(1e-6)
-            nn.init.normal_(norm.bias, std=bias)
-    calibrate(model, [picture], lambda picture: infer(model, picture), trains_next=False)
-    return model.eval()
 
 
 def agreement(one, other):
@@ -171,7 +90,7 @@ def test_a_runtime_predicts_what_torch_does(whole, backend):
     _, cfg, checkpoint, folder, picture = whole
     model = init_model(cfg, checkpoint, 'cpu')
     expected = values_of(infer(model, picture))
-    use_runtime(model, folder, backend, checkpoint)
+    use_runtime(model, folder, backend, checkpoint, parts=True)
     # The network itself must not run any more.
     model.backbone.forward = None
     for one, other in zip(values_of(infer(model, picture)), expected, strict=True):
@@ -186,7 +105,7 @@ def test_a_detector_takes_pictures_of_other_sizes(whole, backend):
     _, cfg, checkpoint, folder, _ = whole
     model, deployed = (init_model(cfg, checkpoint, 'cpu') for _ in range(2))
     (part, *_) = parts_of(model, 'det')
-    use_runtime(deployed, folder, backend, checkpoint)
+    use_runtime(deployed, folder, backend, checkpoint, parts=True)
     for size in ((96, 160), (160, 96)):
         x = torch.randn(1, 3, *size)
         with torch.no_grad():
@@ -204,7 +123,7 @@ def test_a_detector_takes_pictures_of_other_sizes(whole, backend):
 def test_the_heads_of_a_two_stage_detector_take_any_number_of_regions(whole, backend):
     _, cfg, checkpoint, folder, picture = whole
     model, deployed = (init_model(cfg, checkpoint, 'cpu') for _ in range(2))
-    use_runtime(deployed, folder, backend, checkpoint)
+    use_runtime(deployed, folder, backend, checkpoint, parts=True)
     for name, size in (('bbox_head', 7), ('mask_head', 14)):
         head, graph = (m.roi_head.get_submodule(name) for m in (model, deployed))
         for number in (1, 5):
@@ -222,7 +141,7 @@ def test_the_heads_of_a_two_stage_detector_take_any_number_of_regions(whole, bac
 def test_a_picture_of_another_size_than_a_fixed_one_is_refused(whole):
     _, cfg, checkpoint, folder, _ = whole
     model = init_model(cfg, checkpoint, 'cpu')
-    use_runtime(model, folder, 'onnxruntime', checkpoint)
+    use_runtime(model, folder, 'onnxruntime', checkpoint, parts=True)
     with pytest.raises(UserError, match='model was exported for inputs of 3 x 96 x 96, this one is 3 x 96 x 128'):
         model.extract_feat(torch.zeros(1, 3, 96, 128))
 
@@ -289,36 +208,6 @@ def test_a_packed_file_with_a_float_config_is_refused(whole):
         init_model(cfg, folder.parent / 'model.safetensors', 'cpu')
 
 
-@pytest.mark.parametrize('whole', ['cls', 'seg'], indirect=True)
-def test_the_examples_need_numpy_and_a_runtime_alone(whole, tmp_path):
-    name, cfg, checkpoint, folder, picture = whole
-    cv2.imwrite(str(tmp_path / 'picture.png'), picture)
-    script = ROOT / 'examples' / {'cls': 'classify.py', 'seg': 'segment.py'}[name]
-    assert len(script.read_text().splitlines()) <= 40
-    without = "import sys; sys.modules.update(dict.fromkeys(['torch', 'mmcv', 'mmengine'])); sys.argv = sys.argv[1:];"
-    command = [
-        sys.executable,
-        '-c',
-        f'{without} import runpy; runpy.run_path(sys.argv[0])',
-        script,
-        folder,
-        'picture.png',
-    ]
-    command += ['mask.png'] if name == 'seg' else []
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    prediction = infer(init_model(cfg, checkpoint, 'cpu'), picture)
-    if name == 'cls':
-        best = done.stdout.splitlines()[0]
-        assert float(best.split()[-2]) == pytest.approx(100 * float(prediction.pred_score.max()), abs=0.2)
-    else:
-        mask = np.asarray(Image.open(tmp_path / 'mask.png'))
-        logits = prediction.seg_logits.data
-        first, second = logits.topk(2, dim=0).values
-        sure = (first - second > 0.05 * logits.std()).numpy()  # an untrained model is not sure of much
-        assert sure.any() and (mask == prediction.pred_sem_seg.data[0].numpy())[sure].mean() > 0.97
-
-
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)
 def test_bundles_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
     _, cfg, checkpoint, folder, _ = whole
@@ -353,12 +242,13 @@ def test_bundles_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
         text = json.dumps({**about, 'parts': parts}).replace('"DEEP"', deep)
         (tmp_path / 'edited/export.json').write_text(text)
         refused('export.json is damaged', tmp_path / 'edited')
-    (tmp_path / 'edited/export.json').write_text(json.dumps({k: v for k, v in about.items() if k != 'task'}))
-    refused('export.json is damaged: KeyError', tmp_path / 'edited')
-    (tmp_path / 'edited/export.json').write_text('{"export_version": 1, "task": "cls", "parts": 3}')
+    for key in ('task', 'end2end'):
+        (tmp_path / 'edited/export.json').write_text(json.dumps({k: v for k, v in about.items() if k != key}))
+        refused('export.json is damaged: KeyError', tmp_path / 'edited')
+    (tmp_path / 'edited/export.json').write_text('{"export_version": 2, "task": "cls", "parts": 3}')
     refused('export.json is damaged', tmp_path / 'edited')
-    (tmp_path / 'edited/export.json').write_text('{"export_version": 7}')
-    refused('has version 7, this is 1', tmp_path / 'edited')
+    (tmp_path / 'edited/export.json').write_text('{"export_version": 1, "task": "cls", "parts": {}}')
+    refused('has version 1, this is 2: export the model again', tmp_path / 'edited')
     found = importlib.util.find_spec
     monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: None if name == 'openvino' else found(name))
     refused(r"openvino is not installed: uv pip install 'gdrq-mm\[deploy\]'", folder, backend='openvino')
@@ -434,10 +324,12 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     assert done.returncode == 0, done.stderr
     assert '21 of 21 layers as integer kernels' in done.stdout and 'by the rounding of ties' in done.stdout
     assert 'less than 4 bits' not in done.stdout
+    assert 'pictures (N, H, W, 3) of 32 x 32 -> scores, topk_scores, topk_labels' in done.stdout
     codes, outputs = done.stdout.split('model: outputs')
     assert 'y0' not in codes and 'whole graph: y0' in outputs and 'largest relative difference' in outputs
     accuracy = []
-    for options in ((), *(('--backend', name, '--exported', 'exported') for name in RUNTIMES)):
+    graphs = [('--backend', name, '--exported', 'exported') for name in RUNTIMES]
+    for options in ((), *graphs, (*graphs[0], '--parts')):
         done = tool('test.py', '--record', 'record.json', *options)
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / 'record.json').read_text())
@@ -447,6 +339,7 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     for name, args, message in [
         ('export.py', ('--out', 'exported'), '--out exported exists'),
         ('test.py', ('--backend', 'openvino'), '--backend and --exported DIR belong together'),
+        ('test.py', ('--parts',), '--parts belongs to --backend and --exported DIR'),
         ('test.py', ('--backend', 'openvino', '--exported', 'none'), 'none/export.json cannot be read'),
     ]:
         done = tool(name, *args)

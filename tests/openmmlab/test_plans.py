@@ -17,6 +17,8 @@ from gdrq_mm.openmmlab import apis, checkpoint_runner, models
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import export_graphs, use_runtime, write_bundle
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
+from gdrq_mm.openmmlab.decode.boxes import NotCovered
+from gdrq_mm.openmmlab.end2end import export_end2end
 from gdrq_mm.openmmlab.models import record_plan
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.openmmlab.weights import load_weights, other_quantization, plan_of
@@ -85,7 +87,9 @@ def test_a_segmentor_with_sliding_windows(segmentor, tmp_path):
         (expected,) = tester.model.eval().test_step(next(iter(tester.test_dataloader)))
     assert torch.equal(infer(model, expected.img_path).seg_logits.data, expected.seg_logits.data)
     report = export_graphs(model, merge_model(model, model.plan), lambda: infer(model, expected.img_path), str)
-    write_bundle(tmp_path / 'exported', model, str(tmp_path / 'slide/epoch_1.pth'), report)
+    with pytest.raises(NotCovered, match='its test_cfg has mode=slide') as refused:
+        export_end2end(model, report, lambda: infer(model, expected.img_path))
+    write_bundle(tmp_path / 'exported', model, str(tmp_path / 'slide/epoch_1.pth'), report, str(refused.value))
     use_runtime(model, tmp_path / 'exported', 'onnxruntime', str(tmp_path / 'slide/epoch_1.pth'))
     labels = infer(model, expected.img_path).pred_sem_seg.data
     assert (labels == expected.pred_sem_seg.data).float().mean() > 0.95

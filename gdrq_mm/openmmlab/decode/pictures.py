@@ -1,0 +1,96 @@
+"""From pixels to what a network reads, and from its scores to what they mean, for classifiers and segmentors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mmdet.models import DetDataPreprocessor
+from mmpretrain.models import ClsDataPreprocessor, ClsHead
+from mmseg.models import SegDataPreProcessor
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import EncoderDecoder
+from torch import Tensor
+
+from .boxes import NotCovered, keeps_methods, name_of
+
+BEST = 5
+"""Classes that a classifier names for a picture, at most (ours)."""
+
+
+class Prepare(nn.Module):
+    """uint8 pictures (N, H, W, 3), channels as the network wants them -> float (N, 3, H', W'), normalized and padded.
+
+    Args:
+        pad: False: the pictures have the size that the network takes.
+
+    Raises:
+        NotCovered: the data preprocessor is none of the three that are known.
+    """
+
+    table: Tensor
+    """(3 * 256,): what a byte of each channel becomes. Looked up, it is the same to the last bit in any runtime; one
+    that multiplies by 1 / std turns rounding ties of the first layer."""
+
+    def __init__(self, preprocessor: Any, pad: bool) -> None:
+        super().__init__()
+        if type(preprocessor) not in (ClsDataPreprocessor, DetDataPreprocessor, SegDataPreProcessor):
+            raise NotCovered(f'{name_of(preprocessor)} prepares its pictures in a way of its own')
+        values = torch.arange(256.0).expand(3, 1, -1)
+        if getattr(preprocessor, 'mean', None) is not None:
+            values = (values - preprocessor.mean) / preprocessor.std
+        self.register_buffer('table', values.flatten().detach().clone())
+        self.divisor, self.value, smallest = preprocessor.pad_size_divisor, preprocessor.pad_value, None
+        if isinstance(preprocessor, SegDataPreProcessor):
+            options = preprocessor.test_cfg or {}
+            self.divisor, smallest = options.get('size_divisor') or 1, options.get('size')
+        if smallest is not None and pad:
+            raise NotCovered(f'it pads pictures to at least {smallest}')
+        if not pad:
+            self.divisor = 1
+
+    def forward(self, image: Tensor) -> Tensor:
+        first = 256 * torch.arange(3, dtype=torch.int32)[:, None, None]
+        places = image.permute(0, 3, 1, 2).int() + first
+        x = self.table.index_select(0, places.flatten()).reshape(places.shape)
+        if self.divisor > 1:
+            height, width = x.shape[2:]
+            x = F.pad(x, (0, -width % self.divisor, 0, -height % self.divisor), value=float(self.value))
+        return x
+
+
+class Scores(nn.Module):
+    """(N, classes) class scores of a network -> their softmax, and the best of them with their labels."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        if not keeps_methods(head, ClsHead, 'predict', '_get_predictions'):
+            raise NotCovered(f'{name_of(head)} predicts in a way of its own')
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = logits.softmax(1)
+        return scores, *scores.topk(min(BEST, logits.shape[1]), 1)
+
+
+class LabelMap(nn.Module):
+    """(picture, logits of a decode head) -> (N, H, W) labels at the picture's size."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        head = model.decode_head
+        if not keeps_methods(model, EncoderDecoder, 'predict', 'inference', 'postprocess_result'):
+            raise NotCovered(f'{name_of(model)} predicts in a way of its own')
+        if not keeps_methods(head, BaseDecodeHead, 'predict', 'predict_by_feat'):
+            raise NotCovered(f'{name_of(head)} predicts in a way of its own')
+        if model.test_cfg.mode != 'whole':
+            raise NotCovered(f'its test_cfg has mode={model.test_cfg.mode}')
+        self.align, self.threshold = model.align_corners, head.threshold if head.out_channels == 1 else None
+
+    def forward(self, image: Tensor, x: Tensor, logits: Tensor) -> Tensor:
+        height, width = image.shape[1:3]
+        logits = F.interpolate(logits, x.shape[2:], mode='bilinear', align_corners=self.align)[..., :height, :width]
+        if self.threshold is None:
+            return logits.argmax(1)
+        return (logits.sigmoid() > self.threshold)[:, 0].long()

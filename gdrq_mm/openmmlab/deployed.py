@@ -1,0 +1,91 @@
+"""A model whose predictions are those of end2end.onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.structures import InstanceData, PixelData
+from torch import Tensor
+
+from ..core.errors import UserError
+from .end2end import to_graph
+
+
+def let_graph_predict(model: Any, about: dict[str, Any], runtime: Callable[[Sequence[np.ndarray]], Any]) -> None:
+    """Replace test_step of a model: a runtime predicts, and the results become data samples of the library.
+
+    Args:
+        about: the content of export.json.
+        runtime: runs end2end.onnx.
+    """
+    whole, put = about['end2end'], dict(cls=_put_class, det=_put_boxes, seg=_put_labels)[about['task']]
+
+    def run(pictures: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        image = np.stack([to_graph(model, each).numpy() for each in pictures])
+        check_pictures(image, whole)
+        outputs = [torch.from_numpy(y) for y in runtime([image])]
+        return [dict(zip(whole['outputs'], values, strict=True)) for values in zip(*outputs, strict=True)]
+
+    def test_step(data: Any) -> Any:
+        pictures = list(data['inputs'])
+        samples = model.data_preprocessor(data, False)['data_samples']
+        alike = len({each.shape for each in pictures}) == 1
+        found = run(pictures) if alike else [run([each])[0] for each in pictures]
+        for sample, values in zip(samples, found, strict=True):
+            put(model, sample, values)
+        return samples
+
+    model.test_step = test_step
+
+
+def check_pictures(image: np.ndarray, whole: dict[str, Any]) -> None:
+    """Refuse pictures that end2end.onnx does not take.
+
+    Args:
+        image: a batch of them.
+        whole: the entry of export.json.
+
+    Raises:
+        UserError: says what it takes and what came.
+    """
+    if image.dtype != np.uint8:
+        raise UserError(f'end2end.onnx takes uint8 pictures, these are {image.dtype}; --parts tests without it')
+    if not len(image):
+        raise UserError('end2end.onnx was given a batch of 0 pictures')
+    if image.ndim != 4 or image.shape[3] != 3:
+        raise UserError(f'end2end.onnx takes pictures of shape (N, H, W, 3), these have {image.shape}')
+    size = list(image.shape[1:3])
+    if not whole['any_size'] and size != whole['size']:
+        expected, found = (' x '.join(map(str, each)) for each in (whole['size'], size))
+        raise UserError(f'end2end.onnx takes pictures of {expected}, this one is {found} (height x width)')
+
+
+def _put_class(model: Any, sample: Any, values: dict[str, Tensor]) -> None:
+    sample.set_pred_score(values['scores']).set_pred_label(values['topk_labels'][:1])
+
+
+def _put_labels(model: Any, sample: Any, values: dict[str, Tensor]) -> None:
+    labels = values['labels'][None]
+    if labels.shape[1:] != sample.ori_shape:
+        labels = F.interpolate(labels[None].float(), sample.ori_shape, mode='nearest-exact')[0].long()
+    sample.set_data(dict(pred_sem_seg=PixelData(data=labels)))
+
+
+def _put_boxes(model: Any, sample: Any, values: dict[str, Tensor]) -> None:
+    there = values['labels'] >= 0
+    dets, labels = values['dets'][there], values['labels'][there]
+    found = InstanceData(bboxes=dets[:, :4], scores=dets[:, 4], labels=labels)
+    if 'masks' in values:
+        head = model.roi_head.mask_head  # it pastes masks into pictures, and moves the boxes to the original size
+        logits = (
+            values['masks'][there].logit()[:, None].expand(-1, 1 if head.class_agnostic else head.num_classes, -1, -1)
+        )
+        options = dict(rcnn_test_cfg=model.roi_head.test_cfg, rescale=True)
+        (found,) = head.predict_by_feat((logits,), [found], [sample.metainfo], **options)
+    else:
+        found.bboxes = found.bboxes / found.bboxes.new_tensor(sample.get('scale_factor', (1.0, 1.0))).repeat(2)
+    sample.pred_instances = found

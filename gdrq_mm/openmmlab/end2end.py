@@ -1,0 +1,245 @@
+"""end2end.onnx: from uint8 pictures to detections, classes or a label map, with the graphs of a model inside.
+
+The graphs of the parts stay as they were verified. What stands in front of them, between them and behind them is in
+decode/; the whole chain is compared with what the library predicts before it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
+from mmdet.structures import DetDataSample
+from mmpretrain.structures import DataSample
+from mmseg.structures import SegDataSample
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..core.modules import hooked
+from ..deploy.chain import Step, export_steps, join, run_chain
+from ..deploy.export import ExportReport, properties
+from ..deploy.runtime import open_runtime
+from .decode.boxes import NotCovered, keeps_methods, name_of
+from .decode.dense import Detect
+from .decode.ops import TRANSLATIONS
+from .decode.pictures import LabelMap, Prepare, Scores
+from .decode.two_stage import Classify, Cut, Masks, Pool, Propose
+from .parts import parts_of
+from .tasks import task_of
+
+TURNS = ('to_rgb', '_channel_conversion')
+"""Flags of data preprocessors that turn BGR into RGB: mmpretrain's, and mmengine's, which mmdet and mmseg use."""
+LARGER = (32, 64)
+"""How much higher and wider the picture is that an open size is compared with."""
+IOU, NEAR, SCORE = 0.99, 0.01, 0.01
+"""Two boxes are the same above this IoU, or with all sides this near in pixels, and within this score."""
+SHARE = 0.02
+"""Boxes may have no partner where a threshold or a rounding tie fell on the other side: such a share (ours)."""
+
+
+@dataclass
+class EndToEnd:
+    """The whole graph and what a program needs to know of it."""
+
+    graph: onnx.ModelProto
+    size: list[int]
+    """Height and width of the pictures."""
+    any_size: bool
+    """Whether others will do; then `size` is that of the picture that was given."""
+    channels: str
+    """'RGB' or 'BGR'."""
+    outputs: list[str]
+
+
+def takes_rgb(model: Any) -> bool:
+    """Whether the network of a model reads RGB."""
+    return any(getattr(model.data_preprocessor, name, False) for name in TURNS)
+
+
+def export_end2end(model: Any, report: ExportReport, predict: Callable[[], Any]) -> EndToEnd:
+    """Join the exported parts of a model into one graph from pictures to predictions.
+
+    Args:
+        model: the trained model, in evaluation mode.
+        report: of its parts.
+        predict: runs the model on one picture.
+
+    Raises:
+        NotCovered: the model predicts in a way for which there is no ONNX here.
+        UserError: the graph does not predict what the model does.
+    """
+    about = properties(report.parts[0].graph)
+    size = None if about['any_size'] else about['shape'][1:]
+    steps, outputs = chain_of(model, report)
+    image = picture_of(model, predict, size)
+    graphs = export_steps(steps, run_chain(steps, torch.cat([image, image.flip(2)])), TRANSLATIONS)
+    whole = join(steps, graphs, outputs)
+    shown = image if size else torch.nn.functional.pad(image, (0, 0, 0, LARGER[1], 0, LARGER[0]), value=127)
+    values = run_chain(steps, shown)
+    wrong = unlike_model(model, values)
+    for backend in report.parts[0].pieces:  # the runtimes that its parts are verified in
+        wrong = wrong or unlike_torch(steps, graphs, values, backend)
+    if wrong:
+        raise UserError(f'end2end.onnx does not predict what the model does: {wrong}; nothing was written')
+    channels = 'RGB' if takes_rgb(model) else 'BGR'
+    onnx.helper.set_model_props(whole, dict(layout='NHWC', channels=channels))
+    return EndToEnd(whole, list(image.shape[1:3]), about['any_size'], channels, outputs)
+
+
+def chain_of(model: Any, report: ExportReport) -> tuple[list[Step], list[str]]:
+    """The steps from a picture to predictions, and the names of these.
+
+    Raises:
+        NotCovered: the model predicts in a way for which there is no ONNX here.
+    """
+    task = task_of(model.cfg)
+    modules = [part.module for part in parts_of(model, task)]
+    about = properties(report.parts[0].graph)
+    if about['shape'][0] != len('RGB'):
+        raise NotCovered(f'its pictures have {about["shape"][0]} channels')
+    every = (0, 2, 3) if about['any_size'] else (0,)
+    graphs = [part.graph for part in report.parts]
+    raw = [f'y{i}' for i in range(len(graphs[0].graph.output))]
+    axes = {'image': (0, 1, 2) if about['any_size'] else (0,), 'x': every, **dict.fromkeys(raw, every)}
+    prepare = Prepare(model.data_preprocessor, pad=about['any_size'])
+    start = [Step('prepare', prepare, ['image'], ['x'], axes), Step('', modules[0], ['x'], raw, graph=graphs[0])]
+    if task == 'cls':
+        outputs = ['scores', 'topk_scores', 'topk_labels']
+        return [*start, Step('decode', Scores(model.head), raw, outputs, {'y0': (0,)})], outputs
+    if task == 'seg':
+        return [*start, Step('decode', LabelMap(model), ['image', 'x', *raw], ['labels'], axes)], ['labels']
+    if len(graphs) == 1:
+        if not keeps_methods(model, SingleStageDetector, 'predict'):
+            raise NotCovered(f'{name_of(model)} predicts in a way of its own')
+        detect, outputs = Detect(model.bbox_head, about['structure']), ['dets', 'labels']
+        return [*start, Step('decode', detect, ['image', *raw], outputs, axes)], outputs
+    if not keeps_methods(model, TwoStageDetector, 'predict'):
+        raise NotCovered(f'{name_of(model)} predicts in a way of its own')
+    return _two_stage(model, about['structure'], start, modules, graphs, axes)
+
+
+def _two_stage(
+    model: Any, structure: Any, start: list[Step], modules: list[Any], graphs: list[Any], axes: dict[str, Any]
+) -> tuple[list[Step], list[str]]:
+    raw, found, outputs = list(start[-1].gives), ['all.dets', 'all.labels'], ['dets', 'labels']
+    features, inside = [raw[i] for i in structure[0]], ['bbox_head.x', 'bbox_head.y0', 'bbox_head.y1']
+    regions = ['regions.dets', 'regions.labels']
+    axes = {**axes, **dict.fromkeys([*regions, *inside, *found, 'mask_head.y0', 'all.masks'], (0,))}
+    steps = [
+        *start,
+        Step('propose', Propose(model, structure), ['image', *raw], regions, axes),
+        Step('pool', Pool(model.roi_head.bbox_roi_extractor), [regions[0], *features], inside[:1], axes),
+        Step('bbox_head', modules[1], inside[:1], inside[1:], graph=graphs[1]),
+        Step('classify', Classify(model), ['image', regions[0], *inside[1:]], found, axes),
+    ]
+    if len(modules) > 2:
+        steps += [
+            Step('pool_masks', Pool(model.roi_head.mask_roi_extractor), ['all.dets', *features], ['mask_head.x'], axes),
+            Step('mask_head', modules[2], ['mask_head.x'], ['mask_head.y0'], graph=graphs[2]),
+            Step('masks', Masks(model), ['all.labels', 'mask_head.y0'], ['all.masks'], axes),
+        ]
+        found, outputs = [*found, 'all.masks'], [*outputs, 'masks']
+    return [*steps, Step('cut', Cut(), found, outputs, axes)], outputs
+
+
+def picture_of(model: Any, predict: Callable[[], Any], size: list[int] | None) -> Tensor:
+    """The picture of a prediction as the graph takes it: uint8 (1, H, W, C).
+
+    Args:
+        size: height and width to pad it to; None: it stays as it is.
+    """
+    found: list[Tensor] = []
+    keep = model.data_preprocessor.register_forward_pre_hook(lambda module, args: found.append(args[0]['inputs'][0]))
+    with hooked([keep]), torch.no_grad():
+        predict()
+    pixels = found[0].round().clamp(0, 255).to(torch.uint8)
+    height, width = pixels.shape[1:] if size is None else size
+    padded = torch.nn.functional.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1]))
+    return to_graph(model, padded)[None]
+
+
+def to_graph(model: Any, pixels: Tensor) -> Tensor:
+    """A picture (C, H, W) of the test pipeline as (H, W, C), channels as the network wants them; and back."""
+    pixels = pixels.flip(0) if takes_rgb(model) else pixels
+    return pixels.permute(1, 2, 0)
+
+
+SAMPLES = dict(cls=DataSample, det=DetDataSample, seg=SegDataSample)
+
+
+def unlike_model(model: Any, values: Mapping[str, Tensor]) -> str:
+    """How a chain, run in torch on one picture, differs from the library's own prediction; '' if it does not."""
+    image, task = values['image'], task_of(model.cfg)
+    shape = tuple(image.shape[1:3])
+    pixels = image[0].permute(2, 0, 1)
+    pixels = pixels.flip(0) if takes_rgb(model) else pixels
+    meta = dict(img_id=0, img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
+    with torch.no_grad():
+        (sample,) = model.test_step(dict(inputs=[pixels], data_samples=[SAMPLES[task](metainfo=meta)]))
+    if task == 'cls':
+        return _apart('scores', values['scores'][0], sample.pred_score)
+    if task == 'seg':
+        return _apart('labels', values['labels'][0], sample.pred_sem_seg.data[0])
+    wanted = sample.pred_instances
+    expected = torch.cat([wanted.bboxes, wanted.scores[:, None]], 1), wanted.labels
+    return _other_boxes('dets', (values['dets'][0], values['labels'][0]), expected)
+
+
+def unlike_torch(
+    steps: Sequence[Step], graphs: Sequence[onnx.ModelProto], values: Mapping[str, Tensor], backend: str
+) -> str:
+    """How a step in a runtime differs from torch on the same inputs, where it is not a part that is verified already.
+
+    Args:
+        values: of the chain in torch.
+    """
+    for step, graph in zip(steps, graphs, strict=True):
+        if step.graph is not None:
+            continue
+        inputs = [values[value.name].numpy() for value in graph.graph.input]
+        found = dict(zip(step.gives, map(torch.from_numpy, open_runtime(backend, graph.SerializeToString())(inputs))))
+        for name in step.gives:
+            wrong = ''
+            if name.endswith('dets'):
+                labels = name.replace('dets', 'labels')
+                wrong = _other_boxes(name, *((each[name][0], each[labels][0]) for each in (found, values)))
+            elif found[name].is_floating_point() or len(step.gives) == 1:
+                wrong = _apart(name, found[name], values[name])
+            if wrong:
+                return f'{backend}: {wrong}'
+    return ''
+
+
+def _apart(name: str, found: Tensor, expected: Tensor) -> str:
+    """Says how many values differ, if more than a threshold or a tie explains do."""
+    if found.shape != expected.shape:
+        return f'{name} has shape {tuple(found.shape)} and not {tuple(expected.shape)}'
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    off = int(((found - expected).abs() > 1e-3 * largest).sum())
+    return f'{off} of {found.numel()} values of {name} differ' if off > SHARE * found.numel() else ''
+
+
+def _other_boxes(name: str, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str:
+    """Says how many of (K, 5) boxes with (K,) labels have no partner, if more than a threshold or a tie explains do."""
+    found, expected = ((dets[dets[:, 4] > 0], labels[dets[:, 4] > 0]) for dets, labels in (found, expected))
+    missing, added = without_partner(*expected, *found), without_partner(*found, *expected)
+    if max(missing, added) <= SHARE * max(len(found[0]), len(expected[0])) + 1:
+        return ''
+    return f'of {len(expected[0])} boxes in {name} {missing} are missing, of {len(found[0])} {added} are too many'
+
+
+def without_partner(dets: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor) -> int:
+    """How many of (K, 5) detections have no partner of the same label among others, by IOU and SCORE."""
+    low = torch.maximum(dets[:, None, :2], others[None, :, :2])
+    high = torch.minimum(dets[:, None, 2:4], others[None, :, 2:4])
+    both = (high - low).clamp(min=0).prod(-1)
+    area, other = ((x[:, 2:4] - x[:, :2]).prod(-1) for x in (dets, others))
+    same = both > IOU * (area[:, None] + other[None] - both)
+    same |= (dets[:, None, :4] - others[None, :, :4]).abs().amax(-1) < NEAR  # they may have no area
+    same &= (dets[:, None, 4] - others[None, :, 4]).abs() < SCORE
+    same &= labels[:, None] == other_labels[None]
+    return int((~same.any(1)).sum()) if len(others) else len(dets)
