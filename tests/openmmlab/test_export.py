@@ -298,7 +298,7 @@ def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)
 def test_the_tool_says_that_weights_of_2_bits_take_4_in_onnx(whole, tmp_path, digits_root, run):
     """The table of layers counts them at 2, as the packed file holds them."""
-    cfg, two = whole[1].copy(), 'quantization.weight.bits=2'
+    cfg, two = copy.deepcopy(whole[1]), 'quantization.weight.bits=2'
     cfg.quantization.weight.bits = 2
     torch.save(dict(state_dict=calibrated(cfg, whole[4]).state_dict(), meta={}), tmp_path / 'two.pth')
     (tmp_path / 'data').mkdir()
