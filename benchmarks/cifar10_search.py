@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHT, ACTIVATION = 'quantization.weight.gdrq', 'quantization.activation.gdrq'
 SETTINGS: list[tuple[str, str, dict[str, object]]] = [
     ('w4a4', 'defaults', {}),
-    *(('w4a4', f'activation k = {k}', {f'{ACTIVATION}.k': k}) for k in (6, 9, 16)),
-    *(('w4a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (2.5, 4.5)),
+    *(('w4a4', f'activation k = {k}', {f'{ACTIVATION}.k': k}) for k in (3.6, 6, 8)),
+    *(('w4a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (3.5, 5.5)),
     ('w2a4', 'defaults', {}),
     *(('w2a4', f'weight k = {k}', {f'{WEIGHT}.k': k}) for k in (1.5, 2.5)),
 ]

@@ -94,15 +94,16 @@ def comparison(rows: list[Row]) -> str:
 
 
 def by_bits(records: Records) -> str:
-    """A row for each method, with a pair of columns (accuracy, drop) for each number of bits."""
+    """A row for each method, with columns (accuracy, drop, drop against the control) for each number of bits."""
     rows = [row for row in rows_of(records) if row['seeds']]
-    common = ['task', 'model', 'data', 'metric', 'float', 'method', 'seeds']
+    common = ['task', 'model', 'data', 'metric', 'float', 'trained on', 'method', 'seeds']
     found: dict[tuple[str, ...], Row] = {}
     bits = sorted({row['bits'] for row in rows}, reverse=True)
     for row in rows:
         cells = found.setdefault(tuple(row[c] for c in common), {c: row[c] for c in common})
         cells[row['bits']], cells[f'{row["bits"]} drop'] = row['quantized'], row['drop']
-    columns = [*common, *(c for b in bits for c in (b, f'{b} drop'))]
+        cells[f'{row["bits"]} drop, trained on'] = row['drop, trained on']
+    columns = [*common, *(c for b in bits for c in (b, f'{b} drop', f'{b} drop, trained on'))]
     return table([{c: cells.get(c, '') for c in columns} for cells in found.values()], columns)
 
 
@@ -220,6 +221,11 @@ def deployable() -> str:
         for name, pair in pairs.items()
     ]
     return table(rows, ('model', 'data', 'metric', 'float', 'deployable=True', 'deployable=False'))
+
+
+def recipe() -> str:
+    """What the defaults, distillation and the training itself give (benchmarks/recipe.py)."""
+    return by_bits(read('recipe/*.json', r'(?!.*w(3a3|2a2)).*'))
 
 
 def per_level() -> str:
@@ -374,6 +380,7 @@ TABLES: dict[str, Callable[[], str]] = {
             grid_cost,
             deployable,
             per_level,
+            recipe,
             cifar10_search,
             train_step,
             scaling,
