@@ -27,7 +27,8 @@ def name_teacher(cfg: Config) -> None:
 
     A training that is resumed has another `load_from`, and the same teacher.
     """
-    distill = (cfg.get('quantization') or {}).get('distill')
+    quantization = cfg.get('quantization')
+    distill = quantization.get('distill') if isinstance(quantization, dict) else None
     if isinstance(distill, dict) and not distill.get('teacher') and cfg.get('load_from'):
         distill['teacher'] = cfg.load_from
 

@@ -141,7 +141,8 @@ class QuantRunner(CheckpointRunner):
             UserError: the config quantizes nothing.
         """
         if self.quantization is None or self.quantization.control:
-            raise UserError('the config quantizes nothing: there is nothing to calibrate')
+            without = 'has no quantization' if self.quantization is None else 'is a control'
+            raise UserError(f'the config {without}: there is nothing to calibrate')
         self.load_calibrated()
         self.log_layers()
         folder, name = os.path.split(path)

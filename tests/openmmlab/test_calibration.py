@@ -5,7 +5,7 @@ from mmengine.dataset import DefaultSampler
 from mmengine.registry import DATA_SAMPLERS
 
 from gdrq_mm.core.modules import activation_quantizers
-from gdrq_mm.openmmlab.hooks.calibration import CalibrationHook, _own_loader
+from gdrq_mm.openmmlab.hooks.calibration import CalibrationHook, own_loader
 from tests.runs import At
 
 
@@ -40,7 +40,7 @@ class Pairs:
 
 
 def drawn(runner):
-    return [[int(sample.gt_label) for sample in batch['data_samples']] for batch in _own_loader(runner)]
+    return [[int(sample.gt_label) for sample in batch['data_samples']] for batch in own_loader(runner)]
 
 
 def test_calibration_draws_by_the_sampler_of_the_training(make):
