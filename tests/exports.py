@@ -22,6 +22,10 @@ CONFIGS = dict(
 )
 
 
+LONGER = ('seg', 'det')
+"""Those that take longer: a minute each."""
+
+
 ANY_SIZE = dict(det=['proposals'], yolox=['model'])  # PSPNet pools to grids whose cells depend on the size
 
 

@@ -11,7 +11,7 @@ from yapf.yapflib import yapf_api
 
 from gdrq_mm.data import digits
 from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.exports import CONFIGS, export_whole
+from tests.exports import LONGER, export_whole
 from tests.helpers import ENV
 from tests.runs import COUNTS, SCENES, checkpoint_of, tiny_config
 
@@ -37,7 +37,9 @@ def scenes_root(tmp_path_factory):
         return digits.build(tmp_path_factory.mktemp('scenes') / 'digits', show_progress=False)
 
 
-@pytest.fixture(scope='session', params=CONFIGS)
+@pytest.fixture(
+    scope='session', params=['cls', 'yolox', *(pytest.param(each, marks=pytest.mark.full) for each in LONGER)]
+)
 def whole(request, tmp_path_factory):
     """An exported model, see export_whole()."""
     return export_whole(request.param, tmp_path_factory.mktemp(request.param))

@@ -50,7 +50,7 @@ def test_end2end_predicts_what_the_parts_do(whole, backend):
             assert masks.shape == others.shape and (masks == others).float().mean() > 0.99
 
 
-@pytest.mark.parametrize('whole', ['cls', 'det'], indirect=True)
+@pytest.mark.parametrize('whole', ['cls', pytest.param('det', marks=pytest.mark.full)], indirect=True)
 def test_the_verified_graphs_stay_as_they_are_but_for_names(whole):
     _, _, _, folder, _ = whole
     about = json.loads((folder / 'export.json').read_text())
@@ -75,7 +75,7 @@ def test_the_verified_graphs_stay_as_they_are_but_for_names(whole):
             )
 
 
-@pytest.mark.parametrize('whole', ['seg', 'yolox'], indirect=True)
+@pytest.mark.parametrize('whole', ['yolox', pytest.param('seg', marks=pytest.mark.full)], indirect=True)
 def test_pictures_that_the_graph_does_not_take_are_refused(whole):
     name, cfg, checkpoint, folder, picture = whole
     entry = json.loads((folder / 'export.json').read_text())['end2end']
@@ -144,7 +144,7 @@ def test_the_examples_need_numpy_and_a_runtime_alone(whole, tmp_path):
         )
 
 
-@pytest.mark.parametrize('whole', ['cls', 'seg', 'yolox'], indirect=True)
+@pytest.mark.parametrize('whole', ['cls', 'yolox', pytest.param('seg', marks=pytest.mark.full)], indirect=True)
 def test_the_examples_take_gray_pictures_and_say_what_they_cannot_take(whole, tmp_path):
     name, _, _, folder, picture = whole
     results = [] if name == 'cls' else [tmp_path / 'result.png']

@@ -152,7 +152,7 @@ VARIANTS = {
 }
 
 
-LONGER = ('EMA', 'searched', 'seed of its own', 'accumulation')  # others cover them in part
+LONGER = ('EMA', 'searched', 'learned', 'seed of its own', 'accumulation')  # others cover them in part
 MARKED = [pytest.param(name, marks=[pytest.mark.full] if name in LONGER else []) for name in VARIANTS]
 
 
