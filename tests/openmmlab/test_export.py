@@ -98,7 +98,7 @@ def test_a_runtime_predicts_what_torch_does(whole, backend):
         assert agreement(one, other) > 0.9
 
 
-@pytest.mark.parametrize('whole', ['det', 'yolox'], indirect=True)
+@pytest.mark.parametrize('whole', ['yolox', pytest.param('det', marks=pytest.mark.full)], indirect=True)
 @pytest.mark.parametrize('backend', RUNTIMES)
 def test_a_detector_takes_pictures_of_other_sizes(whole, backend):
     """Raw outputs are compared: which boxes of a detector that has not been trained survive NMS is chance."""
@@ -118,6 +118,7 @@ def test_a_detector_takes_pictures_of_other_sizes(whole, backend):
     assert height != width
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('whole', ['det'], indirect=True)
 @pytest.mark.parametrize('backend', RUNTIMES)
 def test_the_heads_of_a_two_stage_detector_take_any_number_of_regions(whole, backend):
