@@ -1,8 +1,8 @@
 """BNN: weights and inputs of one bit.
 
-Hubara et al., "Binarized Neural Networks", NIPS 2016, arXiv:1602.02830. Eq. 1: x_b = sign(x), which is 1 at 0; Eq. 4:
-the gradient is that of hard tanh, g_x = g_xb where |x| <= 1, else 0; Algorithm 1: after a step the stored weights are
-clipped to [-1, 1].
+Hubara et al., "Binarized Neural Networks", NIPS 2016, arXiv:1602.02830: x_b = sign(x), which is 1 at 0; the gradient
+is that of hard tanh, g_x = g_xb where |x| <= 1, else 0; after a step the stored weights are clipped to [-1, 1]. The
+text of the paper was not at hand.
 Deviations: the paper trains from scratch with BN in front of every sign, here a network starts from a float
 checkpoint, with ReLU in front of layers and some layers without BN. So signs have scales: that of weights is their
 mean |w| as in XNOR-Net, which grows to the paper's 1 as they do, that of inputs, T, is constant, the level of least

@@ -4,7 +4,8 @@ Hou and Kwok, "Loss-aware Weight Quantization of Deep Networks", ICLR 2018, arXi
 of a layer minimize sum_i h_i (w_i - d c_i)^2, where h is the diagonal of the curvature, taken from Adam: the root of
 its second moment, the running mean of squared gradients. They are found by turns: the codes nearest to w / d, then
 d = sum(h c w) / sum(h c^2), from the last d on. The gradient of a weight is that of the quantized one.
-The paper keeps activations in float; `quantization.method='loss_aware'` takes 'minmax' for them.
+The text of the paper was not at hand. It keeps activations in float; `quantization.method='loss_aware'` takes 'minmax'
+for them.
 Deviations: optimizers other than Adam keep no second moment, so with each of them we keep one of our own, of the
 gradients of the quantized weights of every 10th step, each divided by its mean square, as only ratios matter here. A
 weight without gradients counts a little, so that no sum is empty. The first d is that of a search without h. In a
