@@ -10,9 +10,10 @@ from gdrq_mm.core.files import write_whole
 from gdrq_mm.report.record import provenance
 
 
-def write_figure(path: Path, found: dict[str, Any], console: Console) -> None:
-    """Write what was found, with when, with what and on what."""
+def write_figure(path: Path, found: dict[str, Any], console: Console | None = None) -> None:
+    """Write what was found, with when, with what and on what; say so on the console, if there is one."""
     about = provenance()
     about['versions'].update(found.pop('versions', {}))
     write_whole(path, (json.dumps({**found, **about}, indent=1) + '\n').encode())
-    console.print(f'wrote {path}', soft_wrap=True)
+    if console is not None:
+        console.print(f'wrote {path}', soft_wrap=True)

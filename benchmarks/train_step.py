@@ -186,7 +186,7 @@ def save(rows: list[dict[str, Any]], names: list[str], args: argparse.Namespace)
         rows=rows,
         versions=dict(brevitas=version('brevitas') if 'brevitas' in names else None),
     )
-    write_figure(args.out, about, Console(quiet=True))
+    write_figure(args.out, about)
 
 
 def run() -> None:

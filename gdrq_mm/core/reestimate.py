@@ -14,9 +14,9 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modules import activation_quantizers, modes_kept, moves, mute_leaves, uncompiled
+from .modules import modes_kept, moving_quantizers, mute_leaves, uncompiled
 from .quantizers import Quantizer, Stage
-from .quantizers.following import collected, move_thresholds
+from .quantizers.following import move_thresholds
 from .ranks import all_reduce, world_size
 from .step import set_stage
 
@@ -34,15 +34,16 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
     Returns:
         Number of batches; with 0 nothing changes.
     """
-    predict, stages = predict or model, {q: q.stage for q in model.modules() if isinstance(q, Quantizer)}
+    predict = predict or model
+    frozen = any(isinstance(module, Quantizer) and module.stage == Stage.FREEZE for module in model.modules())
     with uncompiled(), modes_kept(model):
         model.train()
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
         momenta = [(norm, norm.momentum) for norm in norms]
         mute_leaves(model)
-        if Stage.FREEZE in stages.values():
+        if frozen:
             set_stage(model, Stage.QUANTIZE)
-        following: Any = [quantizer for quantizer in activation_quantizers(model).values() if moves(quantizer)]
+        following = moving_quantizers(model).values()
         for quantizer in following:
             quantizer.sums.zero_()
         count = 0
@@ -57,8 +58,8 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
             norm.momentum = momentum
     if count:
         _average(norms)
-        _move(following)
-    if Stage.FREEZE in stages.values():
+        move_thresholds(following, momentum=1.0)
+    if frozen:
         set_stage(model, Stage.FREEZE)
     return count
 
@@ -69,11 +70,3 @@ def _average(norms: list[Any]) -> None:
         for buffer in (norm.running_mean, norm.running_var):
             all_reduce(buffer, 'sum')
             buffer /= world_size()
-
-
-def _move(following: list[Any]) -> None:
-    """Put the thresholds where the inputs of all processes want them."""
-    if following:
-        statistics = collected(following)
-        all_reduce(statistics, 'sum')
-        move_thresholds(following, statistics, momentum=1.0)

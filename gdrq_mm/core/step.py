@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn as nn
 
 from .layers import QuantLayer
 from .modules import every_module, moves, quant_layers
 from .quantizers import ActivationQuantizer, Quantizer, Stage
-from .quantizers.following import collected, move_thresholds
-from .ranks import all_reduce
+from .quantizers.following import move_thresholds
 
 
 @torch.no_grad()
@@ -32,11 +29,7 @@ def after_step(model: nn.Module, step: int | None = None, progress: float | None
             if projected is not None:
                 layer.weight.copy_(layer.set_filters(projected))
     activations = [module for module in modules if isinstance(module, ActivationQuantizer)]
-    moving: Any = [quantizer for quantizer in activations if moves(quantizer)]
-    if moving:
-        statistics = collected(moving)
-        all_reduce(statistics, 'sum')
-        move_thresholds(moving, statistics)
+    move_thresholds([quantizer for quantizer in activations if moves(quantizer)])  # type: ignore[misc]
     for quantizer in activations:
         quantizer.after_step(step)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
-import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -15,7 +14,7 @@ from ..core.distill import Distance, Distillation, of_classes, of_features, of_p
 from ..core.errors import UserError
 from .checkpoints import read_checkpoint
 from .heads import TRAINING_ONLY, last_layers
-from .models import drop_pretrained
+from .models import drop_pretrained, use_memory_format
 from .weights import load_weights
 
 CLASS_LAYERS = ('*cls*', '*obj*', '*conf*')
@@ -90,8 +89,7 @@ def distillation_of(model: Any, cfg: Config, unsafe: bool = False) -> Distillati
     except UserError as error:
         raise UserError(f'quantization.distill: {error}') from None
     teacher.to(next(model.parameters()).device)
-    if cfg.get('memory_format') == 'channels_last':
-        teacher.to(memory_format=torch.channels_last)
+    use_memory_format(teacher, cfg)
     settings = {key: value for key, value in distill.items() if key != 'teacher'}
 
     def predict(inputs: Any, data_samples: Any = None) -> None:

@@ -163,9 +163,14 @@ def picture_of(model: Any, predict: Callable[[], Any], size: list[int] | None) -
 
 
 def to_graph(model: Any, pixels: Tensor) -> Tensor:
-    """A picture (C, H, W) of the test pipeline as (H, W, C), channels as the network wants them; and back."""
-    pixels = pixels.flip(0) if takes_rgb(model) else pixels
-    return pixels.permute(1, 2, 0)
+    """A picture (C, H, W) of the test pipeline as (H, W, C), channels as the network wants them."""
+    return (pixels.flip(0) if takes_rgb(model) else pixels).permute(1, 2, 0)
+
+
+def from_graph(model: Any, pixels: Tensor) -> Tensor:
+    """The inverse of :func:`to_graph`."""
+    pixels = pixels.permute(2, 0, 1)
+    return pixels.flip(0) if takes_rgb(model) else pixels
 
 
 SAMPLES = dict(cls=DataSample, det=DetDataSample, seg=SegDataSample)
@@ -175,11 +180,11 @@ def unlike_model(model: Any, values: Mapping[str, Tensor]) -> str:
     """How a chain, run in torch on one picture, differs from the library's own prediction; '' if it does not."""
     image, task = values['image'], task_of(model.cfg)
     shape = tuple(image.shape[1:3])
-    pixels = image[0].permute(2, 0, 1)
-    pixels = pixels.flip(0) if takes_rgb(model) else pixels
     meta = dict(img_id=0, img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
     with torch.no_grad():
-        (sample,) = model.test_step(dict(inputs=[pixels], data_samples=[SAMPLES[task](metainfo=meta)]))
+        (sample,) = model.test_step(
+            dict(inputs=[from_graph(model, image[0])], data_samples=[SAMPLES[task](metainfo=meta)])
+        )
     if task == 'cls':
         return _apart('scores', values['scores'][0], sample.pred_score)
     if task == 'seg':

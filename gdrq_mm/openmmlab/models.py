@@ -110,11 +110,7 @@ def prepare_model(
             does not fail counts.
         plan: that of a checkpoint, where there is one; then nothing is predicted.
     """
-    memory_format = cfg.get('memory_format', 'contiguous')
-    if memory_format not in ('contiguous', 'channels_last'):
-        raise UserError(f'memory_format={memory_format!r} is not one of contiguous, channels_last')
-    if memory_format == 'channels_last':
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    use_memory_format(model, cfg)
     bare, quantization = bare_model(model), read_quantization(cfg)
     if quantization is None or quantization.control:
         return float_report(bare, plan or _plan_of_float(bare, trials))
@@ -122,6 +118,15 @@ def prepare_model(
     bare.train(bare.training)  # models with frozen parts freeze them here: what was added to these parts too
     model.to(next(model.parameters()).device)
     return report
+
+
+def use_memory_format(model: nn.Module, cfg: Config) -> None:
+    """Give a model the `memory_format` of its config, in place."""
+    memory_format = cfg.get('memory_format', 'contiguous')
+    if memory_format not in ('contiguous', 'channels_last'):
+        raise UserError(f'memory_format={memory_format!r} is not one of contiguous, channels_last')
+    if memory_format == 'channels_last':
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def read_quantization(cfg: Config) -> Quantization | None:

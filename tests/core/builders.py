@@ -1,12 +1,15 @@
 """Quantizers that are calibrated, and what several files of this folder do with them."""
 
+import threading
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch.nn.functional import silu
+from torch.testing._internal.distributed import multi_threaded_pg
 
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, Stage
-from gdrq_mm.core.quantizers.following import collected, move_thresholds
+from gdrq_mm.core.quantizers.following import move_thresholds
 
 VALUES = st.floats(-10, 10, width=32, allow_subnormal=False)
 KINDS = {'unsigned': torch.relu, 'signed': lambda x: x, 'zero_point': silu}
@@ -48,7 +51,7 @@ def frozen(quantizer, *weight):
 
 def move(*quantizers):
     """Move thresholds that follow, as after an optimizer step."""
-    move_thresholds(quantizers, collected(quantizers))
+    move_thresholds(quantizers)
 
 
 def gradients(quantizer, values):
@@ -78,3 +81,31 @@ def everywhere(weight, activation, **weight_options):
         activation=dict(method=activation, bits=few_bits(activation, ACTIVATION_METHODS)),
     )
     return dict(**sides, overrides={'*': sides})
+
+
+def on_two_ranks(work):
+    """What `work(rank)` returns on each of two ranks. They are threads; torch tests its collectives in this way."""
+    group, store, found, errors = multi_threaded_pg, torch.distributed.HashStore(), {}, []
+
+    def run(rank):
+        try:
+            torch.distributed.init_process_group('threaded', rank=rank, world_size=2, store=store)
+            found[rank] = work(rank)
+            torch.distributed.destroy_process_group()
+        except BaseException as error:
+            errors.append(error)
+            group.ProcessLocalGroup.exception_handle(error)
+
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    group._install_threaded_pg()
+    try:
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    finally:
+        group._uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    assert not errors
+    return found[0], found[1]

@@ -1,13 +1,11 @@
 """All methods in small networks: zeros at the start, several ranks, training, freezing."""
 
 import copy
-import threading
 
 import pytest
 import torch
 import torch.nn as nn
 from torch.nn.functional import cross_entropy
-from torch.testing._internal.distributed import multi_threaded_pg
 
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
@@ -26,6 +24,7 @@ from tests.core.builders import (
     few_bits,
     inputs,
     move,
+    on_two_ranks,
     weight_quantizer,
 )
 from tests.helpers import Block
@@ -80,34 +79,17 @@ def test_a_step_that_starts_from_scale_clip_starts_above_zero_too():
 
 @pytest.mark.parametrize('method', ['ptq', 'lsq_plus'])
 def test_every_rank_finds_the_same_threshold(method):
-    """Ranks are threads here, each with batches of its own; torch tests its collectives in this way."""
-    group, store, found, errors = multi_threaded_pg, torch.distributed.HashStore(), {}, []
+    """Each has batches of its own."""
     batches = [inputs('unsigned', 40, 6), 2 * inputs('unsigned', 60, 6)]
 
     def work(rank):
-        try:
-            torch.distributed.init_process_group('threaded', rank=rank, world_size=2, store=store)
-            model = nn.Sequential(nn.Linear(6, 6))
-            quantize_model(nn.Sequential(model), Quantization.from_dict(everywhere(method, method)))
-            calibrate(model, [batches[rank]])
-            found[rank] = float(model[0].input_quant.step())
-            torch.distributed.destroy_process_group()
-        except BaseException as error:
-            errors.append(error)
-            group.ProcessLocalGroup.exception_handle(error)
+        model = nn.Sequential(nn.Linear(6, 6))
+        quantize_model(nn.Sequential(model), Quantization.from_dict(everywhere(method, method)))
+        calibrate(model, [batches[rank]])
+        return float(model[0].input_quant.step())
 
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    group._install_threaded_pg()
-    try:
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
-    finally:
-        group._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
-    assert not errors and found[0] == found[1]
+    found = on_two_ranks(work)
+    assert found[0] == found[1]
     expected = papers.best_threshold(double(torch.cat(batches)), 'unsigned', 4)
     assert found[0] == pytest.approx(expected / 15, rel=1e-5)
 

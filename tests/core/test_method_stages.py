@@ -1,13 +1,11 @@
 """Methods that change in the course of a training, and what moves after a step: inq, tsq, loss_aware, bnn."""
 
 import copy
-import threading
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from torch.testing._internal.distributed import multi_threaded_pg
 
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
@@ -18,7 +16,7 @@ from gdrq_mm.core.quantizers.loss_aware import DECAY, INTERVAL, LEAST
 from gdrq_mm.core.step import after_step
 from tests import reference
 from tests import reference_methods as papers
-from tests.core.builders import double, everywhere, frozen, gradients, weight_quantizer
+from tests.core.builders import double, everywhere, frozen, gradients, on_two_ranks, weight_quantizer
 
 
 @pytest.fixture(autouse=True)
@@ -226,35 +224,18 @@ def test_gradients_that_say_nothing_change_nothing(value):
 
 
 def test_processes_find_the_same_step():
-    """Ranks are threads here; one of them has no gradient, as a head without samples."""
-    group, store, found, errors = multi_threaded_pg, torch.distributed.HashStore(), {}, []
+    """One of them has no gradient, as a head without samples."""
     weight, upstream = torch.randn(4, 9), torch.randn(4, 9)
 
     def work(rank):
-        try:
-            torch.distributed.init_process_group('threaded', rank=rank, world_size=2, store=store)
-            quantizer = weight_quantizer('loss_aware', weight, 3)
-            if rank:
-                quantizer(weight.clone().requires_grad_()).backward(upstream)
-            quantizer.after_step(weight, INTERVAL - 1)
-            found[rank] = quantizer.second, quantizer.threshold
-            torch.distributed.destroy_process_group()
-        except BaseException as error:
-            errors.append(error)
-            group.ProcessLocalGroup.exception_handle(error)
+        quantizer = weight_quantizer('loss_aware', weight, 3)
+        if rank:
+            quantizer(weight.clone().requires_grad_()).backward(upstream)
+        quantizer.after_step(weight, INTERVAL - 1)
+        return quantizer.second, quantizer.threshold
 
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    group._install_threaded_pg()
-    try:
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
-    finally:
-        group._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
-    assert not errors and torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    found = on_two_ranks(work)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     expected = (1 - DECAY) * double(upstream) ** 2 / (double(upstream) ** 2).mean()
     np.testing.assert_allclose(double(found[0][0]), expected, rtol=1e-4)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..ranks import all_reduce
 from ..typed import Bounds
 from .activation import ActivationQuantizer
 
@@ -66,8 +67,12 @@ def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
     return torch.stack([q.sums for q in quantizers])
 
 
-def move_thresholds(quantizers: Collection[FollowingQuantizer], statistics: Tensor, momentum: Any = None) -> None:
-    """Move T by (N, 2) statistics, and start them anew; a T whose n is 0 stays. `momentum` replaces their own."""
+def move_thresholds(quantizers: Collection[FollowingQuantizer], momentum: Any = None) -> None:
+    """Move T by what all processes collected, which starts anew; a T whose n is 0 stays. `momentum` replaces theirs."""
+    if not quantizers:
+        return
+    statistics = collected(quantizers)
+    all_reduce(statistics, 'sum')
     total, count = statistics.unbind(1)
     thresholds = [q.threshold for q in quantizers]
     before, k = torch.stack(thresholds), torch.stack([q.k for q in quantizers])

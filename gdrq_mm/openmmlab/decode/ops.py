@@ -85,14 +85,7 @@ def pool_regions(
 
 @pool_regions.register_fake
 def _(
-    features: list[Tensor],
-    regions: Tensor,
-    pictures: Tensor,
-    levels: Tensor,
-    strides: list[int],
-    size: int,
-    sampling_ratio: int,
-    aligned: bool,
+    features: list[Tensor], regions: Tensor, pictures: Tensor, levels: Tensor, strides: Any, size: int, *_: Any
 ) -> Tensor:
     return features[0].new_empty(regions.shape[0], features[0].shape[1], size, size)
 
