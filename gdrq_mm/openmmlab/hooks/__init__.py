@@ -12,6 +12,7 @@ from .checkpoint import WholeCheckpointHook
 from .distill import DistillHook
 from .guard import FiniteLossHook
 from .norms import NormHook
+from .oscillation import OscillationHook
 from .settle import SettleHook
 from .stages import StageHook
 from .statistics import StatisticsHook
@@ -26,6 +27,7 @@ __all__ = [
     'DueValidationHook',
     'FiniteLossHook',
     'NormHook',
+    'OscillationHook',
     'SettleHook',
     'StageHook',
     'StatisticsHook',

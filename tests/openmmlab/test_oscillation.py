@@ -1,0 +1,29 @@
+"""OscillationHook in a real training."""
+
+from gdrq_mm.openmmlab.checkpoints import read_checkpoint
+from tests.helpers import same
+from tests.runs import checkpoint_of, contents, train
+
+HOOK = dict(type='OscillationHook', limits=(0.3, 0.05), momentum=0.2)
+
+
+def test_a_resumed_training_ends_as_the_whole_one(make):
+    whole = make('whole', custom_hooks=[dict(HOOK)])
+    train(whole)
+    saved = read_checkpoint(checkpoint_of(whole, 'epoch_3.pth'))['oscillations']
+    assert sum(int(state['frozen'].sum()) for state in saved.values()) > 0, 'something is frozen'
+    path = checkpoint_of(whole, 'epoch_2.pth')
+    resumed = make('resumed', custom_hooks=[dict(HOOK)], load_from=path, resume=True)
+    train(resumed)
+    assert same(contents(whole, 'epoch_3.pth'), contents(resumed, 'epoch_3.pth'))
+    again = read_checkpoint(checkpoint_of(resumed, 'epoch_3.pth'))['oscillations']
+    assert all(same(saved[name], again[name]) for name in saved)
+
+
+def test_another_training_from_the_checkpoint_starts_anew(make):
+    first = make('first', custom_hooks=[dict(HOOK)])
+    train(first)
+    second = make('second', custom_hooks=[dict(HOOK)], load_from=checkpoint_of(first, 'epoch_3.pth'))
+    train(second)
+    (hook,) = (h for h in second.hooks if type(h).__name__ == 'OscillationHook')
+    assert hook.oscillations.states and not hook._saved
