@@ -225,7 +225,17 @@ def deployable() -> str:
 
 def recipe() -> str:
     """What the defaults, distillation and the training itself give (benchmarks/recipe.py)."""
-    return by_bits(read('recipe/*.json', r'(?!.*w(3a3|2a2)).*'))
+    return by_bits(read('recipe/*.json', r'cifar10-(?!.*w(3a3|2a2)).*'))
+
+
+def recipe_12e() -> str:
+    """The same, trained as long as the float model."""
+    return by_bits(read('recipe/*.json', 'cifar10_12e-.*'))
+
+
+def tasks() -> str:
+    """Detection and segmentation by one recipe (benchmarks/tasks.py)."""
+    return by_bits(read('tasks/*.json'))
 
 
 def per_level() -> str:
@@ -258,9 +268,9 @@ def cifar10_search() -> str:
     )
 
 
-def train_step() -> str:
+def train_step(file: str) -> str:
     """Time and memory of a training step over float, a row for each model and setting."""
-    found = json.loads((FIGURES / 'train_step.json').read_text())['rows']
+    found = json.loads((FIGURES / f'{file}.json').read_text())['rows']
     keys = ('model', 'precision', 'threads', 'memory_format')
     names = list(dict.fromkeys(r['contestant'] for r in found if r['contestant'] != 'float'))
     cells = {(*(r[key] for key in keys), r['contestant']): r for r in found}
@@ -367,6 +377,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'bccd': lambda: comparison(rows_of(read('*_bccd.json'))),
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
+    **{name: partial(train_step, name) for name in ('train_step', 'train_step_1_thread', 'train_step_compiled')},
     'kill': partial(campaign, 'kill', 'what'),
     'doors': partial(campaign, 'doors', 'option or config key'),
     'fuzz': partial(campaign, 'fuzz', 'input'),
@@ -381,8 +392,9 @@ TABLES: dict[str, Callable[[], str]] = {
             deployable,
             per_level,
             recipe,
+            recipe_12e,
+            tasks,
             cifar10_search,
-            train_step,
             scaling,
             synchronization,
             inference,
