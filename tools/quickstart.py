@@ -4,8 +4,13 @@
 import argparse
 import contextlib
 import copy
+import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TextIO
 
 import cv2
 import torch
@@ -16,6 +21,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gdrq_mm.core.errors import UserError
 from gdrq_mm.data import digits
 from gdrq_mm.openmmlab.amp import use_amp
 from gdrq_mm.openmmlab.apis import draw, infer, init_model
@@ -26,30 +32,28 @@ from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.openmmlab.tasks import task_of
 from gdrq_mm.report.formats import comparison_table
 from gdrq_mm.report.plots import side_by_side
-from gdrq_mm.report.record import write_record
+from gdrq_mm.report.record import read_record, write_record
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
-JOBS = [
-    ('classification', 'cls/resnet18_width16_digits.py', 'cls/resnet18_width16_gdrq_w4a4_digits.py', None),
-    ('detection', 'det/yolox_nano_digits.py', 'det/yolox_nano_gdrq_w4a4_digits.py', 7),
-    ('segmentation', 'seg/pspnet_r18_digits.py', 'seg/pspnet_r18_gdrq_w4a4_digits.py', None),
-]
-"""Task, float config, quantized config, epochs of the latter where they are fewer than its own, for a short time."""
+JOBS = {
+    'classification': ('cls/resnet18_width16_digits.py', 'cls/resnet18_width16_gdrq_w4a4_digits.py', None),
+    'detection': ('det/yolox_nano_digits.py', 'det/yolox_nano_gdrq_w4a4_digits.py', 7),
+    'segmentation': ('seg/pspnet_r18_digits.py', 'seg/pspnet_r18_gdrq_w4a4_digits.py', None),
+}
+"""Task: float config, quantized config, epochs of the latter where they are fewer than its own, for a short time."""
+LONGEST_FIRST = ('detection', 'segmentation', 'classification')
 PICTURES = 4
 """Test pictures whose predictions are drawn."""
 
 
-class ProgressHook(Hook):
-    """Moves a bar of rich by one an iteration."""
+class TellHook(Hook):
+    """Writes a line for each iteration: how far a training is, for the process that shows it."""
 
-    def __init__(self, progress: Progress, title: str) -> None:
-        self.progress, self.title = progress, title
-
-    def before_train(self, runner: Runner) -> None:
-        self.bar = self.progress.add_task(self.title, total=runner.max_iters)
+    def __init__(self, out: TextIO, title: str) -> None:
+        self.out, self.title = out, title
 
     def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
-        self.progress.advance(self.bar)
+        print(self.title, runner.iter + 1, runner.max_iters, sep='\t', file=self.out, flush=True)
 
 
 def prepare(config: str, work_dir: Path, epochs: int | None, load_from: str | None) -> Config:
@@ -70,19 +74,19 @@ def prepare(config: str, work_dir: Path, epochs: int | None, load_from: str | No
     return cfg
 
 
-def run(cfg: Config, progress: Progress, title: str) -> tuple[str, dict]:
-    """Train and test one config; returns its last checkpoint and its run record."""
+def run(cfg: Config, hook: Hook) -> str:
+    """Train and test one config and write its run record; returns its last checkpoint."""
     test_cfg = copy.deepcopy(cfg)
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None  # validation on the way would cost time
     runner = QuantRunner.from_cfg(cfg)
-    runner.register_hook(ProgressHook(progress, title))
+    runner.register_hook(hook)
     runner.train()
     checkpoint = (Path(cfg.work_dir) / 'last_checkpoint').read_text().strip()
     prepare_test(test_cfg, checkpoint)
     runner = QuantRunner.from_cfg(test_cfg)
     record = make_record(test_cfg, checkpoint, runner.test(), runner.describe(), runner.training)
     write_record(record, Path(cfg.work_dir) / 'record.json')
-    return checkpoint, record
+    return checkpoint
 
 
 def draw_predictions(runs: list[tuple[Config, str]], out: Path) -> None:
@@ -95,36 +99,80 @@ def draw_predictions(runs: list[tuple[Config, str]], out: Path) -> None:
     cv2.imwrite(str(out), side_by_side(rows, ['float', 'GDRQ W4A4'])[..., ::-1])
 
 
+def work(task: str, work_dir: Path, epochs: int | None) -> None:
+    """Both trainings of a task and their picture; the output goes to TASK.txt, how far it is to stdout."""
+    float_config, quantized_config, fewer = JOBS[task]
+    out = sys.stdout
+    with open(work_dir / f'{task}.txt', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        before = prepare(float_config, work_dir, epochs, None)
+        checkpoint = run(copy.deepcopy(before), TellHook(out, f'{task}, float'))
+        after = prepare(quantized_config, work_dir, epochs or fewer, checkpoint)
+        quantized = run(copy.deepcopy(after), TellHook(out, f'{task}, GDRQ'))
+        draw_predictions([(before, checkpoint), (after, quantized)], work_dir / f'{task}.png')
+
+
+def follow(process: subprocess.Popen[str], progress: Progress) -> int:
+    """Move the bars of a process that works on a task until it ends; returns its exit code."""
+    bars = {}
+    assert process.stdout is not None
+    for line in process.stdout:
+        title, done, total = line.rstrip('\n').split('\t')
+        if title not in bars:
+            bars[title] = progress.add_task(title, total=int(total))
+        progress.update(bars[title], completed=int(done))
+    return process.wait()
+
+
+def train_all(arguments: list[str], progress: Progress) -> None:
+    """Work on the tasks at once, a process each, as many as there are cores."""
+    cores = len(os.sched_getaffinity(0))
+    workers = min(cores, len(JOBS))
+    environment = {'OMP_NUM_THREADS': str(cores // workers), **os.environ}
+    processes: list[subprocess.Popen[str]] = []
+
+    def train(task: str) -> None:
+        command = [sys.executable, __file__, *arguments, '--only', task]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+        code = follow(processes[-1], progress)
+        if code:
+            raise UserError(f'{task} ended with exit code {code}; its log is {task}.txt')
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(train, task) for task in LONGEST_FIRST]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise
+
+
 def quickstart() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--work-dir', default='work_dirs/quickstart', help='data, checkpoints, logs and records')
     parser.add_argument('--epochs', type=int, help='train each model this short, to try the command only')
+    parser.add_argument('--only', choices=list(JOBS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    check_environment()
     work_dir, start, console = Path(args.work_dir), time.time(), Console()
+    if args.only:
+        return work(args.only, work_dir, args.epochs)
+    check_environment()
     check_writable(work_dir)
-    log = work_dir / 'log.txt'
-    console.print(f'Data, checkpoints, run records and {log.name} with the full log: {work_dir}', soft_wrap=True)
+    logs = ', '.join(f'{task}.txt' for task in JOBS)
+    console.print(f'Data, checkpoints, run records and full logs ({logs}): {work_dir}', soft_wrap=True)
     digits.build(work_dir / 'data' / 'digits')
     columns = (TextColumn('{task.description:<26}'), BarColumn(20), TextColumn('{task.completed}/{task.total}'))
     times = (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
-    records, pictures = [], []
-    with (
-        Progress(*columns, *times, console=console, redirect_stdout=False, redirect_stderr=False) as progress,
-        open(log, 'w') as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        for task, float_config, quantized_config, epochs in JOBS:
-            before = prepare(float_config, work_dir, args.epochs, None)
-            checkpoint, record = run(copy.deepcopy(before), progress, f'{task}, float')
-            after = prepare(quantized_config, work_dir, args.epochs or epochs, checkpoint)
-            quantized, quantized_record = run(copy.deepcopy(after), progress, f'{task}, GDRQ')
-            records += [record, quantized_record]
-            pictures.append(work_dir / f'{task}.png')
-            draw_predictions([(before, checkpoint), (after, quantized)], pictures[-1])
+    arguments = ['--work-dir', args.work_dir, *(['--epochs', str(args.epochs)] if args.epochs is not None else [])]
+    with Progress(*columns, *times, console=console) as progress:
+        train_all(arguments, progress)
+    configs = [Path(config).stem for *pair, _ in JOBS.values() for config in pair]
+    records = [read_record(work_dir / config / 'record.json') for config in configs]
     console.print(comparison_table(records, narrow=True))
-    console.print(f'Predictions of both, side by side: {", ".join(map(str, pictures))}', soft_wrap=True)
+    pictures = [str(work_dir / f'{task}.png') for task in JOBS]
+    console.print(f'Predictions of both, side by side: {", ".join(pictures)}', soft_wrap=True)
     console.print(f'{time.time() - start:.0f} s')
 
 
