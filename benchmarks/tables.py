@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import figure_tables
+from figure_tables import FIGURES
+
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.cli import main
@@ -24,7 +27,7 @@ from gdrq_mm.report.record import read_record
 from gdrq_mm.report.text import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES, RECORDS = ROOT / 'docs/figures', ROOT / 'docs/records'
+RECORDS = ROOT / 'docs/records'
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
 
 DEFAULTS_SINCE = '2026-11-29'
@@ -249,139 +252,12 @@ def per_level() -> str:
     return markdown(('thresholds', 'box AP'), [(title, f'{value:.2f}') for title, value in found.items()])
 
 
-# ---- tables of docs/figures/*.json ------------------------------------------------------------------------------
-
-
-def cifar10_search() -> str:
-    """The search for the default k."""
-    rows = json.loads((FIGURES / 'cifar10_search.json').read_text())
-    return table(
-        [
-            {
-                'bits': r['bits'].upper(),
-                'setting': r['setting'],
-                'top-1 in %': 'failed' if r['top1'] is None else f'{r["top1"]:.2f}',
-            }
-            for r in rows
-        ],
-        ('bits', 'setting', 'top-1 in %'),
-    )
-
-
-def train_step(file: str) -> str:
-    """Time and memory of a training step over float, a row for each model and setting."""
-    found = json.loads((FIGURES / f'{file}.json').read_text())['rows']
-    keys = ('model', 'precision', 'threads', 'memory_format')
-    names = list(dict.fromkeys(r['contestant'] for r in found if r['contestant'] != 'float'))
-    cells = {(*(r[key] for key in keys), r['contestant']): r for r in found}
-    rows = []
-    for where in dict.fromkeys(key[:-1] for key in cells):
-        base = cells[(*where, 'float')]
-        row = [*map(str, where), f'{1000 * base["median_seconds"]:.0f}']
-        for name in names:
-            r = cells.get((*where, name))
-            row.append('' if r is None else f'{r["ratio"]:.2f}, {r["memory_ratio"]:.2f}')
-        rows.append(row)
-    return markdown(('model', 'precision', 'threads', 'memory format', 'float, ms', *names), rows)
-
-
-def scaling() -> str:
-    """A training step of one and of two processes."""
-    found = json.loads((FIGURES / 'scaling.json').read_text())
-    columns = ('model', 'one process, ms', 'two processes, ms', 'efficiency')
-    rows = [
-        (r['model'], f'{1000 * r["one"]:.0f}', f'{1000 * r["two"]:.0f}', f'{r["efficiency"]:.2f}')
-        for r in found['steps']
-    ]
-    return markdown(columns, rows)
-
-
-def synchronization() -> str:
-    """Adding up the statistics of thresholds: measured for two processes, on paper for more."""
-    found = json.loads((FIGURES / 'scaling.json').read_text())['synchronization']
-    measured = ('2, measured', f'{1000 * found["seconds"]:.2f}', '', f'{100 * found["seconds"]:.2f}')
-    paper = [
-        (f'{r["gpus"]}', f'{1000 * r["ring"]:.2f}', f'{1000 * r["tree"]:.2f}', f'{100 * r["tree"]:.2f}')
-        for r in found['on_paper']
-    ]
-    return markdown(('processes', 'ring, ms', 'tree, ms', '1 % of a step of, in s'), [measured, *paper])
-
-
-def inference() -> str:
-    """Speed, size and memory of exported models: batch 1, 2 threads; both runtimes side by side."""
-    found = json.loads((FIGURES / 'inference.json').read_text())['rows']
-    rows = {(r['model'], r['bits'], r['runtime']): r for r in found if (r['batch'], r['threads']) == (1, 2)}
-    lines = []
-    for model, bits in dict.fromkeys((model, bits) for model, bits, _ in rows):
-        ort, vino = rows[model, bits, 'onnxruntime'], rows[model, bits, 'openvino']
-        torch = rows.get((model, bits, 'torch'))
-        line = [model, bits, f'{ort["bytes"] / 1e6:.1f}', f'{ort["smaller"]:.1f}']
-        line.append(f'{1000 * torch["seconds"]:.1f}' if torch else '')
-        for r in (ort, vino):
-            line += [f'{1000 * r["seconds"]:.1f}', f'{r["faster"]:.2f}', f'{r["peak_bytes"] / 1e6:.0f}']
-        lines.append([*line, '{} of {}'.format(*ort['kernels']) if ort['kernels'] else ''])
-    shared = ('model', 'bits', 'MB', 'times smaller', 'torch: ms')
-    each = [f'{name}: {what}' for name in ('ORT', 'OV') for what in ('ms', 'times faster', 'peak MB')]
-    return markdown((*shared, *each, 'integer layers in ORT'), lines)
-
-
-def inference_ratios() -> str:
-    """How many times faster than float in the same runtime, for every batch and number of threads."""
-    rows = [
-        r
-        for r in json.loads((FIGURES / 'inference.json').read_text())['rows']
-        if r['runtime'] != 'torch' and r['bits'] in ('W8A8', 'W4A4', 'W4A4, float additions')
-    ]
-    settings = sorted({(r['runtime'], r['batch'], r['threads']) for r in rows})
-    found = {(r['model'], r['bits'], r['runtime'], r['batch'], r['threads']): r['faster'] for r in rows}
-    keys = dict.fromkeys((r['model'], r['bits']) for r in rows)
-    names = dict(onnxruntime='ORT', openvino='OV')
-    columns = ('model', 'bits', *(f'{names[r]} {b}/{t}' for r, b, t in settings))
-    return markdown(columns, [(*key, *(f'{found[(*key, *s)]:.2f}' for s in settings)) for key in keys])
-
-
-def quantized_loss() -> str:
-    """The paper's Fig. 5 experiment at 4 bits, p = 1."""
-    found = json.loads((FIGURES / 'quantized_loss.json').read_text())
-    rows = [
-        (
-            f'{r["lo"]} .. {r["hi"]}',
-            r['distribution'],
-            f'{r["loss"]:.3f}',
-            f'{found["paper"]["loss"][r["distribution"]]:.3f}',
-            f'{r["threshold_over_max"]:.2f}',
-            f'{r["threshold_over_sigma"]:.2f}',
-            f'{r["k"]:.2f}',
-        )
-        for r in found['weights']
-        if (r['bits'], r['p']) == (found['paper']['bits'], found['paper']['p'])
-    ]
-    return markdown(('codes', 'distribution', 'ours', 'paper', 'T*/max', 'T*/sigma', 'k = T*/mean'), rows)
-
-
-def campaign(name: str, first: str) -> str:
-    """What a campaign of tests/campaigns/ counted; `A: x` and `A, x` become a row A with a column x."""
-    found = json.loads((FIGURES / f'{name}.json').read_text())['rows']
-    split = {what: re.match(r'(.*?)(?:: |, (?=iteration))(.*)', what) for what in found}
-    cells = [
-        (m[1], m[2], f'{found[what]:,}') if m else (what, 'number', f'{found[what]:,}') for what, m in split.items()
-    ]
-    columns = list(dict.fromkeys(column for _, column, _ in cells))
-    values = {(row, column): value for row, column, value in cells}
-    rows = list(dict.fromkeys(row for row, _, _ in cells))
-    return markdown((first, *columns), [(row, *(values.get((row, c), '') for c in columns)) for row in rows])
-
-
 TABLES: dict[str, Callable[[], str]] = {
+    **figure_tables.TABLES,
     'cifar10': lambda: comparison(rows_of(read('*_cifar10.json'))),
     'bccd': lambda: comparison(rows_of(read('*_bccd.json'))),
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
-    **{name: partial(train_step, name) for name in ('train_step', 'train_step_1_thread', 'train_step_compiled')},
-    'kill': partial(campaign, 'kill', 'what'),
-    'doors': partial(campaign, 'doors', 'option or config key'),
-    'fuzz': partial(campaign, 'fuzz', 'input'),
-    'memory': partial(campaign, 'memory', 'what'),
     **{
         f.__name__: f
         for f in (
@@ -394,12 +270,6 @@ TABLES: dict[str, Callable[[], str]] = {
             recipe,
             recipe_12e,
             tasks,
-            cifar10_search,
-            scaling,
-            synchronization,
-            inference,
-            inference_ratios,
-            quantized_loss,
         )
     },
 }
