@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.cli import check_writable, main
-from gdrq_mm.openmmlab.sweep import Cell, read_sweep, run_cell, slurm_script
+from gdrq_mm.openmmlab.sweep import read_sweep
+from gdrq_mm.openmmlab.sweep_cell import Cell, run_cell, slurm_script
 
 
 def parse_args() -> argparse.Namespace:

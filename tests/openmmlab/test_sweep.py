@@ -13,7 +13,8 @@ import pytest
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.cli import add_config_arguments
-from gdrq_mm.openmmlab.sweep import _digest_of_file, _not_plain, read_sweep, run_cell
+from gdrq_mm.openmmlab.sweep import _digest_of_file, _not_plain, read_sweep
+from gdrq_mm.openmmlab.sweep_cell import run_cell
 from gdrq_mm.report.compare import comparison_rows
 from gdrq_mm.report.record import find_records
 from tests.helpers import ROOT
