@@ -1,4 +1,4 @@
-"""GDRQ low-bit quantization: for OpenMMLab (gdrq_mm.openmmlab, tools/, configs/) and for a plain torch loop.
+"""GDRQ low-bit quantization: for OpenMMLab (gdrq_mm.openmmlab, the command gdrq, configs) and for a plain torch loop.
 
 The functions below are the door for plain torch; docs/api.md explains them, examples/plain_torch.py uses them all:
 
@@ -15,9 +15,12 @@ Importing this package loads nothing else; each function loads what it needs whe
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = '0.1.0'
+CONFIGS = Path(__file__).resolve().parent / '.mim' / 'configs'
+"""The configs that the package brings: `gdrq_mm::PATH`."""
 
 __all__ = ['after_step', 'calibrate', 'checkpoint', 'export', 'freeze', 'load', 'parameter_groups', 'quantize']
 

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import re
-import runpy
+from importlib import import_module
 from pathlib import Path
 
 from mmengine.config import Config
@@ -133,9 +133,9 @@ def contents(runner, name):
 
 
 def tool_function(name):
-    """The function of a tool of tools/ that does its work by sys.argv, to call it in this process."""
-    (function,) = re.findall(r'^    main\((\w+)\)$', (ROOT / 'tools' / name).read_text(), re.MULTILINE)
-    return runpy.run_path(str(ROOT / 'tools' / name))[function]
+    """What a script of tools/ runs, which does its work by sys.argv, to call it in this process."""
+    (command,) = re.findall(r"^    main\('(\w+)'\)$", (ROOT / 'tools' / name).read_text(), re.MULTILINE)
+    return import_module(f'gdrq_mm.commands.{command}').main
 
 
 def quantizers_of(runner):

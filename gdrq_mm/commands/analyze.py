@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Which layers cost the accuracy: the metric with only one layer quantized, SQNR, clipping, distributions.
 
-A float checkpoint is calibrated first, as tools/calibrate.py does. Writes analysis.json, analysis.png and weights.png.
+A float checkpoint is calibrated first, as `gdrq calibrate` does. Writes analysis.json, analysis.png and weights.png.
 """
 
 import argparse
@@ -11,17 +10,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.core.files import file_digest, write_whole
-from gdrq_mm.openmmlab.analysis import analyze, load, prepare, weights_of
-from gdrq_mm.openmmlab.checkpoints import read_checkpoint
-from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, main
-from gdrq_mm.openmmlab.describe import model_name
-from gdrq_mm.openmmlab.models import bare_model
-from gdrq_mm.openmmlab.tasks import task_of
-from gdrq_mm.openmmlab.weights import check_fits, state_of
-from gdrq_mm.report.analysis import analysis_dict, analysis_table, cost_picture, weight_sheet
-from gdrq_mm.report.record import git_revision, hardware, versions
+from ..core.errors import UserError
+from ..core.files import file_digest, write_whole
+from ..openmmlab.analysis import analyze, load, prepare, weights_of
+from ..openmmlab.checkpoints import read_checkpoint
+from ..openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config
+from ..openmmlab.describe import model_name
+from ..openmmlab.models import bare_model
+from ..openmmlab.tasks import task_of
+from ..openmmlab.weights import check_fits, state_of
+from ..report.analysis import analysis_dict, analysis_table, cost_picture, weight_sheet
+from ..report.record import git_revision, hardware, versions
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def run() -> None:
+def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     out = Path(args.out or Path(cfg.work_dir) / 'analysis')
@@ -88,7 +87,3 @@ def run() -> None:
     console.width = max(console.width, 200) if not console.is_terminal else console.width
     console.print(analysis_table(found), highlight=False)
     console.print(f'Wrote {", ".join(files)} to {out}', highlight=False, soft_wrap=True)
-
-
-if __name__ == '__main__':
-    main(run)

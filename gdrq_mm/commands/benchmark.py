@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Measure an exported folder: latency, memory, file size and integer layers of each graph in each runtime.
 
 Beside each graph stands the same one in float32, without quantizers. The runtimes and graphs take turns, so that what
@@ -8,7 +7,6 @@ too. Neither torch nor OpenMMLab is needed.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gdrq_mm.core.errors import UserError, check_least
-from gdrq_mm.core.files import write_whole
-from gdrq_mm.deploy.float_twin import float_twin
-from gdrq_mm.deploy.measure import ExportedGraph, graphs_of, inputs_for, peak_memory, timed_rounds, traced_size
-from gdrq_mm.deploy.runtime import (
+from ..core.errors import UserError, check_least, command
+from ..core.files import write_whole
+from ..deploy.float_twin import float_twin
+from ..deploy.measure import ExportedGraph, graphs_of, inputs_for, peak_memory, timed_rounds, traced_size
+from ..deploy.runtime import (
     RUNTIMES,
     OpenVino,
     RuntimeFailed,
@@ -36,7 +34,7 @@ from gdrq_mm.deploy.runtime import (
     layers,
     open_runtime,
 )
-from gdrq_mm.report.record import provenance
+from ..report.record import provenance
 
 EXPORTED, FLOAT = 'exported', 'float32'
 
@@ -77,7 +75,7 @@ class Contestant:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('exported', type=Path, help='folder that tools/export.py or gdrq_mm.export wrote')
+    parser.add_argument('exported', type=Path, help=f'folder that {command("export")} or gdrq_mm.export wrote')
     parser.add_argument('--runtime', nargs='+', choices=list(RUNTIMES), help='default: those that are installed')
     parser.add_argument('--threads', type=int, help="default: the runtime's choice")
     parser.add_argument('--batch', type=int, default=1, help='pictures in a call (default: %(default)s)')
@@ -200,7 +198,7 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace, console: Console)
         console.print(f'{graph}: {shapes}', highlight=False, soft_wrap=True)
 
 
-def run() -> None:
+def main() -> None:
     args = parse_args()
     console = Console()
     console.width = max(console.width, 120) if not console.is_terminal else console.width
@@ -212,12 +210,3 @@ def run() -> None:
         settings = {name: getattr(args, name) for name in ('threads', 'batch', 'regions', 'rounds')}
         write_whole(args.out, (json.dumps(dict(**settings, rows=rows, **about), indent=1) + '\n').encode())
         console.print(f'wrote {args.out}', soft_wrap=True)
-
-
-if __name__ == '__main__':
-    try:
-        run()
-    except UserError as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('interrupted')

@@ -1,14 +1,13 @@
-#!/usr/bin/env python
 """Quantize a float checkpoint without training: thresholds from a few training batches (post-training quantization)."""
 
 import argparse
 from pathlib import Path
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, main
+from ..core.errors import UserError, command
+from ..openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config
 
 
-def calibrate() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='path of a quantized config, such as one with method ptq')
     parser.add_argument('checkpoint', help='path or address of the float checkpoint')
@@ -26,9 +25,5 @@ def calibrate() -> None:
     if not hasattr(runner, 'calibrate'):
         raise UserError(f'runner_type={cfg.runner_type!r} does not quantize')
     runner.calibrate(str(out))
-    command = f'python tools/test.py {args.config} {out} --work-dir {out.parent}'
-    runner.logger.info(f'Wrote {out}; evaluate it with: {command}')
-
-
-if __name__ == '__main__':
-    main(calibrate)
+    then = f'{command("test")} {args.config} {out} --work-dir {out.parent}'
+    runner.logger.info(f'Wrote {out}; evaluate it with: {then}')

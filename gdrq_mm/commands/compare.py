@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Compare run records: a row for each model, data set, method and bits, beside the float model."""
 
 import argparse
@@ -6,18 +5,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.core.files import write_whole
-from gdrq_mm.openmmlab.cli import check_writable, main
-from gdrq_mm.report.compare import comparison_rows, recipe_notes
-from gdrq_mm.report.formats import comparison_csv, comparison_markdown, comparison_table
-from gdrq_mm.report.html import html_report
-from gdrq_mm.report.record import find_records
+from ..core.errors import UserError
+from ..core.files import write_whole
+from ..openmmlab.cli import check_writable
+from ..report.compare import comparison_rows, recipe_notes
+from ..report.formats import comparison_csv, comparison_markdown, comparison_table
+from ..report.html import html_report
+from ..report.record import find_records
 
 FORMATS = dict(markdown=comparison_markdown, csv=comparison_csv)
 
 
-def compare() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('paths', nargs='+', metavar='PATH', help='run record, or a folder with records at any depth')
     for name in FORMATS:
@@ -40,7 +39,3 @@ def compare() -> None:
     console.print(comparison_table(records))
     for note in recipe_notes(records):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == '__main__':
-    main(compare)

@@ -1,11 +1,9 @@
-#!/usr/bin/env python
 """Prepare a data set in the layout that the configs expect. Nothing is downloaded."""
 
 import argparse
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.data import bccd, camvid, cifar10, digits, standard
-from gdrq_mm.openmmlab.cli import main
+from ..core.errors import UserError
+from ..data import bccd, camvid, cifar10, digits, standard
 
 BUILDERS = {
     'cifar10': (cifar10.build, 'an archive with a folder per class, or the official python archive'),
@@ -20,7 +18,7 @@ BUILDERS = {
 FOLDERS = {'voc': 'data/VOCdevkit'}
 
 
-def prepare() -> None:
+def main() -> None:
     sources = '; '.join(f'{name}: {source}' for name, (_, source) in BUILDERS.items())
     parser = argparse.ArgumentParser(description=__doc__, epilog=f'Sources. {sources}.')
     parser.add_argument('dataset', choices=['digits', *BUILDERS])
@@ -38,7 +36,3 @@ def prepare() -> None:
             digits.picture_sheet(out, args.sheet)
     except OSError as error:
         raise UserError(str(error)) from error
-
-
-if __name__ == '__main__':
-    main(prepare)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Export a trained quantized model as integers: ONNX graphs or a packed checkpoint, checked layer by layer."""
 
 import argparse
@@ -11,21 +10,21 @@ from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.table import Table
 
-from gdrq_mm.core.config import Quantization
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.deploy.export import ExportedPart, ExportReport, for_openvino, properties
-from gdrq_mm.deploy.merge import IntegerLayer, merge_model
-from gdrq_mm.deploy.packed import is_packed, write_packed
-from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends, products
-from gdrq_mm.deploy.verify import compare, first_difference
-from gdrq_mm.openmmlab.apis import infer, init_model
-from gdrq_mm.openmmlab.bundle import example_inputs, export_graphs, write_bundle
-from gdrq_mm.openmmlab.cli import ConfigOptions, add_unsafe_load, check_data, check_writable, main
-from gdrq_mm.openmmlab.data_only import data_only
-from gdrq_mm.openmmlab.decode.boxes import NotCovered
-from gdrq_mm.openmmlab.end2end import EndToEnd, export_end2end
-from gdrq_mm.openmmlab.parts import parts_of
-from gdrq_mm.openmmlab.tasks import task_of
+from ..core.config import Quantization
+from ..core.errors import UserError, command
+from ..deploy.export import ExportedPart, ExportReport, for_openvino, properties
+from ..deploy.merge import IntegerLayer, merge_model
+from ..deploy.packed import is_packed, write_packed
+from ..deploy.runtime import RUNTIMES, installed_backends, products
+from ..deploy.verify import compare, first_difference
+from ..openmmlab.apis import infer, init_model
+from ..openmmlab.bundle import example_inputs, export_graphs, write_bundle
+from ..openmmlab.cli import ConfigOptions, add_unsafe_load, check_data, check_writable
+from ..openmmlab.data_only import data_only
+from ..openmmlab.decode.boxes import NotCovered
+from ..openmmlab.end2end import EndToEnd, export_end2end
+from ..openmmlab.parts import parts_of
+from ..openmmlab.tasks import task_of
 
 CONSOLE = Console()
 
@@ -144,7 +143,7 @@ def fit_openvino(model: Any, image: Any) -> Any:
     CONSOLE.print(
         f'For OpenVINO {len(names)} outputs in front of activation functions are not quantized. The trained model '
         f'quantizes them: its outputs differ by {100 * off:.2f} % of their norm. What follows compares with the model '
-        'without these quantizers; tools/test.py --backend openvino tells what leaving them out costs.',
+        f'without these quantizers; {command("test")} --backend openvino tells what leaving them out costs.',
         soft_wrap=True,
     )
     return fitted
@@ -210,7 +209,7 @@ def sizes_of(graph: Any) -> str:
     return f'any size (traced with {shape})' if props['any_size'] else shape
 
 
-def export() -> None:
+def main() -> None:
     args = parse_args()
     out = Path(args.out)
     if out.exists():
@@ -236,7 +235,3 @@ def export() -> None:
         export_packed(model, merged, image, out, args.compress)
     else:
         export_onnx(model, merged, image, out, args.checkpoint, args.target)
-
-
-if __name__ == '__main__':
-    main(export)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw what a model predicts for a picture: class, boxes or mask."""
 
 import argparse
@@ -8,10 +7,10 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.openmmlab.apis import draw, infer, init_model
-from gdrq_mm.openmmlab.cli import ConfigOptions, add_unsafe_load, main, read_config
-from gdrq_mm.report.plots import side_by_side
+from ..core.errors import UserError
+from ..openmmlab.apis import draw, infer, init_model
+from ..openmmlab.cli import ConfigOptions, add_unsafe_load, read_config
+from ..report.plots import side_by_side
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +33,7 @@ def predicted(args: argparse.Namespace, cfg: Config, checkpoint: str) -> np.ndar
     return draw(model, args.image, infer(model, args.image), args.score_thr)
 
 
-def run() -> None:
+def main() -> None:
     args = parse_args()
     out = Path(args.out)
     if out.suffix != '.png':
@@ -52,7 +51,3 @@ def run() -> None:
     if not cv2.imwrite(str(out), picture[..., ::-1]):
         raise UserError(f'--out {out} cannot be written')
     print(out)
-
-
-if __name__ == '__main__':
-    main(run)

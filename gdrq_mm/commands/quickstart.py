@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """The main job on the embedded data: train a float model, quantize it with GDRQ W4A4, test both, print one table."""
 
 import argparse
@@ -21,20 +20,20 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.data import digits
-from gdrq_mm.openmmlab.amp import use_amp
-from gdrq_mm.openmmlab.apis import draw, infer, init_model
-from gdrq_mm.openmmlab.cli import check_writable, main, prepare_test, read_config
-from gdrq_mm.openmmlab.compat import check_environment
-from gdrq_mm.openmmlab.describe import make_record
-from gdrq_mm.openmmlab.runner import QuantRunner
-from gdrq_mm.openmmlab.tasks import task_of
-from gdrq_mm.report.formats import comparison_table
-from gdrq_mm.report.plots import side_by_side
-from gdrq_mm.report.record import read_record, write_record
+from .. import CONFIGS
+from ..core.errors import UserError
+from ..data import digits
+from ..openmmlab.amp import use_amp
+from ..openmmlab.apis import draw, infer, init_model
+from ..openmmlab.cli import TOOLS, check_writable, prepare_test, read_config
+from ..openmmlab.compat import check_environment
+from ..openmmlab.describe import make_record
+from ..openmmlab.runner import QuantRunner
+from ..openmmlab.tasks import task_of
+from ..report.formats import comparison_table
+from ..report.plots import side_by_side
+from ..report.record import read_record, write_record
 
-CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 JOBS = {
     'classification': ('cls/resnet18_width16_digits.py', 'cls/resnet18_width16_gdrq_w4a4_digits.py', None),
     'detection': ('det/yolox_nano_digits.py', 'det/yolox_nano_gdrq_w4a4_digits.py', 7),
@@ -131,7 +130,7 @@ def train_all(arguments: list[str], progress: Progress) -> None:
     processes: list[subprocess.Popen[str]] = []
 
     def train(task: str) -> None:
-        command = [sys.executable, __file__, *arguments, '--only', task]
+        command = [sys.executable, TOOLS / 'quickstart.py', *arguments, '--only', task]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         code = follow(processes[-1], progress)
         if code:
@@ -149,7 +148,7 @@ def train_all(arguments: list[str], progress: Progress) -> None:
             raise
 
 
-def quickstart() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--work-dir', default='work_dirs/quickstart', help='data, checkpoints, logs and records')
     parser.add_argument('--epochs', type=int, help='train each model this short, to try the command only')
@@ -174,7 +173,3 @@ def quickstart() -> None:
     pictures = [str(work_dir / f'{task}.png') for task in JOBS]
     console.print(f'Predictions of both, side by side: {", ".join(pictures)}', soft_wrap=True)
     console.print(f'{time.time() - start:.0f} s')
-
-
-if __name__ == '__main__':
-    main(quickstart)

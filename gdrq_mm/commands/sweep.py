@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Run a grid of methods x bits x seeds x configs from one file (gdrq_mm/openmmlab/sweep.py explains it).
 
-Finished cells are skipped, interrupted ones go on where they stopped. Compare with tools/compare_results.py RECORDS.
+Finished cells are skipped, interrupted ones go on where they stopped. Compare with `gdrq compare RECORDS`.
 """
 
 import argparse
@@ -13,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.core.files import write_whole
-from gdrq_mm.openmmlab.cli import check_writable, main
-from gdrq_mm.openmmlab.sweep import read_sweep
-from gdrq_mm.openmmlab.sweep_cell import Cell, run_cell, slurm_script
+from ..core.errors import UserError
+from ..core.files import write_whole
+from ..openmmlab.cli import check_writable
+from ..openmmlab.sweep import read_sweep
+from ..openmmlab.sweep_cell import Cell, run_cell, slurm_script
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +59,7 @@ def run_all(cells: list[Cell], jobs: int, threads: int, console: Console) -> lis
     return problems
 
 
-def sweep() -> None:
+def main() -> None:
     args = parse_args()
     cells = read_sweep(args.file)
     chosen = [cell for cell in cells if args.only is None or args.only in cell.name]
@@ -86,7 +85,3 @@ def sweep() -> None:
     problems = run_all(todo, args.jobs, max(1, args.cores // args.jobs), console)
     if problems:
         raise UserError(f'{len(problems)} of {len(todo)} cells failed:\n  ' + '\n  '.join(problems))
-
-
-if __name__ == '__main__':
-    main(sweep)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Test a float or a quantized checkpoint of any task, and write a run record."""
 
 import argparse
@@ -7,15 +6,15 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.deploy.runtime import RUNTIMES
-from gdrq_mm.openmmlab.bundle import use_runtime
-from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, main, prepare_test
-from gdrq_mm.openmmlab.describe import make_record
-from gdrq_mm.openmmlab.models import bare_model
-from gdrq_mm.openmmlab.recipe import other_settings
-from gdrq_mm.openmmlab.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
-from gdrq_mm.report.record import write_record
+from ..core.errors import UserError, command
+from ..deploy.runtime import RUNTIMES
+from ..openmmlab.bundle import use_runtime
+from ..openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, prepare_test
+from ..openmmlab.describe import make_record
+from ..openmmlab.models import bare_model
+from ..openmmlab.recipe import other_settings
+from ..openmmlab.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
+from ..report.record import write_record
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,11 +29,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     parser.add_argument('--record', help='run record (default: WORK_DIR/record.json, or record_BACKEND.json)')
     parser.add_argument('--backend', choices=RUNTIMES, help='runtime that runs the exported graphs (default: torch)')
-    parser.add_argument('--exported', help='folder that tools/export.py wrote, for --backend')
+    parser.add_argument('--exported', help=f'folder that {command("export")} wrote, for --backend')
     parser.add_argument(
         '--parts', action='store_true', help='test the graphs of the parts, not end2end.onnx; --tta does so too'
     )
-    parser.add_argument('--cell', help=argparse.SUPPRESS)  # what tools/sweep.py calls the settings of a cell
+    parser.add_argument('--cell', help=argparse.SUPPRESS)  # what `gdrq sweep` calls the settings of a cell
     args = parser.parse_args()
     if bool(args.backend) != bool(args.exported):
         raise UserError('--backend and --exported DIR belong together')
@@ -44,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def test() -> None:
+def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     name = f'record_{args.backend}.json' if args.backend else 'record.json'
@@ -73,7 +72,3 @@ def test() -> None:
             runner.logger.warning(f'{line}; the record states the former')
         write_record({**found, 'cell': args.cell} if args.cell else found, record)
         runner.logger.info(f'Wrote the run record {record}')
-
-
-if __name__ == '__main__':
-    main(test)

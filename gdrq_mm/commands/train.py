@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train a float or a quantized config of any task."""
 
 import argparse
@@ -7,11 +6,11 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from gdrq_mm.core.errors import UserError
-from gdrq_mm.openmmlab.amp import use_amp
-from gdrq_mm.openmmlab.checkpoints import find_resumable
-from gdrq_mm.openmmlab.cli import add_config_arguments, build_runner, load_config, main
-from gdrq_mm.openmmlab.distill import name_teacher
+from ..core.errors import UserError
+from ..openmmlab.amp import use_amp
+from ..openmmlab.checkpoints import find_resumable
+from ..openmmlab.cli import add_config_arguments, build_runner, load_config
+from ..openmmlab.distill import name_teacher
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def train() -> None:
+def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     adapt(cfg, args)
@@ -72,7 +71,3 @@ def checkpoint_folder(cfg: Config) -> Path:
         raise UserError(f'default_hooks.checkpoint={hook!r} is not a dict')
     out_dir = hook.get('out_dir')
     return Path(out_dir, Path(cfg.work_dir).name) if out_dir else Path(cfg.work_dir)
-
-
-if __name__ == '__main__':
-    main(train)

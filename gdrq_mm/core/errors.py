@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+"""The scripts of the commands, in a checkout."""
+SCRIPTS = {'compare': 'compare_results', 'data': 'prepare_data'}
+"""Command -> its script, where that has another name."""
 
 
 class UserError(ValueError):
     """Something in a config, checkpoint, data folder or command line that its author can mend.
 
-    The message is one line: what is wrong, with its value, and what is allowed. tools/ print it and exit with 1.
+    The message is one line: what is wrong, with its value, and what is allowed. A command prints it and exits with 1.
     """
+
+
+def command(name: str) -> str:
+    """A command as the user calls it, for messages: `python tools/train.py` in such a script, else `gdrq train`.
+
+    Args:
+        name: as in `gdrq NAME`.
+    """
+    running = Path(sys.argv[0])
+    script = f'{SCRIPTS.get(name, name)}.py'
+    if '.mim' in running.parts or running.resolve().parent != TOOLS or not (TOOLS / script).exists():
+        return f'gdrq {name}'
+    return f'python tools/{script}'
 
 
 def check_least(options: Any, **least: int) -> None:
@@ -22,4 +42,4 @@ def check_least(options: Any, **least: int) -> None:
 
 
 class Stopped(Exception):
-    """Training was asked to end, has saved a checkpoint and can be resumed. tools/ print it and exit with 75."""
+    """Training was asked to end, has saved a checkpoint and can be resumed. A command prints it and exits with 75."""

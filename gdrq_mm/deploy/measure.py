@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
-from ..core.errors import UserError
+from ..core.errors import UserError, command
 from .runtime import open_runtime
 
 WARM_UP = 2
@@ -53,11 +53,11 @@ def graphs_of(folder: Path) -> list[ExportedGraph]:
         UserError: there is no such folder, no graph in it, or a file of it is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f'{folder} is no folder; tools/export.py writes one')
+        raise UserError(f'{folder} is no folder; {command("export")} writes one')
     parts, others = _listed(folder) if (folder / 'export.json').is_file() else ([], [])
     names = [*parts, *others] or sorted(path.name for path in folder.glob('*.onnx'))
     if not names:
-        raise UserError(f'{folder} has no ONNX graph; tools/export.py writes them')
+        raise UserError(f'{folder} has no ONNX graph; {command("export")} writes them')
     return [
         ExportedGraph(Path(name).stem, folder / name, load_graph(folder / name), name in parts, name in parts[1:])
         for name in names

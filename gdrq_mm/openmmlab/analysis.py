@@ -66,7 +66,7 @@ def prepare(cfg: Config, checkpoint: str, unsafe: bool = False) -> bool:
 
 
 def load(runner: Runner, calibrate: bool) -> None:
-    """Load the checkpoint; with `calibrate` find thresholds on training batches, as tools/calibrate.py does.
+    """Load the checkpoint; with `calibrate` find thresholds on training batches, as `gdrq calibrate` does.
 
     The runner loses its hooks, which write logs and pictures. EMA does not need its hook here: the checkpoint holds the
     averaged weights.

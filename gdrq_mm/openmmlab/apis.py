@@ -47,8 +47,8 @@ def init_model(
 
     Args:
         config: path of a config, or the config.
-        checkpoint: path or address; without it the weights are random. A packed file (tools/export.py) gives the
-            integers of the trained model, computed by torch.
+        checkpoint: path or address; without it the weights are random. A packed file (`gdrq export --format
+            packed`) gives the integers of the trained model, computed by torch.
         device: such as 'cuda:0'; by default a GPU if there is one.
         cfg_options: settings to override, such as {'model.test_cfg.score_thr': 0.1}.
         unsafe_load: unpickle whatever the checkpoint, and others that the model loads, hold; that runs their code.

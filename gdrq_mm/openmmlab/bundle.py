@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.errors import UserError
+from ..core.errors import UserError, command
 from ..core.files import file_digest, whole_folder, write_whole
 from ..core.modules import hooked
 from ..deploy.export import ExportedPart, ExportReport, check_complete, example_batch, export_part, properties
@@ -159,7 +159,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
             str(whole['channels']), list(whole['outputs']), list(whole['size'])
         about['checkpoint_sha256']
     except OSError as error:
-        raise UserError(f'{error.filename} cannot be read: {error.strerror}; tools/export.py writes it') from None
+        raise UserError(f'{error.filename} cannot be read: {error.strerror}; {command("export")} writes it') from None
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

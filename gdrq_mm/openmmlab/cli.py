@@ -1,4 +1,4 @@
-"""What the command-line tools share: config options, and errors as one line without a traceback."""
+"""What the commands share: config options, and errors as one line without a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..core.errors import Stopped, UserError
+from ..core.errors import Stopped, UserError, command
 from .checkpoint_runner import CheckpointRunner
 from .compat import check_environment, mend_bases
 from .mistakes import config_mistake
@@ -24,11 +24,13 @@ from .processes import keep_freed_memory, leave
 from .runner import QuantRunner
 
 LAUNCHERS = {
-    'pytorch': ('RANK', 'torchrun (tools/dist_train.sh, tools/dist_test.sh)'),
-    'slurm': ('SLURM_PROCID', 'srun (tools/slurm_train.sh, tools/slurm_test.sh)'),
+    'pytorch': ('RANK', 'torchrun ({0}/dist_train.sh, {0}/dist_test.sh)'),
+    'slurm': ('SLURM_PROCID', 'srun ({0}/slurm_train.sh, {0}/slurm_test.sh)'),
     'mpi': ('OMPI_COMM_WORLD_RANK', 'mpirun'),
 }
-"""Launcher -> a variable that its processes find, and the command that starts them."""
+"""Launcher -> a variable that its processes find, and what starts them, with our scripts in the folder {0}."""
+TOOLS = Path(__file__).resolve().parents[1] / '.mim' / 'tools'
+"""The scripts of the commands and of launchers, as a wheel has them; in a checkout a link to tools/."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +94,8 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     variable, starter = LAUNCHERS.get(args.launcher, ('', ''))
     if variable and variable not in os.environ:
-        raise UserError(f'--launcher {args.launcher} is for processes that {starter} starts')
+        scripts = 'tools' if command('train').startswith('python') else TOOLS
+        raise UserError(f'--launcher {args.launcher} is for processes that {starter.format(scripts)} starts')
     cfg = read_config(args.config, {**(args.cfg_options or {}), **(args.cfg_values or {})})
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
@@ -106,13 +109,16 @@ def load_config(args: argparse.Namespace) -> Config:
 def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Config:
     """A config file with options merged in.
 
+    Args:
+        config: path of a file, or `PACKAGE::PATH` for one of the configs that a package brings.
+
     Raises:
         UserError: the file does not exist or cannot be parsed.
     """
-    path = Path(config)
+    mend_bases()
+    path = _in_package(str(config)) if '::' in str(config) else Path(config)
     if not path.is_file():
         raise UserError(f'config {path} does not exist{_near_files(path)}')
-    mend_bases()
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python code: anything can go wrong in it
@@ -126,6 +132,14 @@ def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Co
     if not isinstance(cfg.get('model'), dict):
         raise UserError(f'config {path} has no model')
     return cfg
+
+
+def _in_package(config: str) -> Path:
+    """The file that `PACKAGE::PATH` means."""
+    try:
+        return Path(Config._get_cfg_path(config, '')[0])
+    except Exception as error:  # assertions and others, by what is wrong
+        raise UserError(f'config {config} cannot be found: {error}'.splitlines()[0]) from None
 
 
 def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
@@ -179,7 +193,7 @@ def check_data(cfg: Config) -> None:
         for root in _data_roots(loader.get('dataset') or {}, f'{name}.dataset'):
             if '://' not in root and not Path(root).is_dir():
                 known = next((PREPARED[part] for part in Path(root).parts if part in PREPARED), None)
-                how = f'; prepare it with: python tools/prepare_data.py {known}' if known else ''
+                how = f'; prepare it with: {command("data")} {known}' if known else ''
                 raise UserError(f'{name}: the data folder {root} does not exist{how}')
 
 
@@ -203,7 +217,7 @@ PREPARED = {
     'VOCdevkit': 'voc --source PATH',
     **{name: f'{name} --source PATH' for name in ('bccd', 'camvid', 'cifar10', 'cityscapes', 'coco', 'imagenet')},
 }
-"""Folder name below data/ -> what to tell tools/prepare_data.py."""
+"""Folder name below data/ -> what to tell `gdrq data`."""
 
 
 def _near_files(path: Path) -> str:
@@ -213,14 +227,14 @@ def _near_files(path: Path) -> str:
     return f'; nearest: {", ".join(close)}' if close else ''
 
 
-def main(command: Callable[[], None]) -> NoReturn:
-    """Run a tool and end the process as `ending` says."""
+def main(function: Callable[[], None]) -> NoReturn:
+    """Run a command and end the process as `ending` says."""
     keep_freed_memory()
-    leave(ending(command))
+    leave(ending(function))
 
 
-def ending(command: Callable[[], None]) -> str | int:
-    """Run a tool; a UserError, a mistake in the config, an interruption or a stop ends it with one line.
+def ending(function: Callable[[], None]) -> str | int:
+    """Run a command; a UserError, a mistake in the config, an interruption or a stop ends it with one line.
 
     Any other exception shows its traceback.
 
@@ -228,7 +242,7 @@ def ending(command: Callable[[], None]) -> str | int:
         What sys.exit takes: an exit code, or a last line.
     """
     try:
-        command()
+        function()
     except UserError as error:
         return f'error: {error}'
     except Stopped as stopped:

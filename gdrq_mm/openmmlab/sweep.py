@@ -39,10 +39,9 @@ from ..core.config import Quantization, near
 from ..core.errors import UserError
 from ..core.files import file_digest
 from ..report.record import plain
-from .cli import read_config
+from .cli import TOOLS, read_config
 from .sweep_cell import Cell
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 KEYS = dict(work_dir=str, records=str, runs=list)
 RUN_KEYS = dict(
     name=str, config=str, float_config=str, methods=list, bits=list, seeds=list, variants=dict, options=dict, amp=bool

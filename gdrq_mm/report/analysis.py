@@ -70,7 +70,7 @@ class Metric:
     unquantized: float
     """The metric with the weights of the checkpoint and nothing quantized."""
     quantized: float
-    """The metric with everything quantized: what tools/test.py finds."""
+    """The metric with everything quantized: what `gdrq test` finds."""
     of_pictures: bool = False
     """Whether it is a share of the pictures, in %, as an accuracy is: then one picture is its smallest step."""
 

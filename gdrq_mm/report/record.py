@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import UserError
+from .. import __version__
+from ..core.errors import UserError, command
 from ..core.files import write_whole
 
 VERSION = 2
 """Version of the record's layout."""
 
-PROJECT = Path(__file__).resolve().parents[2]
-"""Where the project's pyproject.toml lies, if this is a checkout."""
+PACKAGE = Path(__file__).resolve().parents[1]
+REVISION = 'revision.json'
+"""File of an installed package with the commit that it was built from; setup.py writes it."""
 
 RUNTIMES = ('onnxruntime', 'openvino')
 """Packages that run exported graphs; any other record is of a model that torch ran."""
@@ -239,7 +241,7 @@ def find_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
             raise UserError(f'{path} does not exist')
         files = [path] if path.is_file() else [f for f in sorted(path.rglob('*.json')) if _looks_like_one(f)]
         if not files:
-            raise UserError(f'{path} has no run record; tools/test.py writes one')
+            raise UserError(f'{path} has no run record; {command("test")} writes one')
         records += [{**read_record(file), 'path': str(file)} for file in files]
     return records
 
@@ -249,11 +251,13 @@ def _looks_like_one(file: Path) -> bool:
     return file.name == 'record.json' or b'"record_version"' in file.read_bytes()[:200]
 
 
-def git_revision(folder: Path = PROJECT) -> dict[str, Any]:
-    """Commit of the project's own checkout, and whether it has uncommitted changes; None if `folder` is none.
+def git_revision(package: Path = PACKAGE) -> dict[str, Any]:
+    """Commit of the project, and whether there were uncommitted changes; None where neither can be known.
 
-    A package that is installed may lie in a repository of its user (a `.venv` in a project), whose commit is not ours.
+    In a checkout it is asked of git; an installed package has it in a file. That package may lie in a repository of its
+    user (a `.venv` in a project), whose commit is not ours.
     """
+    folder = package.parent
 
     def git(*args: str) -> str:
         return subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -265,7 +269,11 @@ def git_revision(folder: Path = PROJECT) -> dict[str, Any]:
             return dict(commit=git('rev-parse', 'HEAD'), dirty=dirty)
     except (OSError, ValueError, KeyError, subprocess.CalledProcessError):
         pass  # no pyproject.toml or that of another project, no git, no repository, or one without a commit
-    return dict(commit=None, dirty=None)
+    try:
+        found = json.loads((package / REVISION).read_text())
+        return dict(commit=found['commit'], dirty=found['dirty'])
+    except (OSError, ValueError, KeyError, TypeError):
+        return dict(commit=None, dirty=None)
 
 
 def provenance() -> dict[str, Any]:
@@ -282,7 +290,7 @@ def versions() -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    return found
+    return {**found, 'gdrq-mm': __version__}
 
 
 def hardware() -> dict[str, Any]:

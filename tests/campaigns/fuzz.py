@@ -16,12 +16,12 @@ import json
 import os
 import random
 import resource
-import runpy
 import sys
 import tempfile
 import traceback
 import zipfile
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -314,9 +314,9 @@ class Commands:
         'export': (2, ['--unsafe-load'], ['--out', '--format', '--image']),
         'infer': (3, [], ['--out', '--score-thr', '--device']),
         'analyze': (2, ['--no-metric'], ['--out', '--reference', '--samples', '--layers', '--float-checkpoint']),
-        'compare_results': (2, [], ['--markdown', '--csv', '--html']),
+        'compare': (2, [], ['--markdown', '--csv', '--html']),
         'sweep': (1, ['--list'], ['--jobs', '--cores', '--only', '--slurm', '--slurm-args']),
-        'prepare_data': (1, [], ['--source', '--out']),
+        'data': (1, [], ['--source', '--out']),
     }
     """Name -> positional arguments, options, options with a value."""
     OPTIONS = (
@@ -344,10 +344,9 @@ class Commands:
         (self.folder / 'odd.py').write_text('model = dict(type=1)\nquantization = 3\n')
         (self.folder / 'broken.py').write_text('_base_ = 5\nmodel = [')
         (self.folder / 'folder').mkdir()
-        self.tools = {name: runpy.run_path(str(ROOT / f'tools/{name}.py')) for name in self.TOOLS}
-        self.entries = dict(compare_results='compare', infer='run', analyze='run', prepare_data='prepare')
-        for name, tool in self.tools.items():
-            names = tool[self.entries.get(name, name)].__globals__  # what runpy returns is a copy
+        self.tools = {name: import_module(f'gdrq_mm.commands.{name}') for name in self.TOOLS}
+        for tool in self.tools.values():
+            names = vars(tool)
             names.update(dict.fromkeys(names.keys() & {'build_runner', 'init_model', 'run_all'}, self.reach))
 
     @staticmethod
@@ -361,7 +360,7 @@ class Commands:
         values += ('1e400', 'nan', 'auto', '/proc/x', 'onnxruntime', 'none', 'slurm', '--', '\udcff', 'digits')
         number, flags, valued = self.TOOLS[name]
         words = [chance.choice(values) for _ in range(number)]
-        if chance.random() < 0.8 and name not in ('compare_results', 'sweep', 'prepare_data'):
+        if chance.random() < 0.8 and name not in ('compare', 'sweep', 'data'):
             words[0] = str(self.CONFIG)
         if chance.random() < 0.1:
             words.append(chance.choice((*values, '--nonsense')))
@@ -385,7 +384,7 @@ class Commands:
         sys.excepthook = lambda kind, error, trace: unexpected.append(error)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                end = cli.ending(tool[self.entries.get(name, name)])
+                end = cli.ending(tool.main)
             if unexpected:
                 raise unexpected[0]
             assert end == 0 or str(end).startswith('error: '), end

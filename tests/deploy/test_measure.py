@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gdrq_mm.commands import benchmark
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.deploy import measure, runtime
 from gdrq_mm.deploy.export import export
@@ -222,7 +223,7 @@ def listing(value):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (lambda f: [p.unlink() for p in f.iterdir()], '{f} has no ONNX graph; tools/export.py writes them'),
+        (lambda f: [p.unlink() for p in f.iterdir()], '{f} has no ONNX graph; gdrq export writes them'),
         (lambda f: (f / 'model.onnx').unlink(), '{f}/model.onnx cannot be read: No such file or directory'),
         (lambda f: (f / 'model.onnx').write_bytes(b'\x08' * 99), '{f}/model.onnx is no ONNX graph'),
         (lambda f: (f / 'model.onnx').write_bytes(b''), '{f}/model.onnx is no ONNX graph: it has no nodes'),
@@ -244,13 +245,11 @@ def test_a_folder_that_cannot_be_measured(tmp_path, change, message):
 def refused(tmp_path, monkeypatch):
     """Runs the tool here, in a folder with a graph; what it says instead of measuring."""
     folder = write(tmp_path / 'exported', dict(model=FIXED))
-    monkeypatch.syspath_prepend(TOOL.parent)
-    import benchmark
 
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, args or [folder])])
+        monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, args or [folder])])
         with pytest.raises(UserError) as caught:
-            benchmark.run()
+            benchmark.main()
         assert len(str(caught.value).splitlines()) == 1
         return str(caught.value).replace(str(tmp_path), '.')
 
@@ -279,7 +278,7 @@ def test_a_wrong_option_is_one_line(refused, options, message):
 
 def test_no_folder_and_no_runtime_are_one_line(refused, monkeypatch):
     run, folder = refused
-    assert run(folder / 'none') == './exported/none is no folder; tools/export.py writes one'
+    assert run(folder / 'none') == './exported/none is no folder; python tools/export.py writes one'
     monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: name == 'openvino' or None)
     expected = "onnxruntime is not installed: uv pip install 'gdrq-mm[deploy]'"
     assert run(folder, '--runtime', 'onnxruntime') == expected

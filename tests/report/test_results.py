@@ -17,9 +17,10 @@ from rich.console import Console
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.describe import make_record, model_name
+from gdrq_mm.report import record as record_module
 from gdrq_mm.report.compare import comparison_rows
 from gdrq_mm.report.formats import comparison_markdown, comparison_table
-from gdrq_mm.report.record import git_revision, read_record, write_record
+from gdrq_mm.report.record import read_record, write_record
 from tests.helpers import ROOT
 from tests.records import MODEL, config, record
 from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, train
@@ -49,6 +50,10 @@ def git(folder, *args):
 def test_only_the_projects_own_checkout_is_named(tmp_path):
     """Not a repository of a user in which the package is installed, or into which it was copied."""
     nothing = dict(commit=None, dirty=None)
+
+    def git_revision(folder):
+        return record_module.git_revision(folder / 'gdrq_mm')
+
     ours = '[project]\nname = "gdrq-mm"\n'
     (tmp_path / 'pyproject.toml').write_text(ours)
     assert git_revision(tmp_path) == nothing  # no repository
@@ -68,6 +73,11 @@ def test_only_the_projects_own_checkout_is_named(tmp_path):
     for other in ('[project]\nname = "mine"\n', '[tool.mine]\n', 'not toml'):
         (tmp_path / 'pyproject.toml').write_text(other)
         assert git_revision(tmp_path) == nothing
+    built = dict(commit='a' * 40, dirty=False)
+    (installed / 'gdrq_mm').mkdir()
+    for text, expected in ((json.dumps(built), built), ('[]', nothing), ('{}', nothing), ('{', nothing)):
+        (installed / 'gdrq_mm/revision.json').write_text(text)  # what setup.py puts into a wheel
+        assert git_revision(installed) == expected
 
 
 def test_a_record_survives_writing_and_reading(checkpoint, tmp_path):

@@ -2,7 +2,7 @@
 
 The least-squares clipping that is common to post-training methods, such as Banner et al., "Post-training 4-bit
 quantization of convolution networks for rapid-deployment", NeurIPS 2019, arXiv:1810.05723, Eq. 1, solved here on a
-grid of thresholds and not by a model of the distribution. `python tools/calibrate.py CONFIG CHECKPOINT` makes a
+grid of thresholds and not by a model of the distribution. `gdrq calibrate CONFIG CHECKPOINT` makes a
 checkpoint without training. If the model is trained all the same, the thresholds stay.
 """
 

@@ -17,7 +17,7 @@ from ..checkpoints import POINTER
 from ..processes import Listener
 
 CHECKPOINT = 'stopped.pth'
-"""One name, so that a run which is stopped often keeps one such file; tools/slurm_train.sh looks at its time."""
+"""One name, so that a run which is stopped often keeps one such file; slurm_train.sh looks at its time."""
 
 
 @HOOKS.register_module()
