@@ -11,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from ..core.errors import UserError
-from ..core.files import file_digest, write_whole
+from ..core.files import check_writable, file_digest, write_whole
 from ..openmmlab.analysis import analyze, load, prepare, weights_of
 from ..openmmlab.checkpoints import read_checkpoint
-from ..openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config
+from ..openmmlab.cli import add_config_arguments, build_runner, load_config
 from ..openmmlab.describe import model_name
 from ..openmmlab.models import bare_model
 from ..openmmlab.tasks import task_of

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from ..core.errors import UserError, command
-from ..openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config
+from ..core.files import check_writable
+from ..openmmlab.cli import add_config_arguments, build_runner, load_config
 
 
 def main() -> None:

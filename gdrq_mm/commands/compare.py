@@ -6,11 +6,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ..core.errors import UserError
-from ..core.files import write_whole
-from ..openmmlab.cli import check_writable
+from ..core.files import check_writable, write_whole
 from ..report.compare import comparison_rows, recipe_notes
 from ..report.formats import comparison_csv, comparison_markdown, comparison_table
-from ..report.html import html_report
 from ..report.record import find_records
 
 FORMATS = dict(markdown=comparison_markdown, csv=comparison_csv)
@@ -32,6 +30,8 @@ def main() -> None:
             check_writable(Path(out).parent)
             write_whole(out, table(records).encode() + b'\n' * (name == 'markdown'))
     if args.html is not None:
+        from ..report.html import html_report  # with the plots: an extra of the package
+
         check_writable(Path(args.html).parent)
         write_whole(args.html, html_report(records, args.paths).encode())
     console = Console()

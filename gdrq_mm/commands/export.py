@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..core.config import Quantization
 from ..core.errors import UserError, command
+from ..core.files import check_writable
 from ..deploy.export import ExportedPart, ExportReport, for_openvino, properties
 from ..deploy.merge import IntegerLayer, merge_model
 from ..deploy.packed import is_packed, write_packed
@@ -19,7 +20,7 @@ from ..deploy.runtime import RUNTIMES, installed_backends, products
 from ..deploy.verify import compare, first_difference
 from ..openmmlab.apis import infer, init_model
 from ..openmmlab.bundle import example_inputs, export_graphs, write_bundle
-from ..openmmlab.cli import ConfigOptions, add_unsafe_load, check_data, check_writable
+from ..openmmlab.cli import ConfigOptions, add_unsafe_load, check_data
 from ..openmmlab.data_only import data_only
 from ..openmmlab.decode.boxes import NotCovered
 from ..openmmlab.end2end import EndToEnd, export_end2end

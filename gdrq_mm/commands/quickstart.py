@@ -22,10 +22,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .. import CONFIGS
 from ..core.errors import UserError
+from ..core.files import check_writable
 from ..data import digits
 from ..openmmlab.amp import use_amp
 from ..openmmlab.apis import draw, infer, init_model
-from ..openmmlab.cli import TOOLS, check_writable, prepare_test, read_config
+from ..openmmlab.cli import TOOLS, prepare_test, read_config
 from ..openmmlab.compat import check_environment
 from ..openmmlab.describe import make_record
 from ..openmmlab.runner import QuantRunner

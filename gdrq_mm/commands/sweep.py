@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..core.errors import UserError
-from ..core.files import write_whole
-from ..openmmlab.cli import check_writable
+from ..core.files import check_writable, write_whole
 from ..openmmlab.sweep import read_sweep
 from ..openmmlab.sweep_cell import Cell, run_cell, slurm_script
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 
 from ..core.errors import UserError, command
+from ..core.files import check_writable
 from ..deploy.runtime import RUNTIMES
 from ..openmmlab.bundle import use_runtime
-from ..openmmlab.cli import add_config_arguments, build_runner, check_writable, load_config, prepare_test
+from ..openmmlab.cli import add_config_arguments, build_runner, load_config, prepare_test
 from ..openmmlab.describe import make_record
 from ..openmmlab.models import bare_model
 from ..openmmlab.recipe import other_settings

@@ -34,6 +34,21 @@ def write_whole(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Create a folder, or say why that is impossible.
+
+    Raises:
+        UserError: it cannot be created, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f'.{os.getpid()}.probe'
+        probe.touch()
+        probe.unlink(missing_ok=True)  # a process on another machine may have the same number
+    except OSError as error:
+        raise UserError(f'work directory {folder} cannot be written: {error.strerror}') from None
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name `out` at the end; if something fails before, nothing is left.

@@ -17,6 +17,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..core.errors import Stopped, UserError, command
+from ..core.files import check_writable
 from .checkpoint_runner import CheckpointRunner
 from .compat import check_environment, mend_bases
 from .mistakes import config_mistake
@@ -171,17 +172,6 @@ def prepare_test(cfg: Config, checkpoint: str) -> None:
         cfg[name] = None
     for name in ('val_dataloader', 'val_cfg', 'val_evaluator'):
         cfg[name] = None
-
-
-def check_writable(folder: Path) -> None:
-    """Create a folder, or say why that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f'.{os.getpid()}.probe'
-        probe.touch()
-        probe.unlink(missing_ok=True)  # a process on another machine may have the same number
-    except OSError as error:
-        raise UserError(f'work directory {folder} cannot be written: {error.strerror}') from None
 
 
 def check_data(cfg: Config) -> None:

@@ -1,6 +1,7 @@
 """configs/: each builds and quantizes its model, the ImageNet ones train, stock tools run ours, the wheel has them."""
 
 import copy
+import json
 import re
 import shutil
 import subprocess
@@ -16,11 +17,14 @@ import torch
 import yaml
 from mmengine.registry import MODELS, DefaultScope
 
+from gdrq_mm.commands import COMMANDS
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
+from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.quantizers import METHODS
 from gdrq_mm.data import digits
+from gdrq_mm.openmmlab.cli import read_config
 from gdrq_mm.openmmlab.models import drop_pretrained, read_quantization, record_plan
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.report.layers import layer_table
@@ -208,19 +212,50 @@ def test_another_project_inherits_a_quantization_base(tmp_path):
     assert cfg.quantization == load(CONFIGS / '_base_/quantization/gdrq_w4a4.py').quantization
 
 
-def test_the_wheel_has_the_configs(tmp_path):
+@pytest.mark.parametrize(
+    'config', ['gdrq_mm::cls/resnet18_width16_gdrq_w4a4_digits.py', 'mmdet::yolox/yolox_s_8xb8-300e_coco.py']
+)
+def test_a_config_of_a_package_is_a_base_and_an_argument(config, tmp_path):
+    (tmp_path / 'mine.py').write_text(f'_base_ = {config!r}\n')
+    cfg, base = read_config(tmp_path / 'mine.py'), read_config(config)
+    assert cfg.to_dict() == base.to_dict() and cfg.model.type == base.model.type
+    with pytest.raises(UserError, match=r'config gdrq_mm::cls/none\.py cannot be found'):
+        read_config('gdrq_mm::cls/none.py')
+
+
+def test_a_stock_tool_finds_our_bases_by_the_path_that_the_docs_name(tmp_path):
+    """mmengine alone does not know `gdrq_mm::`, and imports what a config asks for when its bases have been read."""
+    text = (ROOT / 'docs/openmmlab.md').read_text()
+    (base,) = re.findall(r'^_base_ = .*CONFIGS.*$', text, re.MULTILINE)
+    (tmp_path / 'my_float_model.py').write_text("model = dict(type='ImageClassifier')\n")
+    (tmp_path / 'mine.py').write_text(base + '\n')
+    program = "from mmengine.config import Config; print(Config.fromfile('mine.py').quantization.method)"
+    done = subprocess.run([sys.executable, '-c', program], env=ENV, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ['gdrq'], done.stderr
+
+
+def test_the_wheel_has_the_configs_the_commands_and_its_revision(tmp_path):
     source = tmp_path / 'source'
     source.mkdir()
-    for part in ('gdrq_mm', 'configs'):  # a copy: building leaves files in the source tree
+    for part in ('gdrq_mm', 'configs', 'tools'):  # a copy: building leaves files in the source tree
         shutil.copytree(ROOT / part, source / part, symlinks=True, ignore=shutil.ignore_patterns('__pycache__'))
-    for part in ('pyproject.toml', 'README.md', 'LICENSE'):
+    for part in ('pyproject.toml', 'setup.py', 'README.md', 'LICENSE'):
         shutil.copy(ROOT / part, source)
+    git = ['git', '-C', source, '-c', 'user.name=x', '-c', 'user.email=x']
+    for step in (['init', '-q'], ['add', '.'], ['commit', '-q', '-m', 'first']):
+        subprocess.run([*git, *step], check=True)
     command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', tmp_path, source]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob('*.whl')
-    names = set(zipfile.ZipFile(wheel).namelist())
+    files = zipfile.ZipFile(wheel)
+    names = set(files.namelist())
     expected = {f'gdrq_mm/.mim/configs/{path.relative_to(CONFIGS)}' for path in CONFIGS.rglob('*.py')}
     expected |= {f'gdrq_mm/report/{name}' for name in ('published.json', 'report.html.j2')}
+    expected |= {f'gdrq_mm/.mim/tools/{path.name}' for path in (ROOT / 'tools').iterdir() if path.is_file()}
+    expected |= {f'gdrq_mm/commands/{name}.py' for name in COMMANDS} | {'gdrq_mm/.mim/model-index.yml'}
     assert expected - names == set()
-    assert 'gdrq_mm/.mim/model-index.yml' in names
+    (about,) = [name for name in names if name.endswith('.dist-info/entry_points.txt')]
+    assert b'gdrq = gdrq_mm.commands:main' in files.read(about)
+    commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+    assert json.loads(files.read('gdrq_mm/revision.json')) == dict(commit=commit, dirty=False)
