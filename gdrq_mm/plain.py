@@ -16,7 +16,7 @@ from .core.calibrate import calibrate as _calibrate
 from .core.calibrate import wrong_statistics
 from .core.config import Quantization
 from .core.convert import Report, quantize_model
-from .core.errors import UserError
+from .core.errors import UserError, extras_named
 from .core.modules import quant_layers
 from .core.quantizers import Stage, learned_parameters
 from .core.reading import read_torch
@@ -167,7 +167,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     from .deploy.packed import is_packed, load_packed
 
     if is_packed(path):
-        return load_packed(model, path)[0]
+        with extras_named():
+            return load_packed(model, path)[0]
     content = read_torch(path)
     try:
         settings, plan = content['meta']['quantization'], Plan.from_dict(content['meta']['plan'])
@@ -198,10 +199,11 @@ def export(model: nn.Module, example: Tensor, out: str | Path) -> ExportReport:
     Raises:
         UserError: a layer cannot be merged or exported, or a runtime disagrees; nothing is written then.
     """
-    from .deploy.export import export as write
-
     _, plan = _remembered(model)
-    return write(_bare(model), plan, example, Path(out))
+    with extras_named():
+        from .deploy.export import export as write
+
+        return write(_bare(model), plan, example, Path(out))
 
 
 def _settings(config: str | Mapping[str, Any]) -> dict[str, Any]:

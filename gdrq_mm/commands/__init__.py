@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
-from ..core.errors import UserError, command
+from ..core.errors import UserError, command, extras_named
 
 COMMANDS = {
     'train': True,
@@ -55,24 +55,26 @@ def main(name: str | None = None) -> NoReturn:
         name = first
         sys.argv = [f'gdrq {name}', *sys.argv[2:]]
     try:
-        function = import_module(f'{__name__}.{name}').main
+        with extras_named():
+            function = import_module(f'{__name__}.{name}').main
+    except UserError as error:
+        sys.exit(f'error: {error}')
     except ModuleNotFoundError as error:
         sys.exit(f'error: {_needs(name, error)}')
     if COMMANDS[name]:
         from ..openmmlab.cli import main as run
 
         run(function)
-    sys.exit(_ending(function, name))
+    sys.exit(_ending(function))
 
 
-def _ending(function: Callable[[], None], name: str) -> str | int:
+def _ending(function: Callable[[], None]) -> str | int:
     """What sys.exit takes when a command without OpenMMLab has run, as gdrq_mm.openmmlab.cli.ending for the others."""
     try:
-        function()
+        with extras_named():
+            function()
     except UserError as error:
         return f'error: {error}'
-    except ModuleNotFoundError as error:
-        return f'error: {_needs(name, error)}'
     except KeyboardInterrupt:
         return 'interrupted'
     return os.EX_OK

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import CONFIGS, __version__
+from ..core.errors import EXTRAS
 from ..report.record import git_revision
 
 OPENMMLAB = {
@@ -30,18 +31,6 @@ OPENMMLAB = {
     'mmpretrain.models': ('onedl-mmpretrain', 'mmpretrain'),
 }
 """Module that is imported -> its package in the maintained line and in the upstream one."""
-EXTRAS = {
-    'deploy': {
-        'onnx': 'onnx',
-        'onnx-ir': 'onnx_ir',
-        'onnxscript': 'onnxscript',
-        'safetensors': 'safetensors',
-        'onnxruntime': 'onnxruntime',
-        'openvino': 'openvino',
-    },
-    'report': {'matplotlib': 'matplotlib', 'jinja2': 'jinja2', 'pillow': 'PIL'},
-}
-"""Extra of the package -> package -> module; pyproject.toml has the same."""
 TOOLS = 'uv pip install "setuptools<82" wheel packaging ninja psutil'
 BUILD = 'MMCV_WITH_OPS=1 uv pip install --no-build-isolation --no-binary {0} {0}'
 USES = {

@@ -8,14 +8,12 @@ from mmengine.dist import is_main_process
 
 from ..core.errors import UserError, command
 from ..core.files import check_writable
-from ..deploy.runtime import RUNTIMES
-from ..openmmlab.bundle import use_runtime
 from ..openmmlab.cli import add_config_arguments, build_runner, load_config, prepare_test
 from ..openmmlab.describe import make_record
 from ..openmmlab.models import bare_model
 from ..openmmlab.recipe import other_settings
 from ..openmmlab.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
-from ..report.record import write_record
+from ..report.record import RUNTIMES, write_record
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +61,8 @@ def main() -> None:
     if args.out:
         dump_after_build(cfg, runner, args.out)
     if args.backend:
+        from ..openmmlab.bundle import use_runtime  # with onnx, an extra of the package
+
         model, parts = bare_model(runner.model), args.parts or args.tta
         use_runtime(model, args.exported, args.backend, args.checkpoint, parts=parts)
     metrics = runner.test()

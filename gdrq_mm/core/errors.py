@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,20 @@ TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 """The scripts of the commands, in a checkout."""
 SCRIPTS = {'compare': 'compare_results', 'data': 'prepare_data'}
 """Command -> its script, where that has another name."""
+
+
+EXTRAS = {
+    'deploy': {
+        'onnx': 'onnx',
+        'onnx-ir': 'onnx_ir',
+        'onnxscript': 'onnxscript',
+        'safetensors': 'safetensors',
+        'onnxruntime': 'onnxruntime',
+        'openvino': 'openvino',
+    },
+    'report': {'matplotlib': 'matplotlib', 'jinja2': 'jinja2', 'pillow': 'PIL'},
+}
+"""Extra of the package -> package -> module; pyproject.toml has the same."""
 
 
 class UserError(ValueError):
@@ -30,6 +46,18 @@ def command(name: str) -> str:
     if '.mim' in running.parts or running.resolve().parent != TOOLS or not (TOOLS / script).exists():
         return f'gdrq {name}'
     return f'python tools/{script}'
+
+
+@contextmanager
+def extras_named() -> Iterator[None]:
+    """Inside, a package of EXTRAS that is not installed is a UserError with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        for extra, packages in EXTRAS.items():
+            if (error.name or '').partition('.')[0] in packages.values():
+                raise UserError(f"{error.name} is not installed: uv pip install 'gdrq-mm[{extra}]'") from error
+        raise
 
 
 def check_least(options: Any, **least: int) -> None:

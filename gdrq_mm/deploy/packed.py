@@ -28,10 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..core.config import Quantization
@@ -185,6 +183,8 @@ def write_packed(
         'outputs': _json(outputs),
         'absent': _json(absent),
     }
+    import safetensors.torch  # an extra of the package, which a checkpoint of a training needs not
+
     content = safetensors.torch.save({name: tensor.clone() for name, tensor in state.items()}, about)
     digest = hashlib.sha256(content).hexdigest()
     write_whole(path, content.replace(b'"sha256":"' + b'0' * 64, f'"sha256":"{digest}'.encode(), 1))
@@ -254,6 +254,8 @@ def read_packed(path: str | Path) -> Packed:
     Raises:
         UserError: missing, truncated, altered, damaged, or of another version.
     """
+    import safetensors.torch
+
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -284,7 +286,15 @@ def read_packed(path: str | Path) -> Packed:
             raise ValueError(f'absent {absent!r}')
         meta = {key: _colors(value) for key, value in meta.items()}
         return Packed(state, layers, outputs, absent, about['config'], meta)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (
+        safetensors.SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f'packed file {path} is damaged: {type(error).__name__} {error}'.splitlines()[0]) from None

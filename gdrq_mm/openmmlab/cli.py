@@ -16,7 +16,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..core.errors import Stopped, UserError, command
+from ..core.errors import Stopped, UserError, command, extras_named
 from ..core.files import check_writable
 from .checkpoint_runner import CheckpointRunner
 from .compat import check_environment, mend_bases
@@ -232,7 +232,8 @@ def ending(function: Callable[[], None]) -> str | int:
         What sys.exit takes: an exit code, or a last line.
     """
     try:
-        function()
+        with extras_named():
+            function()
     except UserError as error:
         return f'error: {error}'
     except Stopped as stopped:

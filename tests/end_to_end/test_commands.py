@@ -85,8 +85,34 @@ def test_without_what_a_report_needs_there_are_tables(tmp_path):
     assert done.returncode == 0 and 'W4A4' in done.stdout, done.stderr
     options = ('--html', tmp_path / 'report.html')
     done = gdrq('compare', *records, *options, blocked=(*OPENMMLAB, 'matplotlib', 'jinja2', 'PIL'))
-    expected = r'error: gdrq compare needs \w+, which is not installed; gdrq doctor tells how to install it\n'
+    expected = r"error: \w+ is not installed: uv pip install 'gdrq-mm\[report\]'\n"
     assert done.returncode == 1 and re.fullmatch(expected, done.stderr), done.stderr
+
+
+def test_plain_torch_without_what_exports(tmp_path):
+    """It saves and loads; what needs an extra names it."""
+    program = """
+import sys, torch, gdrq_mm as gq
+from gdrq_mm.core.errors import UserError
+build = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
+model, x = build(), torch.randn(2, 3, 8, 8)
+gq.quantize(model, 'w4a4', example=x)
+gq.calibrate(model, [x])
+torch.save(gq.checkpoint(model), sys.argv[1] + '/model.pth')
+gq.load(build(), sys.argv[1] + '/model.pth')
+open(sys.argv[1] + '/model.safetensors', 'wb').write(bytes([9, *[0] * 7, 123]))
+for act in (lambda: gq.export(model, x, sys.argv[1] + '/exported'), lambda: gq.load(build(), sys.argv[1] + '/model.safetensors')):
+    try:
+        act()
+    except UserError as error:
+        print(error)
+"""
+    blocker = WITHOUT.format(blocked={'onnx', 'safetensors', *OPENMMLAB}, arguments=[]).partition('from gdrq_mm')[0]
+    command = [sys.executable, '-c', blocker + program, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    expected = [f"{name} is not installed: uv pip install 'gdrq-mm[deploy]'" for name in ('onnx', 'safetensors')]
+    assert done.stdout.splitlines()[-2:] == expected
 
 
 # ---- gdrq doctor ----------------------------------------------------------------------------------------------------
