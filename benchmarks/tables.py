@@ -169,6 +169,11 @@ def camvid() -> str:
     return comparison(over_seeds('*_camvid.json'))
 
 
+def quickstart(task: str) -> str:
+    """What `make quickstart` printed for a task."""
+    return comparison(rows_of([record for record in read('quickstart/*.json') if record['task'] == task]))
+
+
 def published() -> str:
     """Numbers of papers and of their reproductions, beside those of this project where there are any."""
     ours = {
@@ -256,6 +261,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **figure_tables.TABLES,
     'cifar10': lambda: comparison(rows_of(read('*_cifar10.json'))),
     'bccd': lambda: comparison(rows_of(read('*_bccd.json'))),
+    **{f'quickstart_{task}': partial(quickstart, task) for task in ('cls', 'det', 'seg')},
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{

@@ -95,13 +95,13 @@ def test_plain_torch_without_what_exports(tmp_path):
 import sys, torch, gdrq_mm as gq
 from gdrq_mm.core.errors import UserError
 build = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
-model, x = build(), torch.randn(2, 3, 8, 8)
+model, x, folder = build(), torch.randn(2, 3, 8, 8), sys.argv[1]
 gq.quantize(model, 'w4a4', example=x)
 gq.calibrate(model, [x])
-torch.save(gq.checkpoint(model), sys.argv[1] + '/model.pth')
-gq.load(build(), sys.argv[1] + '/model.pth')
-open(sys.argv[1] + '/model.safetensors', 'wb').write(bytes([9, *[0] * 7, 123]))
-for act in (lambda: gq.export(model, x, sys.argv[1] + '/exported'), lambda: gq.load(build(), sys.argv[1] + '/model.safetensors')):
+torch.save(gq.checkpoint(model), folder + '/model.pth')
+gq.load(build(), folder + '/model.pth')
+open(folder + '/packed', 'wb').write(bytes([9, *[0] * 7, 123]))
+for act in (lambda: gq.export(model, x, folder + '/exported'), lambda: gq.load(build(), folder + '/packed')):
     try:
         act()
     except UserError as error:
