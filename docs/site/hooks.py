@@ -1,6 +1,6 @@
 """Hooks of mkdocs: pages that docs/ does not hold, links that lead out of it, and what makes `make docs` fail.
 
-Added are README.md as the first page, CONTRIBUTING.md, CHANGELOG.md, a page of the reference for each module, and a page
+Added are README.md as the first page, CONTRIBUTING.md, CHANGELOG.md, a reference page for each module, and a page
 for each other file or folder that a page links to. A link to a module leads to its reference, one whose text is the
 name of something public in it to that; one to anything else to the file.
 """
@@ -139,7 +139,9 @@ def undocumented(path):
 
     def visit(body, prefix, inherits):
         for node in body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith('_'):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(
+                '_'
+            ):
                 marks = [ast.unparse(each) for each in node.decorator_list]
                 if not ast.get_docstring(node) and not inherits and 'overload' not in marks:
                     yield prefix + node.name

@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from rich.console import Console
-from rich.table import Table
 
 from .. import CONFIGS, __version__
 from ..core.errors import EXTRAS
@@ -171,14 +170,14 @@ def _number(text: str) -> tuple[int, ...]:
 
 
 def abilities(found: Diagnosis) -> list[tuple[str, str, str]]:
-    """What one can do: (what, 'yes' or what it lacks, the command that brings it)."""
+    """What one can do: (what, what it lacks or '', the command that brings it or '')."""
     modules = {name: module for extra in EXTRAS.values() for name, module in extra.items()}
     extra_of = {name: extra for extra, packages in EXTRAS.items() for name in packages}
     rows = []
     for use, needs in USES.items():
         lacks = [name for name in needs if name not in found.packages or modules[name] in found.failures]
         mend = ' '.join(f"'gdrq-mm[{extra}]'" for extra in dict.fromkeys(extra_of[name] for name in lacks))
-        rows.append((use, f'needs {", ".join(lacks)}' if lacks else 'yes', f'uv pip install {mend}' if lacks else ''))
+        rows.append((use, f'needs {", ".join(lacks)}' if lacks else '', f'uv pip install {mend}' if lacks else ''))
     use = 'train, test, infer, ...: configs of OpenMMLab'
     if found.stack == 'none':
         mend = f"{TOOLS} && {BUILD.format('onedl-mmcv')} && uv pip install 'gdrq-mm[onedl]'"
@@ -189,30 +188,30 @@ def abilities(found: Diagnosis) -> list[tuple[str, str, str]]:
         and not OPENMMLAB.keys() & found.failures.keys()
         and found.stack != 'mixture'
     )
-    return [*rows, (use, 'yes' if works else 'no, see below', '')]
+    return [*rows, (use, '' if works else 'see below', '')]
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     with console.status('importing what is installed'):
         found = diagnose()
     revision = git_revision()
-    commit = f', commit {revision["commit"][:12]}{" and changes" * bool(revision["dirty"])}' * bool(revision['commit'])
+    commit = (
+        f', commit {revision["commit"][:12]}{" and changes" * bool(revision["dirty"])}' if revision['commit'] else ''
+    )
     console.print(f'gdrq_mm {__version__}{commit}, in {CONFIGS.parents[1]}')
     console.print(f'Python {platform.python_version()}, {platform.platform()}')
-    console.print('kernels: C++' if not found.kernels else f'kernels: torch ({found.kernels})', markup=False)
+    console.print('kernels: C++' if not found.kernels else f'kernels: torch ({found.kernels})')
     console.print(f'OpenMMLab: {found.stack}')
     versions = ', '.join(f'{name} {number}' for name, number in found.packages.items())
     console.print(f'installed: {versions}\n')
-    table = Table(box=None, pad_edge=False)
-    for column in ('what', 'works', 'install'):
-        table.add_column(column, overflow='fold')
-    for row in abilities(found):
-        table.add_row(*row)
-    console.print(table)
+    for what, lacks, mend in abilities(found):
+        console.print(f'no   {what}: {lacks}' if lacks else f'yes  {what}')
+        if mend:
+            console.print(f'         {mend}')
     for text, mend in found.problems:
-        console.print(f'\nbroken: {text}', markup=False)
-        console.print(f'   {mend}', markup=False)
+        console.print(f'\nbroken: {text}', style='red')
+        console.print(f'         {mend}')
     if found.problems:
         sys.exit(1)

@@ -252,7 +252,8 @@ def test_the_wheel_has_the_configs_the_commands_and_its_revision(tmp_path):
     names = set(files.namelist())
     expected = {f'gdrq_mm/.mim/configs/{path.relative_to(CONFIGS)}' for path in CONFIGS.rglob('*.py')}
     expected |= {f'gdrq_mm/report/{name}' for name in ('published.json', 'report.html.j2')}
-    expected |= {f'gdrq_mm/.mim/tools/{path.name}' for path in (ROOT / 'tools').iterdir() if path.is_file()}
+    scripts = [path.name for path in (ROOT / 'tools').iterdir() if path.suffix in ('.py', '.sh')]
+    expected |= {f'gdrq_mm/.mim/tools/{name}' for name in scripts if name != 'setup.sh'}
     expected |= {f'gdrq_mm/commands/{name}.py' for name in COMMANDS} | {'gdrq_mm/.mim/model-index.yml'}
     assert expected - names == set()
     (about,) = [name for name in names if name.endswith('.dist-info/entry_points.txt')]
