@@ -47,6 +47,7 @@ def origin(model: nn.Module, batch: Any) -> str:
 
 
 def finite(value: Any) -> bool:
+    """Whether no tensor of nested containers has an infinite or undefined value."""
     return all(bool(t.isfinite().all()) for t in tensors_in(value))
 
 

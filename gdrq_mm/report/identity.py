@@ -48,13 +48,16 @@ def identity_of(record: Record) -> tuple[str, ...]:
 
 
 def start_of(record: Record) -> str | None:
+    """The checkpoint that the training started from: its digest, else its file; None if it is not recorded."""
     start = record['training'].get('start')
     return (start['sha256'] or start['file']) if start else None
 
 
 def checkpoint_of(record: Record) -> str:
+    """The checkpoint that was tested: its digest, else its file."""
     return record['checkpoint']['sha256'] or record['checkpoint']['file']
 
 
 def file_of(record: Record) -> str:
+    """What a message calls a record: its file, else that of its checkpoint."""
     return record.get('path') or record['checkpoint']['file']
