@@ -17,6 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..core.errors import UserError
+from .changes import Row, changes
 from .compare import (
     COLUMNS,
     NOT_MEASURED,
@@ -113,6 +114,7 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
         text_columns=TEXT_COLUMNS,
         missing=(NOT_RUN, NOT_MEASURED),
         notes=recipe_notes(records),
+        changed=_changed(records),
         sort_key=sort_key,
         rows=rows,
         metrics=_metric_plots(entries),
@@ -121,6 +123,16 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
         quantities=list(QUANTITIES.values()),
         count=len(records),
         time=datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
+    )
+
+
+def _changed(records: Sequence[Record]) -> tuple[list[str], dict[str, list[Row]]] | None:
+    """The names of two records and what changed between them; None if there are more or fewer."""
+    once = list({record.get('path', id(record)): record for record in records}.values())
+    if len(once) != 2:
+        return None
+    return [printable(record.get('path') or record['checkpoint']['file'] or NOT_RECORDED) for record in once], changes(
+        *once
     )
 
 
@@ -237,7 +249,8 @@ def _show_log(run: Run, log: TrainLog, name: str, reshape_end: float) -> None:
             if left_out:
                 run.notes.append(f'{kind}, {title}: {left_out} values that are not finite or too large are not drawn')
             lines = {layer: points for layer, points in lines.items() if points}
-            plots += [curve_plot(lines, title, f'{name} {kind} {quantity}')] if lines else []
+            rates = drawable(sorted(log.rates.items())) if quantity == 'threshold' else []
+            plots += [curve_plot(lines, title, f'{name} {kind} {quantity}', rates)] if lines else []
         if plots:
             run.plots.append((kind, plots))
     for layer, curve in curves.items():

@@ -165,15 +165,17 @@ def bits_key(bits: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r'\d+', bits)))
 
 
-def curve_plot(curves: Mapping[str, Points], title: str, name: str) -> Markup:
+def curve_plot(curves: Mapping[str, Points], title: str, name: str, rates: Points = ()) -> Markup:
     """One quantity over the training, a line for each layer; the mouse shows the name of a layer.
 
     Args:
         curves: :func:`drawable` points, at least one for each layer.
+        rates: the learning rate, drawn below on the same axis of iterations.
     """
     with matplotlib.rc_context(PLOT):
-        figure = Figure(figsize=(3.4, 2.3), layout='constrained')
-        axis = figure.subplots()
+        figure = Figure(figsize=(3.4, 3.2 if rates else 2.3), layout='constrained')
+        heights = dict(height_ratios=(3, 1)) if rates else {}
+        axis, *below = np.atleast_1d(figure.subplots(1 + bool(rates), sharex=True, **heights))  # type: ignore[arg-type]
         for number, points in enumerate(curves.values()):
             x, y = zip(*thin(points))
             colour = DEPTH(number / max(1, len(curves) - 1))
@@ -185,9 +187,15 @@ def curve_plot(curves: Mapping[str, Points], title: str, name: str) -> Markup:
             axis.yaxis.set_major_formatter('{x:g}')
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title, fontsize=9, loc='left')
-        axis.set_xlabel('iteration')
-        axis.grid(color=INK, alpha=0.12, linewidth=0.6)
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for each in below:
+            each.plot(*zip(*thin(rates)), color=INK, linewidth=1)
+            each.set_title('learning rate', fontsize=9, loc='left')
+            each.yaxis.set_major_locator(MaxNLocator(2))
+            each.yaxis.set_major_formatter('{x:g}')
+        for each in (axis, *below):
+            each.grid(color=INK, alpha=0.12, linewidth=0.6)
+            each.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        each.set_xlabel('iteration')
         text = _svg(figure, name)
     names = list(curves)
     return Markup(re.sub(r'<g id="layer-(\d+)">', lambda m: f'<g><title>{escape(names[int(m[1])])}</title>', text))

@@ -28,6 +28,8 @@ class TrainLog:
 
     steps: dict[int, dict[tuple[str, str], float]] = field(default_factory=dict)
     """Iteration -> layer and quantity -> value."""
+    rates: dict[int, float] = field(default_factory=dict)
+    """Iteration -> learning rate, of the first group of the optimizer."""
     sheets: dict[int, Path] = field(default_factory=dict)
     """Iteration -> picture of all distributions."""
     sources: dict[int, str] = field(default_factory=dict)
@@ -49,13 +51,16 @@ def read_log(work_dir: Path) -> TrainLog | None:
     folders = [f for f in (work_dir / 'vis_data', *sorted(work_dir.glob('*/vis_data'))) if f.is_dir()]
     runs = []
     for folder in folders:
-        steps, damaged = _read_scalars(folder / 'scalars.json')
+        steps, rates, damaged = _read_scalars(folder / 'scalars.json')
         sheets = {int(m[1]): f for f in (folder / 'vis_image').glob('*.png') if (m := SHEET.fullmatch(f.name))}
-        runs.append(_Run(folder, steps, sheets, damaged))
+        runs.append(_Run(folder, steps, rates, sheets, damaged))
     log = TrainLog()
     for run in _in_order(runs):
         # What an earlier folder has from this iteration on was computed again: drop it.
         log.steps = {step: values for step, values in log.steps.items() if step < run.begin} | run.steps
+        log.rates = {
+            step: rate for step, rate in log.rates.items() if step < min(run.rates, default=run.begin)
+        } | run.rates
         log.sheets = {step: file for step, file in log.sheets.items() if step < run.begin} | run.sheets
         log.sources.update(dict.fromkeys(run.steps, str(run.folder.relative_to(work_dir))))
         log.damaged += run.damaged
@@ -69,6 +74,7 @@ class _Run:
 
     folder: Path
     steps: dict[int, dict[tuple[str, str], float]]
+    rates: dict[int, float]
     sheets: dict[int, Path]
     damaged: int
 
@@ -110,15 +116,20 @@ def _in_order(runs: list[_Run]) -> list[_Run]:
     return [*(run for run in runs if run.begin == math.inf), *ordered, *sorted(waiting, key=lambda run: run.begin)]
 
 
-def _read_scalars(file: Path) -> tuple[dict[int, dict[tuple[str, str], float]], int]:
-    """The statistics by iteration, and the number of damaged lines: a killed training may leave half a line."""
+def _read_scalars(file: Path) -> tuple[dict[int, dict[tuple[str, str], float]], dict[int, float], int]:
+    """The statistics and the learning rate by iteration, and the number of damaged lines with statistics.
+
+    A killed training may leave half a line.
+    """
     steps: dict[int, dict[tuple[str, str], float]] = {}
+    rates: dict[int, float] = {}
     damaged = 0
     if not file.is_file():
-        return steps, damaged
+        return steps, rates, damaged
     with open(file, errors='replace') as lines:
         for line in lines:
-            if '"quant/' not in line:
+            statistics = '"quant/' in line
+            if not statistics and '"lr"' not in line:
                 continue
             try:
                 values = json.loads(line)
@@ -126,8 +137,12 @@ def _read_scalars(file: Path) -> tuple[dict[int, dict[tuple[str, str], float]], 
                 if not 0 <= step < LAST_STEP:
                     raise ValueError(step)
                 found = {match.groups(): float(values[key]) for key in values if (match := SCALAR.fullmatch(key))}
+                rate = float(values['lr']) if 'lr' in values else None
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                damaged += 1
+                damaged += statistics
                 continue
-            steps.setdefault(step, {}).update(found)  # type: ignore[arg-type]
-    return steps, damaged
+            if statistics:
+                steps.setdefault(step, {}).update(found)  # type: ignore[arg-type]
+            if rate is not None:
+                rates[step] = rate
+    return steps, rates, damaged

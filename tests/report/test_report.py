@@ -17,7 +17,7 @@ from gdrq_mm.openmmlab.describe import make_record
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.report.compare import comparison_rows
 from gdrq_mm.report.html import PICTURES, WIDTH, html_report, picture, pictures, sort_key
-from gdrq_mm.report.html_plots import POINTS, sparkline, thin
+from gdrq_mm.report.html_plots import POINTS, curve_plot, sparkline, thin
 from gdrq_mm.report.record import find_records, write_record
 from gdrq_mm.report.train_log import QUANTITIES, read_log
 from tests.helpers import ROOT
@@ -277,6 +277,23 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path):
     log = read_log(tmp_path)
     assert (list(log.steps), log.damaged) == ([499], 6)
     assert read_log(tmp_path / 'none') is None
+
+
+def test_the_learning_rate_is_read_beside_the_statistics(tmp_path):
+    rates = [json.dumps(dict(lr=0.1 / step, loss=1.0, step=step)) for step in (499, 999)]
+    write_log(tmp_path, '20260101_000000', [499, 999], '\n'.join([*rates, '{"lr": 0.1, "st', '{"lr": "x", "step": 3}']))
+    write_log(tmp_path, '20260102_000000', [999], '{"lr": 7, "step": 999}')
+    log = read_log(tmp_path)
+    assert log.rates == {499: 0.1 / 499, 999: 7.0} and not log.damaged
+
+
+def test_thresholds_and_learning_rate_have_one_axis_of_iterations():
+    curves = {'a': [(0, 1.0), (500, 2.0)]}
+    rates = [(step, 0.1) for step in range(0, 1000, 10)]
+    alone, both = curve_plot(curves, 'threshold', 'x'), curve_plot(curves, 'threshold', 'x', rates)
+    assert 'learning rate' in both and 'learning rate' not in alone
+    ticks = [re.findall(r'>(\d+)</text>', plot) for plot in (alone, both)]
+    assert '1000' not in ticks[0] and ticks[1].count('1000') == 1  # as far as the rate, written below it alone
 
 
 def test_long_curves_are_thinned():

@@ -1,0 +1,123 @@
+"""What changed between two records: settings, accuracy, size, and speed where `gdrq benchmark` measured it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .metrics import all_metrics, number_of, value_of
+from .recipe import flat
+from .text import number_text, printable
+
+Record = Mapping[str, Any]
+
+SPEED = 'benchmark.json'
+"""File beside a record that `gdrq benchmark EXPORTED --out WORK_DIR/benchmark.json` wrote."""
+NOT_SET, NOT_MEASURED = 'not set', 'not measured'
+SIZES = {'size in MB': ('bytes', 1e6), 'G bit operations': ('bit_operations', 1e9)}
+"""Title -> key in a record's model, and its unit."""
+
+
+class Row(NamedTuple):
+    """Something that two records have, or one of them, and what became of it."""
+
+    name: str
+    first: str
+    second: str
+    change: str = ''
+
+
+def changes(first: Record, second: Record) -> dict[str, list[Row]]:
+    """Part ('settings', 'accuracy', 'size', 'speed') -> its rows; a part without any is left out.
+
+    Settings are those that differ; the others are shown in any case. Speed is the median time of a call, from a file
+    SPEED beside a record; a float model that has none is as fast as the float32 graphs of the other's file.
+    """
+    found = dict(
+        settings=_settings(first, second),
+        accuracy=_accuracy(first, second),
+        size=_sizes(first, second),
+        speed=_speed(first, second),
+    )
+    return {part: [Row(*map(printable, row)) for row in rows] for part, rows in found.items() if rows}
+
+
+def _settings(first: Record, second: Record) -> list[Row]:
+    """The settings of quantization and training that differ, and where the trainings started."""
+    one, other = (
+        flat(
+            dict(
+                quantization=record['quantization'] or 'none: a float model',
+                **{key: record['training'].get(key) for key in ('seed', 'epoch', 'iter', 'start', 'recipe')},
+                backend=record['model'].get('backend'),
+            )
+        )
+        for record in (first, second)
+    )
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return [Row(key.removeprefix('recipe.'), one.get(key, NOT_SET), other.get(key, NOT_SET)) for key in keys]
+
+
+def _accuracy(first: Record, second: Record) -> list[Row]:
+    """Every metric that tables show."""
+    rows = []
+    for metric in all_metrics([first, second]):
+        one, other = (value_of(record, metric) for record in (first, second))
+        texts = (NOT_MEASURED if value is None else number_text(value) for value in (one, other))
+        rows.append(Row(metric.title, *texts, '' if one is None or other is None else f'{other - one:+.2f}'))
+    return rows
+
+
+def _sizes(first: Record, second: Record) -> list[Row]:
+    rows = []
+    for title, (key, unit) in SIZES.items():
+        one, other = (number_of(record['model'][key]) / unit for record in (first, second))
+        rows.append(Row(title, number_text(one), number_text(other), _times(one, other)))
+    return rows
+
+
+def _speed(first: Record, second: Record) -> list[Row]:
+    """Milliseconds of a call for each graph and runtime that both have."""
+    files = [_measured(first), _measured(second)]
+    for number, record in enumerate((first, second)):
+        if record['quantization'] is None and not files[number]:
+            files[number] = {key: value for key, value in files[1 - number].items() if key[2] == 'float32'}
+    times = [
+        {key[:2]: value for key, value in file.items() if key[2] == 'exported'}
+        or {key[:2]: value for key, value in file.items()}
+        for file in files
+    ]
+    return [
+        Row(
+            f'{graph} in {runtime}, ms',
+            number_text(times[0][graph, runtime]),
+            number_text(times[1][graph, runtime]),
+            _times(times[0][graph, runtime], times[1][graph, runtime]),
+        )
+        for graph, runtime in times[0]
+        if (graph, runtime) in times[1]
+    ]
+
+
+def _measured(record: Record) -> dict[tuple[str, str, str], float]:
+    """Graph, runtime and numbers ('exported' or 'float32') -> milliseconds; nothing without a whole file."""
+    if not record.get('path'):
+        return {}
+    try:
+        rows = json.loads((Path(record['path']).parent / SPEED).read_text())['rows']
+        return {
+            (str(row['graph']), str(row['runtime']), str(row['numbers'])): 1000 * float(row['seconds']['median'])
+            for row in rows
+        }
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return {}
+
+
+def _times(one: float, other: float) -> str:
+    """A ratio in words: what is less, and by how much."""
+    if not (math.isfinite(one) and math.isfinite(other) and one > 0 and other > 0):
+        return ''
+    return '' if one == other else f'1/{one / other:.2f}' if other < one else f'{other / one:.2f} times'
