@@ -4,11 +4,12 @@
 # make test-full    the same and what takes longer: full-scale configs, every method in every task, the benchmarks
 # make test-slurm   train, preempt and test a detector on a slurm that is started for it (packages slurm-wlm and munge)
 # make lint         ruff and mypy
+# make docs         the site of the documentation, in build/site; a dead link or a missing docstring fails
 # make campaigns    kill training at random moments, feed crafted files and input, watch memory: an hour
 # make benchmark    train and test the small-scale grid (hours; goes on where it stopped), write the tables anew
 PY := .venv/bin/python
 
-.PHONY: quickstart check test test-full test-slurm lint setup benchmark campaigns
+.PHONY: quickstart check test test-full test-slurm lint docs setup benchmark campaigns
 quickstart: .venv/.ready
 	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: about 15 minutes on 2 cores."
 	@$(PY) tools/quickstart.py
@@ -33,6 +34,10 @@ lint: .venv/.ready
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy gdrq_mm
+
+docs: .venv/.ready
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "Open build/site/index.html."
 
 campaigns: .venv/.ready
 	@OMP_NUM_THREADS=1 $(PY) -m tests.campaigns.kill

@@ -15,8 +15,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {'README.md': 'index.md', 'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md'}
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+://)([^)\s#]*)(#[^)\s]*)?\)')
@@ -38,6 +36,8 @@ def modules():
 
 def on_files(files, config):
     """Add the pages that docs/ does not hold; warn, which ends a strict build, of public names without docstring."""
+    from mkdocs.structure.files import File
+
     sources = {}
     for path, page in PAGES.items():
         sources[page] = rewritten((ROOT / path).read_text(), path, page)

@@ -47,16 +47,13 @@ def changes(first: Record, second: Record) -> dict[str, list[Row]]:
 
 def _settings(first: Record, second: Record) -> list[Row]:
     """The settings of quantization and training that differ, and where the trainings started."""
-    one, other = (
-        flat(
-            dict(
-                quantization=record['quantization'] or 'none: a float model',
-                **{key: record['training'].get(key) for key in ('seed', 'epoch', 'iter', 'start', 'recipe')},
-                backend=record['model'].get('backend'),
-            )
-        )
-        for record in (first, second)
-    )
+
+    def settings(record: Record) -> dict[str, str]:
+        training = {key: record['training'].get(key) for key in ('seed', 'epoch', 'iter', 'start', 'recipe')}
+        found = dict(quantization=record['quantization'] or 'none', **training, backend=record['model'].get('backend'))
+        return flat({key: value for key, value in found.items() if value is not None})
+
+    one, other = settings(first), settings(second)
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return [Row(key.removeprefix('recipe.'), one.get(key, NOT_SET), other.get(key, NOT_SET)) for key in keys]
 

@@ -85,6 +85,67 @@ def test_the_code_cites_sections_that_exist():
     assert cited and cited <= set(sections)
 
 
+# ---- the site: make docs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'docs/site')
+    return pytest.importorskip('hooks')
+
+
+def test_all_that_is_public_has_a_docstring(hooks, tmp_path):
+    assert [(page, name) for page, (_, path) in hooks.modules().items() for name in hooks.undocumented(path)] == []
+    (tmp_path / 'a.py').write_text('def f():\n    pass\nclass A:\n    """A."""\n    def g(self):\n        pass\n')
+    assert [*hooks.undocumented(tmp_path / 'a.py')] == ['the module', 'f', 'A.g']
+    (tmp_path / 'a.py').write_text(
+        '"""A."""\nclass _B:\n    pass\nclass B(_B):\n    """B."""\n    def g(self):\n        pass\n'
+    )
+    assert [*hooks.undocumented(tmp_path / 'a.py')] == []  # the base may say it
+
+
+@pytest.mark.parametrize(
+    ('path', 'link', 'expected'),
+    [
+        ('docs/a.md', '[x](speed.md#here)', '[x](speed.md#here)'),
+        ('docs/a.md', '[x](../README.md)', '[x](index.md)'),
+        ('README.md', '![x](docs/figures/digits.png)', '![x](figures/digits.png)'),
+        (
+            'docs/a.md',
+            '[`clip`](../gdrq_mm/core/functional.py)',
+            '(reference/gdrq_mm.core.functional.md#gdrq_mm.core.functional.clip)',
+        ),
+        ('docs/a.md', '[config](../gdrq_mm/core/config.py)', '[config](reference/gdrq_mm.core.config.md)'),
+        ('docs/a.md', '[x](../examples/detect.py)', '[x](source/examples/detect.py.md)'),
+        ('docs/a.md', '```\n[x](none.md)\n```', '[x](none.md)'),
+    ],
+)
+def test_links_of_the_site(hooks, path, link, expected, caplog):
+    assert expected in hooks.rewritten(link, path, hooks.PAGES.get(path, 'a.md')) and not caplog.records
+
+
+def test_dead_links_of_the_site_are_told(hooks, tmp_path, caplog):
+    hooks.rewritten('[x](none.md)', 'docs/a.md', 'a.md')
+    (tmp_path / 'a.html').write_text('<a href="b.html#one">x</a><a href="b.html#two">x</a><img src="c.png"><p id="p">')
+    (tmp_path / 'b.html').write_text('<h1 id="one"></h1><a href="a.html#p"></a><a href="http://x.org/y">z</a>')
+    hooks.on_post_build(dict(site_dir=str(tmp_path)))
+    told = [record.getMessage() for record in caplog.records]
+    links = ['docs/a.md links to none.md', 'a.html links to b.html#two', 'a.html links to c.png']
+    assert told == [f'{link}, which does not exist' for link in links]
+
+
+@pytest.mark.full
+def test_the_site_is_built(tmp_path):
+    pytest.importorskip('mkdocs')
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '-d', tmp_path / 'site']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (
+        'gdrq_mm.core.functional.fake_quantize'
+        in (tmp_path / 'site/reference/gdrq_mm.core.functional.html').read_text()
+    )
+
+
 def test_readme_fits_a_few_screens():
     assert len((ROOT / 'README.md').read_text().splitlines()) <= 180
 

