@@ -94,7 +94,7 @@ def diagnose() -> Diagnosis:
     """Look at what is installed, and import it in a process of its own, which a broken library may end."""
     names = [name for pair in OPENMMLAB.values() for name in pair]
     names += [name for packages in EXTRAS.values() for name in packages]
-    packages = {name: found for name in ('torch', 'torchvision', *names) if (found := installed(name))}
+    packages = {name: number for name in ('torch', 'torchvision', *names) if (number := installed(name))}
     lines = [{pair[line] for pair in OPENMMLAB.values()} & packages.keys() for line in (0, 1)]
     stack = 'mixture' if all(lines) else 'onedl' if lines[0] else 'upstream' if lines[1] else 'none'
     modules = ['torch', *(['torchvision'] if 'torchvision' in packages else []), KERNELS]

@@ -63,8 +63,9 @@ def _accuracy(first: Record, second: Record) -> list[Row]:
     rows = []
     for metric in all_metrics([first, second]):
         one, other = (value_of(record, metric) for record in (first, second))
-        texts = (NOT_MEASURED if value is None else number_text(value) for value in (one, other))
-        rows.append(Row(metric.title, *texts, '' if one is None or other is None else f'{other - one:+.2f}'))
+        texts = [NOT_MEASURED if value is None else number_text(value) for value in (one, other)]
+        change = '' if one is None or other is None else f'{other - one:+.2f}'
+        rows.append(Row(metric.title, texts[0], texts[1], change))
     return rows
 
 

@@ -174,8 +174,8 @@ def curve_plot(curves: Mapping[str, Points], title: str, name: str, rates: Point
     """
     with matplotlib.rc_context(PLOT):
         figure = Figure(figsize=(3.4, 3.2 if rates else 2.3), layout='constrained')
-        heights = dict(height_ratios=(3, 1)) if rates else {}
-        axis, *below = np.atleast_1d(figure.subplots(1 + bool(rates), sharex=True, **heights))  # type: ignore[arg-type]
+        heights = (3, 1) if rates else (1,)
+        axis, *below = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
         for number, points in enumerate(curves.values()):
             x, y = zip(*thin(points))
             colour = DEPTH(number / max(1, len(curves) - 1))
