@@ -293,7 +293,7 @@ def test_thresholds_and_learning_rate_have_one_axis_of_iterations():
     alone, both = curve_plot(curves, 'threshold', 'x'), curve_plot(curves, 'threshold', 'x', rates)
     assert 'learning rate' in both and 'learning rate' not in alone
     ticks = [re.findall(r'>(\d+)</text>', plot) for plot in (alone, both)]
-    assert '1000' not in ticks[0] and ticks[1].count('1000') == 1  # as far as the rate, written below it alone
+    assert max(map(int, ticks[0])) <= 500 and ticks[1].count('900') == 1  # as far as the rate, written below it alone
 
 
 def test_long_curves_are_thinned():
