@@ -49,9 +49,15 @@ def _settings(first: Record, second: Record) -> list[Row]:
     """The settings of quantization and training that differ, and where the trainings started."""
 
     def settings(record: Record) -> dict[str, str]:
-        training = {key: record['training'].get(key) for key in ('seed', 'epoch', 'iter', 'start', 'recipe')}
-        found = dict(quantization=record['quantization'] or 'none', **training, backend=record['model'].get('backend'))
-        return flat({key: value for key, value in found.items() if value is not None})
+        training = {key: record['training'].get(key) for key in ('seed', 'epoch', 'iter', 'recipe')}
+        start = record['training'].get('start') or {}
+        found = dict(
+            quantization=record['quantization'],
+            **training,
+            start=f'{start.get("file")} {(start.get("sha256") or "")[:8]}' if start else None,
+            backend=record['model'].get('backend'),
+        )
+        return flat({key: value for key, value in found.items() if value})
 
     one, other = settings(first), settings(second)
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]

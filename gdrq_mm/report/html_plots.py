@@ -188,7 +188,7 @@ def curve_plot(curves: Mapping[str, Points], title: str, name: str, rates: Point
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title, fontsize=9, loc='left')
         for each in below:
-            each.plot(*zip(*thin(rates)), color=INK, linewidth=1)
+            each.plot(*zip(*thin(rates)), color=INK, linewidth=1, marker='.' if len(rates) < 10 else '')
             each.set_title('learning rate', fontsize=9, loc='left')
             each.yaxis.set_major_locator(MaxNLocator(2))
             each.yaxis.set_major_formatter('{x:g}')

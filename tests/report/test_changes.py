@@ -35,7 +35,6 @@ def test_settings_accuracy_and_size(pair):
     found = changes(*pair)
     assert [*found] == ['settings', 'accuracy', 'size']
     settings = {row.name: row[1:3] for row in found['settings']}
-    assert settings['quantization'] == ('none', 'not set')
     assert settings['quantization.weight.bits'] == ('not set', '4')
     assert 'seed' not in settings
     assert found['accuracy'] == [('top-1', '91.50', '90.25', '-1.25')]
