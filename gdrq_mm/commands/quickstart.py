@@ -131,7 +131,7 @@ def train_all(arguments: list[str], progress: Progress) -> None:
     processes: list[subprocess.Popen[str]] = []
 
     def train(task: str) -> None:
-        command = [sys.executable, TOOLS / 'quickstart.py', *arguments, '--only', task]
+        command = [sys.executable, str(TOOLS / 'quickstart.py'), *arguments, '--only', task]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         code = follow(processes[-1], progress)
         if code:
