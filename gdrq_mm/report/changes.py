@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .identity import file_of
 from .metrics import all_metrics, number_of, value_of
 from .recipe import flat
 from .text import number_text, printable
@@ -28,6 +29,14 @@ class Row(NamedTuple):
     first: str
     second: str
     change: str = ''
+
+
+def changes_of_two(records: Sequence[Record]) -> tuple[list[str], dict[str, list[Row]]] | None:
+    """The files of two records and what changed between them; None if there are more or fewer."""
+    once = list({record.get('path', id(record)): record for record in records}.values())
+    if len(once) != 2:
+        return None
+    return [printable(str(file_of(record))) for record in once], changes(*once)
 
 
 def changes(first: Record, second: Record) -> dict[str, list[Row]]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..core.errors import UserError
-from .changes import Row, changes
+from .changes import changes_of_two
 from .compare import (
     COLUMNS,
     NOT_MEASURED,
@@ -114,7 +114,7 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
         text_columns=TEXT_COLUMNS,
         missing=(NOT_RUN, NOT_MEASURED),
         notes=recipe_notes(records),
-        changed=_changed(records),
+        changed=changes_of_two(records),
         sort_key=sort_key,
         rows=rows,
         metrics=_metric_plots(entries),
@@ -123,16 +123,6 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
         quantities=list(QUANTITIES.values()),
         count=len(records),
         time=datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
-    )
-
-
-def _changed(records: Sequence[Record]) -> tuple[list[str], dict[str, list[Row]]] | None:
-    """The names of two records and what changed between them; None if there are more or fewer."""
-    once = list({record.get('path', id(record)): record for record in records}.values())
-    if len(once) != 2:
-        return None
-    return [printable(record.get('path') or record['checkpoint']['file'] or NOT_RECORDED) for record in once], changes(
-        *once
     )
 
 
