@@ -196,6 +196,14 @@ def test_what_is_not_installed_has_its_extra():
     assert rows['quantize, calibrate and train in plain torch'] == ('', '')
 
 
+def test_export_needs_a_newer_torch_than_training():
+    onnx = dict.fromkeys(doctor.USES['export to ONNX'], '1')
+    for number, works in (('2.1.2', False), ('2.8.0', True), ('2.13.0+cpu', True)):
+        found = doctor.Diagnosis('none', dict(torch=number, **onnx), {}, [], '')
+        (lacks,) = [row[1] for row in doctor.abilities(found) if row[0] == 'export to ONNX']
+        assert lacks.startswith('' if works else 'needs torch 2.8') and bool(lacks) != works
+
+
 @pytest.mark.full
 def test_the_doctor_looks_at_what_is_really_installed(tmp_path):
     done = gdrq('doctor')
