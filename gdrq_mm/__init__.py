@@ -19,10 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = '0.1.0'
 
-__all__ = ['after_step', 'calibrate', 'checkpoint', 'export', 'freeze', 'load', 'parameter_groups', 'quantize']
+__all__ = [
+    'after_step',
+    'allocate',
+    'calibrate',
+    'checkpoint',
+    'export',
+    'freeze',
+    'load',
+    'parameter_groups',
+    'quantize',
+]
 
 if TYPE_CHECKING:
-    from .plain import after_step, calibrate, checkpoint, export, freeze, load, parameter_groups, quantize
+    from .plain import after_step, allocate, calibrate, checkpoint, export, freeze, load, parameter_groups, quantize
 
 
 def __getattr__(name: str) -> Any:

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ..core.errors import UserError
-from ..core.modules import hooked, quant_layers
+from ..core.modules import hooked, only, quant_layers
 from ..core.quantizers import Quantizer, Stage
 from ..report.analysis import Analysis, Metric, Row, Weights, worst_first
 from ..report.damage import Damage, Meter, measure, quantized_weight, watch
 from ..report.record import MAIN_METRICS, OTHER_METRICS
-from ..report.units import Unit, choose, only, units_of
+from ..report.units import Unit, choose, units_of
 from .checkpoints import read_checkpoint
 from .cli import prepare_test
 from .data_only import data_only

@@ -1,0 +1,167 @@
+"""The answer: bits of each layer, as overrides of a config that people can read and change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .budgets import Costs, choices_of_layers
+from .choices import Choice
+from .program import Pair, Program, Sensitivities, Solution, monotone
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """A layer of the answer."""
+
+    name: str
+    bits: Pair
+    why: Pair | tuple[str, str]
+    """Why the bits of the weight and of the input are given; '' if they were chosen."""
+    sensitivities: tuple[Mapping[int, float], Mapping[int, float]]
+    """Bits -> sensitivity, of the weight and of the input; empty where they are given, or those of a layer before."""
+    bytes: float
+    share_of_size: float
+    """Of the weights of all layers."""
+    share_of_operations: float
+    """Of the bit operations of all layers."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits of each layer, and how they compare with the same bits everywhere."""
+
+    choices: Sequence[Choice]
+    program: Program
+    best: Solution
+    uniform: Sequence[Solution]
+    curve: Sequence[Solution]
+    """Answers for other limits of the first budget, from the least to the most."""
+    layers: Sequence[LayerBits]
+
+    @property
+    def overrides(self) -> dict[str, dict[str, dict[str, int]]]:
+        """What to add to `quantization.overrides`: layer -> its bits, as far as the config does not give them."""
+        found: dict[str, dict[str, dict[str, int]]] = {layer.name: {} for layer in self.layers}
+        for choice in self.choices:
+            for name in choice.layers if choice.ours else ():
+                found[name][choice.side] = dict(bits=self.best.bits[choice.name])
+        return {name: sides for name, sides in found.items() if sides}
+
+    def config(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """A `quantization` dict with these bits."""
+        return {**quantization, 'overrides': {**(quantization.get('overrides') or {}), **self.overrides}}
+
+    def summary(self, unit: str) -> list[str]:
+        """Lines that tell the budget, what is used of it, and how uniform bits compare.
+
+        Args:
+            unit: what the sensitivities are, such as 'expected rise of the loss'.
+        """
+        lines = [
+            f'Budget {each.kind}: {each.text(each.limit)}; used: {each.text(self.best.used[each.kind])}.'
+            for each in self.program.budgets
+        ]
+        lines.append(f'Mixed: {unit} {self.best.loss:.4g}.')
+        within = [each for each in self.uniform if self.program.fits(each)]
+        as_good = [each for each in self.uniform if each.loss <= self.best.loss]
+        first = self.program.budgets[0]
+        for title, uniform in (
+            ('The best uniform bits within the budget', min(within, key=lambda each: each.loss, default=None)),
+            ('The cheapest uniform bits as good', min(as_good, key=lambda each: each.used[first.kind], default=None)),
+        ):
+            if uniform is None:
+                lines.append(f'{title}: none.')
+            else:
+                used = ', '.join(each.text(uniform.used[each.kind]) for each in self.program.budgets)
+                lines.append(f'{title}: {uniform.name}, {unit} {uniform.loss:.4g}, {used}.')
+        return lines
+
+
+def allocate(
+    choices: Sequence[Choice], sensitivities: Sensitivities, limits: Mapping[str, float], costs: Costs
+) -> Allocation:
+    """Choose the bits.
+
+    Args:
+        choices: all of a model, open or given.
+        sensitivities: of the open ones.
+        limits: kind of a budget -> its limit, see :meth:`Costs.budget`.
+
+    Raises:
+        UserError: a budget is impossible.
+    """
+    known = monotone(sensitivities)
+    tables = {
+        choice.name: {b: known[choice.name][b] if len(choice.bits) > 1 else 0.0 for b in choice.bits}
+        for choice in choices
+    }
+    budgets = [costs.budget(kind, limit) for kind, limit in limits.items()]
+    program = Program(tables, choices_of_layers(choices), budgets)
+    best = program.solve()
+    layers = _layers(choices, program, best, costs)
+    return Allocation(choices, program, best, program.uniform(), program.curve(), layers)
+
+
+def _layers(choices: Sequence[Choice], program: Program, best: Solution, costs: Costs) -> list[LayerBits]:
+    by_name = {choice.name: choice for choice in choices}
+    pairs = program.pairs(best.bits)
+    macs = {row.name: row.macs for row in costs.report.layers}
+    sizes = {name: costs.weight_bytes(name, pair.weight) for name, pair in pairs.items()}
+    operations = {name: macs[name] * pair.weight * pair.input for name, pair in pairs.items()}
+    found = []
+    for name, pair in pairs.items():
+        own = [by_name[choice] for choice in program.layers[name]]
+        tables = [program.choices[c.name] if len(c.bits) > 1 and c.layers[0] == name else {} for c in own]
+        found.append(
+            LayerBits(
+                name,
+                pair,
+                (own[0].why, own[1].why if name == own[1].layers[0] else f'as {own[1].layers[0]}'),
+                (tables[0], tables[1]),
+                sizes[name],
+                sizes[name] / (sum(sizes.values()) or 1),
+                operations[name] / (sum(operations.values()) or 1),
+            )
+        )
+    return found
+
+
+def config_text(
+    allocation: Allocation, base: str, about: Sequence[str], unit: str, settings: Mapping[str, Any] = {}
+) -> str:
+    """The Python text of a config with these bits.
+
+    Args:
+        base: path of the config that it inherits, as seen from where it will lie.
+        about: comment lines for its head.
+        unit: see :meth:`Allocation.summary`.
+        settings: further assignments, name -> value; `quantization` of it is completed.
+    """
+    lines = [f'# {line}' for line in (*about, *allocation.summary(unit))]
+    lines += ['', f'_base_ = [{base!r}]']
+    lines += [f'{name} = {value!r}' for name, value in settings.items() if name != 'quantization']
+    layers = {layer.name: layer for layer in allocation.layers}
+    written = {f'{name!r}: {_as_call(sides)},': layers[name] for name, sides in allocation.overrides.items()}
+    width = max(map(len, written), default=0)
+    lines.append('quantization = dict(')
+    quantization = settings.get('quantization') or {}
+    lines += [f'    {name}={value!r},' for name, value in quantization.items() if name != 'overrides']
+    lines.append('    overrides={')
+    lines += [f'        {name!r}: {value!r},' for name, value in (quantization.get('overrides') or {}).items()]
+    lines += [f'        {text:{width}}  # {_comment(layer)}' for text, layer in written.items()]
+    return '\n'.join([*lines, '    },', ')']) + '\n'
+
+
+def _as_call(sides: Mapping[str, Mapping[str, int]]) -> str:
+    inner = ', '.join(f'{side}=dict(bits={each["bits"]})' for side, each in sides.items())
+    return f'dict({inner})'
+
+
+def _comment(layer: LayerBits) -> str:
+    parts = []
+    for letter, table, bits, why in zip('WA', layer.sensitivities, layer.bits, layer.why):
+        parts.append(f'{letter} {table[bits]:.2g}' if table else f'{letter} {why}' if why else '')
+    shares = f'{layer.share_of_size:.1%} of size, {layer.share_of_operations:.1%} of operations'
+    return '; '.join([', '.join(filter(None, parts)), shares])
