@@ -133,7 +133,7 @@ def allocate(
     _calibrate(copied, used, lambda batch: loss(copied, batch), trains_next=False)
     choices = choices_of(copied, quantization, report, bits, inputs='bitops' in limits)
     candidates = Candidates(copied, choices, quantization, report)
-    candidates.calibrate(used, lambda batch: loss(copied.eval(), batch))
+    candidates.calibrate(used, lambda batch: loss(copied, batch))
     costs = Costs(copied, report, choices, candidates, totals(copied, report).float_bytes)
     for kind, limit in limits.items():
         costs.budget(kind, limit)  # one that is wrong ends here

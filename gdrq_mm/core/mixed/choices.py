@@ -15,7 +15,7 @@ from ..config import FLOAT_BITS, Quantization, Side
 from ..convert import Report
 from ..errors import UserError
 from ..layers import QuantLayer, make_activation_quantizer, make_weight_quantizer
-from ..modules import hooked, only, quant_layers
+from ..modules import hooked, modes_kept, mute_leaves, only, quant_layers
 from ..pyramid import quantizers_of
 from ..quantizers import Quantizer, Stage
 
@@ -184,7 +184,11 @@ class Candidates:
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
-        """Start their thresholds: one float run over `batches`, as for the model's own."""
+        """Start their thresholds from one float run over `batches`; modules without children are in evaluation mode.
+
+        Args:
+            run: computes a prediction or a loss of a batch.
+        """
         inputs = [place for place in self.places if place.choice.side != 'weight']
         watched = {place.own: next(iter(place.others.values())) for place in inputs}
         for each in watched.values():
@@ -193,7 +197,8 @@ class Candidates:
             own.register_forward_hook(lambda module, args, out, first=first: _observe(first, args[0]))
             for own, first in watched.items()
         )
-        with only(self.model, []), hooked(handles):
+        with only(self.model, []), hooked(handles), modes_kept(self.model):
+            mute_leaves(self.model.train())  # some models compute a loss in training mode only
             for batch in batches:
                 run(batch)
         for place in self.places:
