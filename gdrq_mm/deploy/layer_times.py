@@ -65,7 +65,8 @@ def layer_graph(layer: TimedLayer, form: str) -> onnx.ModelProto:
         weight = np.ascontiguousarray(weight.T)
     axis = 1 if layer.operator == 'MatMul' else 0
     integer = form != 'float' and layer.operator != 'ConvTranspose'
-    nodes, stored = [], []
+    nodes: list[Any] = []
+    stored: list[Any] = []
 
     def store(name: str, value: np.ndarray) -> str:
         stored.append(numpy_helper.from_array(value, name))

@@ -50,8 +50,12 @@ class Allocation:
         return {name: sides for name, sides in found.items() if sides}
 
     def config(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
-        """A `quantization` dict with these bits."""
-        return {**quantization, 'overrides': {**(quantization.get('overrides') or {}), **self.overrides}}
+        """A `quantization` dict with these bits; what it says itself of a layer stays."""
+        overrides = dict(quantization.get('overrides') or {})
+        for name, sides in self.overrides.items():
+            own = overrides.get(name, {})
+            overrides[name] = {**own, **{side: {**own.get(side, {}), **bits} for side, bits in sides.items()}}
+        return {**quantization, 'overrides': overrides}
 
     def summary(self, unit: str) -> list[str]:
         """Lines that tell the budget, what is used of it, and how uniform bits compare.
@@ -143,25 +147,30 @@ def config_text(
     lines += ['', f'_base_ = [{base!r}]']
     lines += [f'{name} = {value!r}' for name, value in settings.items() if name != 'quantization']
     layers = {layer.name: layer for layer in allocation.layers}
-    written = {f'{name!r}: {_as_call(sides)},': layers[name] for name, sides in allocation.overrides.items()}
-    width = max(map(len, written), default=0)
+    quantization = allocation.config(settings.get('quantization') or {})
+    overrides = quantization.pop('overrides')
+    written = {name: f'{name!r}: {_as_call(sides)},' for name, sides in overrides.items()}
+    width = max(map(len, written.values()), default=0)
     lines.append('quantization = dict(')
-    quantization = settings.get('quantization') or {}
-    lines += [f'    {name}={value!r},' for name, value in quantization.items() if name != 'overrides']
+    lines += [f'    {name}={value!r},' for name, value in quantization.items()]
     lines.append('    overrides={')
-    lines += [f'        {name!r}: {value!r},' for name, value in (quantization.get('overrides') or {}).items()]
-    lines += [f'        {text:{width}}  # {_comment(layer)}' for text, layer in written.items()]
+    for name, text in written.items():
+        comment = f'  # {_comment(layers[name])}' if name in allocation.overrides else ''
+        lines.append(f'        {text:{width}}{comment}'.rstrip())
     return '\n'.join([*lines, '    },', ')']) + '\n'
 
 
-def _as_call(sides: Mapping[str, Mapping[str, int]]) -> str:
-    inner = ', '.join(f'{side}=dict(bits={each["bits"]})' for side, each in sides.items())
-    return f'dict({inner})'
+def _as_call(value: Any) -> str:
+    """A dict as people write it; its keys are names."""
+    if not isinstance(value, Mapping):
+        return repr(value)
+    return f'dict({", ".join(f"{key}={_as_call(each)}" for key, each in value.items())})'
 
 
 def _comment(layer: LayerBits) -> str:
     parts = []
     for letter, table, bits, why in zip('WA', layer.sensitivities, layer.bits, layer.why):
-        parts.append(f'{letter} {table[bits]:.2g}' if table else f'{letter} {why}' if why else '')
+        told = f'{table[bits]:.2g}' if table else '' if why == 'by config' else why
+        parts.append(f'{letter} {told}' if told else '')
     shares = f'{layer.share_of_size:.1%} of size, {layer.share_of_operations:.1%} of operations'
     return '; '.join([', '.join(filter(None, parts)), shares])

@@ -46,7 +46,7 @@ def bits_to_try(config: Quantization, bits: Sequence[int] | None, inputs: bool) 
     Raises:
         UserError: a method does not have them.
     """
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for side in SIDES if inputs else SIDES[:1]:
         settings: Side = getattr(config, side)
         allowed = settings.methods[settings.method].allowed_bits
@@ -81,7 +81,7 @@ def choices_of(
     tensors = report.plan.inputs
     weights = _joined({name: [id(layer.weight)] for name, layer in layers.items()})
     readers = _joined({n: [('tensor', tensors.get(n, n)), id(x.input_quant or n)] for n, x in layers.items()})
-    found = []
+    found: list[Choice] = []
     for side, groups in zip(SIDES, (weights, readers)):
         for group in groups:
             given = {name: _given(side, name, layers[name], config, report, side in tried) for name in group}
@@ -128,8 +128,8 @@ def _choices(
         yield Choice(f'{free[0]}.{end}', side, free, (quantized[leader],), f'as {leader}')
     elif free:
         allowed = [each.methods[each.method].allowed_bits for each in settings]
-        bits = tuple(b for b in tried or () if all(b in each for each in allowed))
-        yield Choice(f'{free[0]}.{end}', side, free, bits or (settings[0].bits,), '' if bits else 'its method')
+        common = tuple(b for b in tried or () if all(b in each for each in allowed))
+        yield Choice(f'{free[0]}.{end}', side, free, common or (settings[0].bits,), '' if common else 'its method')
 
 
 def _joined(keys: Mapping[str, Iterable[Hashable]]) -> list[list[str]]:

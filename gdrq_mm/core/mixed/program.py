@@ -132,7 +132,7 @@ class Program:
         for w in weights:
             for a in inputs:
                 wanted = {**dict.fromkeys(sides[1], a), **dict.fromkeys(sides[0], w)}
-                bits = {c: min(self.choices[c], key=lambda b, want=b: (abs(b - want), b)) for c, b in wanted.items()}
+                bits = {c: min((abs(own - b), own) for own in self.choices[c])[1] for c, b in wanted.items()}
                 found.append(self.solution(f'W{w}A{a}', bits))
         return found
 
@@ -141,7 +141,7 @@ class Program:
         first, *others = self.budgets
         low, high = self.extreme(first.kind), self.extreme(first.kind, most=True)
         found: list[Solution] = []
-        for limit in np.linspace(low, high, count):
+        for limit in np.linspace(low, high, count) if np.isfinite(low) else ():
             bits = replace(self, budgets=[replace(first, limit=limit * (1 + 1e-9)), *others])._minimize()
             if bits is not None:
                 each = self.solution('mixed', bits)
@@ -182,7 +182,7 @@ class Program:
         The second are the products of the first where these are whole, so that costs of pairs are linear.
         """
         names = [(choice, b) for choice, options in self.choices.items() for b in options]
-        start = {choice: {} for choice in self.choices}  # type: dict[str, dict[int, int]]
+        start: dict[str, dict[int, int]] = {choice: {} for choice in self.choices}
         for number, (choice, b) in enumerate(names):
             start[choice][b] = number
         pairs: dict[tuple[str, Pair], int] = {}
@@ -208,8 +208,13 @@ class Program:
                 objective[number] = value
         objective *= SCALE / (np.abs(objective).max() or 1)
         whole = np.arange(rows.columns) < len(names)
-        options = dict(mip_rel_gap=GAP, time_limit=SECONDS)
-        found = milp(objective, integrality=whole, bounds=Bounds(0, 1), constraints=rows.constraint(), options=options)
+        found = milp(
+            objective,
+            integrality=whole,
+            bounds=Bounds(0, 1),
+            constraints=rows.constraint(),
+            options=dict(mip_rel_gap=GAP, time_limit=SECONDS),
+        )
         if found.x is None:
             return None
         return {choice: max(options, key=lambda b: found.x[options[b]]) for choice, options in start.items()}

@@ -62,7 +62,7 @@ def loss_sensitivity(
 
 
 @contextmanager
-def _learning(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def _learning(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Let frozen parameters have a gradient meanwhile."""
     flags = {parameter: parameter.requires_grad for parameter in parameters}
     try:
