@@ -116,9 +116,8 @@ def allocate(
     Raises:
         UserError: the config is wrong, or no bits fit the budget: then the message names the least.
     """
-    from .core.mixed.allocation import allocate as choose
-    from .core.mixed.budgets import Costs, read_budgets
-    from .core.mixed.choices import Candidates, choices_of
+    from .core.mixed.allocation import Chooser
+    from .core.mixed.budgets import read_budgets
     from .core.mixed.sensitivity import loss_sensitivity
     from .report.layers import totals
 
@@ -131,14 +130,14 @@ def allocate(
     device = next(copied.parameters()).device
     used = [_moved(batch, device) for batch in islice(batches, quantization.calibration_batches)]
     _calibrate(copied, used, lambda batch: loss(copied, batch), trains_next=False)
-    choices = choices_of(copied, quantization, report, bits, inputs='bitops' in limits)
-    candidates = Candidates(copied, choices, quantization, report)
-    candidates.calibrate(used, lambda batch: loss(copied, batch))
-    costs = Costs(copied, report, choices, candidates, totals(copied, report).float_bytes)
-    for kind, limit in limits.items():
-        costs.budget(kind, limit)  # one that is wrong ends here
-    sensitivities = loss_sensitivity(candidates, used, lambda batch: loss(copied, batch), lambda b: len(_first(b)))
-    found = choose(choices, sensitivities, limits, costs)
+    size = totals(copied, report).float_bytes
+    chooser = Chooser(copied, quantization, report, size, bits, inputs='bitops' in limits)
+    chooser.check(limits)
+    chooser.candidates.calibrate(used, lambda batch: loss(copied, batch))
+    sensitivities = loss_sensitivity(
+        chooser.candidates, used, lambda batch: loss(copied, batch), lambda batch: len(_first(batch))
+    )
+    found = chooser.allocate(sensitivities, limits)
     if show:
         print('\n'.join(found.summary('expected rise of the loss')))
     return found

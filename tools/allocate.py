@@ -11,7 +11,7 @@ from typing import Any
 
 from gdrq_mm.core.errors import UserError, check_least
 from gdrq_mm.core.files import file_digest, write_whole
-from gdrq_mm.core.mixed.allocation import Allocation, allocate, config_text
+from gdrq_mm.core.mixed.allocation import Allocation, config_text
 from gdrq_mm.core.mixed.budgets import read_budgets
 from gdrq_mm.core.mixed.choices import bits_to_try
 from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends
@@ -21,7 +21,7 @@ from gdrq_mm.openmmlab.data_only import data_only
 from gdrq_mm.openmmlab.describe import model_name
 from gdrq_mm.openmmlab.mixed import check_target, open_chooser, prepare, search_bits, times_of, written_settings
 from gdrq_mm.openmmlab.models import read_quantization
-from gdrq_mm.openmmlab.sensitivities import SensitivityFile, measure_loss, measure_metric
+from gdrq_mm.openmmlab.sensitivities import SensitivityFile, batches_of, measure_loss, measure_metric
 from gdrq_mm.report.allocation import allocation_page, curve_picture
 
 UNITS = dict(loss='expected rise of the loss', metric='summed loss of {}', search='-log of the learned share')
@@ -71,24 +71,23 @@ def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple
     )
     sensitivities = SensitivityFile(file, about) if args.by != 'search' else None
     runner = build_runner(cfg, args)
-    times = (lambda runner: times_of(runner, args.runtime, args.threads)) if 'ms' in limits else None
 
     def start() -> Any:
-        return open_chooser(runner, args.bits, bool(limits.keys() - {'size'}), args.batches, times)
+        times = times_of(runner, args.runtime, args.threads) if 'ms' in limits else None
+        return open_chooser(runner, limits, args.bits, batches_of(runner, args.batches), times)
 
     if sensitivities is None:
         chooser, table = search_bits(runner, limits, start)
-        return allocate(chooser.choices, table, limits, chooser.costs), UNITS['search']
+        return chooser.allocate(table, limits), UNITS['search']
     runner.load_calibrated()
     with data_only(args.unsafe_load):
         chooser = start()
-        chooser.check(limits)
         if args.by == 'loss':
-            measure_loss(runner, chooser.candidates, sensitivities, chooser.batches)
+            measure_loss(runner, chooser.candidates, sensitivities, batches_of(runner, args.batches))
         else:
             measure_metric(runner, chooser.candidates, sensitivities, args.samples, args.metric)
     unit = UNITS[args.by].format(sensitivities.notes.get('title', ''))
-    return allocate(chooser.choices, sensitivities.table(chooser.candidates), limits, chooser.costs), unit
+    return chooser.allocate(sensitivities.table(chooser.candidates), limits), unit
 
 
 def run() -> None:

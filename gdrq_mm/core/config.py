@@ -207,11 +207,6 @@ class Quantization:
         """Whether a pattern of `skip` matches this layer."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip)
 
-    def says_bits(self, name: str, side: str) -> bool:
-        """Whether an override gives the bits or the method of a layer's 'weight' or 'activation'."""
-        matching = [override for p, override in self.overrides.items() if fnmatch.fnmatchcase(name, p)]
-        return any(not {'bits', 'method'}.isdisjoint(override.get(side, {})) for override in matching)
-
     def _overridden(
         self, patterns: Iterable[str], layer: str, weight: Weight, activation: Activation
     ) -> tuple[Weight, Activation]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import Runner
 
-from ..core.config import Quantization
 from ..core.errors import UserError
-from ..core.mixed.budgets import Costs, choices_of_layers
-from ..core.mixed.choices import Candidates, Choice, choices_of
-from ..core.mixed.program import Program
+from ..core.mixed.allocation import Chooser
+from ..core.mixed.budgets import choices_of_layers
 from ..core.mixed.search import BitSearch
 from ..core.modules import hooked, modes_kept, only, quant_layers
 from ..deploy.layer_times import TimedLayer, costs_of, time_layers, timed_layer
@@ -27,27 +24,10 @@ from .loading import trials_of
 from .models import bare_model
 from .runner import QuantRunner
 from .seeding import kept_random_state
-from .sensitivities import batches_of, loss_of
+from .sensitivities import loss_of
 
 NOT_IN_A_SEARCH = (CheckpointHook, EMAHook, SettleHook, StatisticsHook, StopHook)
 """Hooks for a model that is kept; that of a search is not."""
-
-
-@dataclass
-class Chooser:
-    """A model whose bits are chosen."""
-
-    runner: Any
-    choices: list[Choice]
-    candidates: Candidates
-    costs: Costs
-    batches: list[Any]
-
-    def check(self, limits: Mapping[str, float]) -> None:
-        """Raise UserError if no bits fit the budgets, before anything is measured."""
-        nothing = {choice.name: dict.fromkeys(choice.bits, 0.0) for choice in self.choices}
-        budgets = [self.costs.budget(kind, limit) for kind, limit in limits.items()]
-        Program(nothing, choices_of_layers(self.choices), budgets).solve()
 
 
 def prepare(cfg: Config, checkpoint: str, search: bool) -> None:
@@ -67,24 +47,30 @@ def prepare(cfg: Config, checkpoint: str, search: bool) -> None:
 
 
 def open_chooser(
-    runner: Any, bits: Sequence[int] | None, inputs: bool, count: int, times: Callable[[Runner], Any] | None = None
+    runner: Any,
+    limits: Mapping[str, float],
+    bits: Sequence[int] | None,
+    batches: Sequence[Any],
+    times: Mapping[str, Callable[[Any], float]] | None = None,
 ) -> Chooser:
     """The choices of a runner whose model is loaded and calibrated.
 
     Args:
-        count: training batches for the thresholds of other bits.
-        times: gives what Costs takes as `times`.
+        limits: kind of a budget -> its limit. With a size alone, inputs keep the bits of the config.
+        bits: to choose from.
+        batches: training batches for the thresholds of other bits.
+        times: see Costs.
+
+    Raises:
+        UserError: there is nothing to choose, or a budget is impossible.
     """
-    model, quantization = bare_model(runner.model), runner.quantization
-    assert isinstance(quantization, Quantization)
-    choices = choices_of(model, quantization, runner.report, bits, inputs)
-    candidates = Candidates(model, choices, quantization, runner.report)
-    batches = batches_of(runner, count)
+    model, size = bare_model(runner.model), totals(bare_model(runner.model), runner.report).float_bytes
+    inputs = bool(limits.keys() - {'size'})
+    chooser = Chooser(model, runner.quantization, runner.report, size, bits, inputs, times)
+    chooser.check(limits)
     with kept_random_state():
-        candidates.calibrate(batches, lambda batch: loss_of(runner, batch))
-    size = totals(model, runner.report).float_bytes
-    costs = Costs(model, runner.report, choices, candidates, size, times(runner) if times is not None else None)
-    return Chooser(runner, choices, candidates, costs, batches)
+        chooser.candidates.calibrate(batches, lambda batch: loss_of(runner, batch))
+    return chooser
 
 
 def times_of(runner: Any, backend: str, threads: int | None, rounds: int = 10) -> dict[str, Callable[[Any], float]]:
@@ -123,7 +109,6 @@ class BitSearchHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.chooser = chooser = self.open()
-        chooser.check(self.limits)
         budgets = [chooser.costs.budget(kind, limit) for kind, limit in self.limits.items()]
         given = {choice.name: choice.bits[0] for choice in chooser.choices if len(choice.bits) == 1}
         self.search = BitSearch(chooser.candidates, choices_of_layers(chooser.choices), given, budgets)

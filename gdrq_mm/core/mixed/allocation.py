@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn as nn
+
+from ..config import Quantization
+from ..convert import Report
 from .budgets import Costs, choices_of_layers
-from .choices import Choice
+from .choices import Candidates, Choice, choices_of
 from .program import Pair, Program, Sensitivities, Solution, monotone
 
 
@@ -83,29 +87,61 @@ class Allocation:
         return lines
 
 
-def allocate(
-    choices: Sequence[Choice], sensitivities: Sensitivities, limits: Mapping[str, float], costs: Costs
-) -> Allocation:
-    """Choose the bits.
+class Chooser:
+    """The choices of a model, quantizers for them, what they cost, and the program over them.
 
     Args:
-        choices: all of a model, open or given.
-        sensitivities: of the open ones.
-        limits: kind of a budget -> its limit, see :meth:`Costs.budget`.
+        model: quantized and calibrated.
+        config: what it was quantized by.
+        report: what quantize_model returned.
+        float_bytes: size of the deployed model in float32.
+        bits, inputs: see choices_of.
+        times: see Costs.
 
     Raises:
-        UserError: a budget is impossible.
+        UserError: there is nothing to choose, or a method does not have the bits.
     """
-    known = monotone(sensitivities)
-    tables = {
-        choice.name: {b: known[choice.name][b] if len(choice.bits) > 1 else 0.0 for b in choice.bits}
-        for choice in choices
-    }
-    budgets = [costs.budget(kind, limit) for kind, limit in limits.items()]
-    program = Program(tables, choices_of_layers(choices), budgets)
-    best = program.solve()
-    layers = _layers(choices, program, best, costs)
-    return Allocation(choices, program, best, program.uniform(), program.curve(), layers)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Quantization,
+        report: Report,
+        float_bytes: int,
+        bits: Sequence[int] | None = None,
+        inputs: bool = True,
+        times: Mapping[str, Callable[[Pair], float]] | None = None,
+    ) -> None:
+        self.choices = choices_of(model, config, report, bits, inputs)
+        self.candidates = Candidates(model, self.choices, config, report)
+        self.costs = Costs(model, report, self.choices, self.candidates, float_bytes, times)
+
+    def program(self, sensitivities: Sensitivities, limits: Mapping[str, float]) -> Program:
+        """The integer program.
+
+        Args:
+            sensitivities: of the open choices.
+            limits: kind of a budget -> its limit, see :meth:`Costs.budget`.
+        """
+        known = monotone(sensitivities)
+        tables = {c.name: {b: known[c.name][b] if len(c.bits) > 1 else 0.0 for b in c.bits} for c in self.choices}
+        budgets = [self.costs.budget(kind, limit) for kind, limit in limits.items()]
+        return Program(tables, choices_of_layers(self.choices), budgets)
+
+    def check(self, limits: Mapping[str, float]) -> None:
+        """Raise UserError if a budget is impossible, before anything is measured."""
+        self.program({choice.name: dict.fromkeys(choice.bits, 0.0) for choice in self.choices}, limits).solve()
+
+    def allocate(self, sensitivities: Sensitivities, limits: Mapping[str, float]) -> Allocation:
+        """Choose the bits; arguments as for :meth:`program`.
+
+        Raises:
+            UserError: a budget is impossible.
+        """
+        program = self.program(sensitivities, limits)
+        best = program.solve()
+        layers = _layers(self.choices, program, best, self.costs)
+        return Allocation(self.choices, program, best, program.uniform(), program.curve(), layers)
 
 
 def _layers(choices: Sequence[Choice], program: Program, best: Solution, costs: Costs) -> list[LayerBits]:

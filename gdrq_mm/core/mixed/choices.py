@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,11 +104,17 @@ def _given(
     bits = layer.bits[side != 'weight']
     if bits == FLOAT_BITS:
         return bits, 'float'
-    if config.says_bits(name, side):
+    if _overridden(config, name, side):
         return bits, 'override'
     if name in report.edges:
         return bits, report.edges[name]
     return None if chosen else (bits, 'by config')
+
+
+def _overridden(config: Quantization, name: str, side: str) -> bool:
+    """Whether an override gives the bits or the method of a layer's 'weight' or 'activation'."""
+    matching = [override for pattern, override in config.overrides.items() if fnmatch.fnmatchcase(name, pattern)]
+    return any(not {'bits', 'method'}.isdisjoint(override.get(side, {})) for override in matching)
 
 
 def _choices(
