@@ -171,6 +171,26 @@ def test_what_the_config_says_is_kept():
     assert (follower.bits, follower.why, follower.ours) == ((8,), 'as blocks.0.conv1', True)
 
 
+def test_pyramid_levels_have_one_choice():
+    """Two branches of a head read each level; with and without thresholds of their own."""
+
+    def head_forward(m, levels):
+        return [m.cls(m.one(level).relu()) + m.box(m.two(level).relu()) for level in levels]
+
+    for per_level in (False, True):
+        head = Function(head_forward, one=conv(), two=conv(), cls=conv(), box=conv())
+        model = Function(lambda m, x: m.head([m.stem(x), 3 * m.stem(x)]), stem=conv(), head=head)
+        parts = quantized(model, X, activation=dict(per_level=per_level), last=['head.cls', 'head.box'])
+        found = choices_of(*parts)
+        (shared,) = [choice for choice in found if choice.layers == ('head.one', 'head.two')]
+        assert shared.side == 'activation' and shared.bits == (2, 3, 4, 8)
+        candidates = Candidates(parts[0], found, *parts[1:])
+        assert len(candidates.places_of(shared)) == 1 + per_level
+        candidates.calibrate([X], model)
+        loss = loss_sensitivity(candidates, [X], lambda x, m=model: torch.stack(m(x)).square().mean(), len)
+        assert loss[shared.name][2] > loss[shared.name][4] > loss[shared.name][8] > 0
+
+
 def test_a_weight_of_two_layers_is_one_choice():
     model = Function(lambda m, x: m.d(m.c(m.b(m.a(x)).relu())), a=conv(), b=conv(), c=conv(), d=conv())
     model.c.weight = model.b.weight
