@@ -15,8 +15,8 @@ from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.core.mixed.allocation import config_text
-from gdrq_mm.core.mixed.budgets import Costs, read_budgets
+from gdrq_mm.core.mixed.allocation import Chooser, config_text
+from gdrq_mm.core.mixed.budgets import choices_of_layers, read_budgets
 from gdrq_mm.core.mixed.choices import Candidates, choices_of
 from gdrq_mm.core.mixed.program import Budget, Pair, Program, monotone
 from gdrq_mm.core.mixed.search import BitSearch
@@ -194,8 +194,12 @@ def test_pyramid_levels_have_one_choice():
 def test_a_weight_of_two_layers_is_one_choice():
     model = Function(lambda m, x: m.d(m.c(m.b(m.a(x)).relu())), a=conv(), b=conv(), c=conv(), d=conv())
     model.c.weight = model.b.weight
-    found = choices_of(*quantized(model, X))
-    assert ('b', 'c') in [choice.layers for choice in found if choice.side == 'weight']
+    model, config, report = quantized(model, X)
+    chooser = Chooser(model, config, report, totals(model, report).float_bytes, bits=[2, 4])
+    assert ('b', 'c') in [choice.layers for choice in chooser.choices if choice.side == 'weight']
+    budget = chooser.costs.budget('size', 1.0)
+    pairs = {name: Pair(*layer.bits) for name, layer in quant_layers(model).items()}
+    assert budget.used(pairs) == totals(model, report).bytes
 
 
 def test_bits_that_a_method_does_not_have():
@@ -267,7 +271,7 @@ def test_the_gradient_of_a_shared_input_is_the_sum_of_its_readers():
 
 
 def test_pictures_count_alike_in_batches_of_any_size():
-    """Inputs: exactly, as BN is in evaluation mode. Of weights single gradients are not known."""
+    """Inputs: exactly, as BN is in evaluation mode. Of weights single gradients are not known: B times the mean's."""
     torch.manual_seed(0)
     net = Net(Block())
     model, _, _, candidates = chooser(net, [X])
@@ -275,6 +279,11 @@ def test_pictures_count_alike_in_batches_of_any_size():
     alone = loss_sensitivity(candidates, X.split(1), half_square(model), len)
     for name in ('blocks.0.conv1.input', 'blocks.0.conv2.input'):
         assert whole[name] == pytest.approx(alone[name], rel=1e-4)
+    one, equal = (
+        loss_sensitivity(candidates, [x], half_square(model), len) for x in (X[:1], X[:1].expand(3, -1, -1, -1))
+    )
+    for name in ('blocks.0.conv1.weight', 'blocks.0.conv2.weight'):
+        assert equal[name] == pytest.approx({b: 3 * value for b, value in one[name].items()}, rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite():
@@ -317,7 +326,8 @@ def trained():
     return model.eval(), batches
 
 
-CONFIG = dict(weight=dict(bits=4), activation=dict(bits=4), overrides={'blocks.1.conv1': dict(weight=dict(bits=5))})
+OVERRIDES = {'blocks.1.conv1': dict(weight=dict(bits=5)), 'blocks.1.conv2': dict(weight=dict(groups=2))}
+CONFIG = dict(weight=dict(bits=4), activation=dict(bits=4), overrides=OVERRIDES)
 
 
 @pytest.mark.parametrize('budget', [dict(size=0.3), dict(bitops=0.03), dict(size=0.3, bitops=0.03)])
@@ -338,6 +348,7 @@ def test_the_door(budget, capsys):
     bits = {name: layer.bits for name, layer in quant_layers(model).items()}
     assert bits == {layer.name: layer.bits for layer in found.layers}
     assert bits['stem'] == bits['fc'] == (8, 8) and bits['blocks.1.conv1'][0] == 5
+    assert quant_layers(model)['blocks.1.conv2'].weight_quant.groups == 2
     assert bits['blocks.0.conv1'][1] == bits['blocks.0.downsample.0'][1]
     assert sum(layer.share_of_size for layer in found.layers) == pytest.approx(1)
     if 'bitops' not in budget:
@@ -389,20 +400,15 @@ def test_the_search_moves_towards_the_budget_and_what_the_loss_needs():
     settings = Quantization.from_dict(dict(deployable=False))
     report = quantize_model(model, settings, record(model, lambda: model(x)))
     calibrate(model, [x])
-    choices = choices_of(model, settings, report, bits=[2, 8], inputs=False)
-    candidates = Candidates(model, choices, settings, report)
-    candidates.calibrate([x], model)
-    costs = Costs(model, report, choices, candidates, totals(model, report).float_bytes)
-    uniform = costs.budget('size', 1.0)
-    layers = {layer: (f'{layer}.weight', f'{layer}.input') for layer in quant_layers(model)}
-    shared = {c: choice.name for choice in choices if choice.side == 'activation' for c in choice.layers}
-    layers = {layer: (pair[0], shared[layer]) for layer, pair in layers.items()}
-    pairs = {layer: Pair(8, a[1]) for layer, a in ((n, quant_layers(model)[n].bits) for n in layers)}
-    limit = (uniform.used(pairs) + uniform.used({**pairs, 'useless': Pair(2, pairs['useless'].input)})) / 2
-    budget = costs.budget('size', limit)
-    given = {choice.name: choice.bits[0] for choice in choices if len(choice.bits) == 1}
-    search = BitSearch(candidates, layers, given, [budget])
-    assert float(search.penalty()) >= 0
+    size = totals(model, report).float_bytes
+    chooser = Chooser(model, settings, report, size, bits=[2, 8], inputs=False)
+    chooser.candidates.calibrate([x], model)
+    whole = chooser.costs.budget('size', 1.0)
+    pairs = {name: Pair(8, layer.bits[1]) for name, layer in quant_layers(model).items()}
+    high, low = (whole.used({**pairs, 'useless': Pair(b, pairs['useless'].input)}) for b in (8, 2))
+    budget = chooser.costs.budget('size', low + 0.1 * (high - low))
+    given = {choice.name: choice.bits[0] for choice in chooser.choices if len(choice.bits) == 1}
+    search = BitSearch(chooser.candidates, choices_of_layers(chooser.choices), given, [budget])
     for step in range(60):
         (100 * (model.train()(x) - target).square().mean()).backward()
         search.step((step + 1) / 60)
@@ -411,6 +417,6 @@ def test_the_search_moves_towards_the_budget_and_what_the_loss_needs():
     for options in found.values():
         assert sum(np.exp(-value) for value in options.values()) == pytest.approx(1, abs=1e-5)
     share = {name: {b: np.exp(-value) for b, value in options.items()} for name, options in found.items()}
-    assert share['useful.weight'][8] > 0.6
+    assert share['useful.weight'][8] > 0.6 and share['useless.weight'][2] > 0.6
     assert share['useful.weight'][8] > share['useless.weight'][8]
     assert not any(layer.weight_quant._forward_hooks for layer in quant_layers(model).values())

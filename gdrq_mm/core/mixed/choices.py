@@ -88,7 +88,9 @@ def choices_of(
             given = {name: _given(side, name, layers[name], config, report, side in tried) for name in group}
             found += _choices(side, given, [_settings(side, name, config, report) for name in group], tried.get(side))
     if not any(len(choice.bits) > 1 for choice in found):
-        raise UserError('nothing is to be chosen: the config gives the bits of every layer, or its method has one')
+        raise UserError(
+            'nothing is to be chosen: the config gives the bits of every layer, or there is one choice of bits'
+        )
     return found
 
 
