@@ -371,6 +371,8 @@ def test_the_text_of_a_config_is_the_config(tmp_path):
     ('changes', 'message'),
     [
         (dict(budget=dict(size=1e-3)), r'the least is [\d,]+ bytes .* given by the config \(.*fc.* among it\)'),
+        (dict(budget=dict(size=0.3), config=dict(skip=['blocks.1.*'])), r'the least .*blocks.1.conv\d in float, '),
+        (dict(budget=dict(bitops=0.01), config=dict(skip=['blocks.1.*'])), r'the least .*blocks.1.conv\d in float, '),
         (dict(budget=dict(ms=1.0)), 'a budget in ms needs times of layers'),
         (dict(bits=[1, 4]), "bits 1: method 'gdrq' has 2 to 8 bits"),
         (dict(config=dict(weight=dict(bits=32))), 'nothing is to be chosen'),

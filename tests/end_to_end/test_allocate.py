@@ -149,7 +149,7 @@ SIZE = ('--budget', 'size=0.2')
     [
         (['FLOAT', '--budget', 'sise=1'], "budget 'sise' is not one of size, bitops, ms; did you mean 'size'"),
         (['FLOAT', '--budget', 'size=1e-3'], 'is impossible; the least is '),
-        (['FLOAT', '--budget', 'size=0.12', '--cfg-options', "quantization.skip=['*.layer4.*']"], 'the least is '),
+        (['FLOAT', '--budget', 'size=0.12', '--cfg-options', "quantization.skip=['*.layer4.*']"], 'conv2 in float, '),
         (['FLOAT', *SIZE, '--bits', '1'], "bits 1: method 'gdrq' has 2 to 8 bits for the weight of a layer"),
         (
             ['FLOAT', *SIZE, '--sensitivities', 'others.json'],

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..config import FLOAT_BITS
-from ..convert import Report
+from ..convert import LayerReport, Report
 from ..errors import UserError
 from ..modules import quant_layers
 from ..typed import near
@@ -87,10 +87,10 @@ class Costs:
         Raises:
             UserError: there are no bit operations to count.
         """
-        whole, fixed, costs = {'size': self._size, 'bitops': self._operations, 'ms': self._times}[kind]()
+        whole, fixed, costs, kept = {'size': self._size, 'bitops': self._operations, 'ms': self._times}[kind]()
         if not whole:
             raise UserError(f'budget {kind}: no layer of this model is known to cost any')
-        return Budget(kind, limit * whole if kind != 'ms' and limit <= 1 else limit, whole, fixed, costs)
+        return Budget(kind, limit * whole if kind != 'ms' and limit <= 1 else limit, whole, fixed, costs, kept)
 
     def weight_bytes(self, name: str, bits: int) -> float:
         """Bytes of a layer's weight, with a float32 step for each group; as report.layers.totals counts them."""
@@ -106,17 +106,22 @@ class Costs:
             first.setdefault(id(self.layers[name].weight), name)
         costs = {n: {pair: self.weight_bytes(n, pair.weight) for pair in self.pairs[n]} for n in first.values()}
         chosen = sum(self.layers[name].weight.numel() for name in costs) * FLOAT_BYTES
-        return self.float_bytes, self.float_bytes - chosen, costs
+        kept = {row.name: row.weights * FLOAT_BYTES for row in self._others() if self.report.plan.deployed(row.name)}
+        return self.float_bytes, self.float_bytes - chosen, costs, kept
 
     def _operations(self) -> Any:
         macs = {row.name: row.macs for row in self.report.layers}
         costs = {n: {pair: macs[n] * pair.weight * pair.input for pair in pairs} for n, pairs in self.pairs.items()}
-        fixed = 0
-        for name in macs.keys() - costs.keys():
-            weight, activation = self.layers[name].bits if name in self.layers else (FLOAT_BITS, FLOAT_BITS)
-            fixed += macs[name] * weight * activation
-        return sum(macs.values()) * FLOAT_BITS**2, fixed, costs
+        kept = {}
+        for row in self._others():
+            weight, activation = self.layers[row.name].bits if row.name in self.layers else (FLOAT_BITS, FLOAT_BITS)
+            kept[row.name] = row.macs * weight * activation
+        return sum(macs.values()) * FLOAT_BITS**2, sum(kept.values()), costs, kept
 
     def _times(self) -> Any:
         costs = {n: {p: self.times[n](p) for p in pairs} for n, pairs in self.pairs.items() if n in self.times}
-        return sum(self.times[n](Pair(FLOAT_BITS, FLOAT_BITS)) for n in costs), 0.0, costs
+        return sum(self.times[n](Pair(FLOAT_BITS, FLOAT_BITS)) for n in costs), 0.0, costs, {}
+
+    def _others(self) -> list[LayerReport]:
+        """The layers that are in no choice: float ones, and those that are not deployed."""
+        return [row for row in self.report.layers if row.name not in self.pairs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,8 @@ class Budget:
     """What is the same whatever the bits."""
     costs: Mapping[str, Mapping[Pair, float]]
     """Layer -> bits -> cost."""
+    kept: Mapping[str, float] = field(default_factory=dict)
+    """Layer that is not quantized -> its part of `fixed`."""
 
     def used(self, bits: Mapping[str, Pair]) -> float:
         """What these bits cost; layer -> bits."""
@@ -260,9 +262,11 @@ def _impossible(budget: Budget, least: float, most: float) -> str:
     given = {
         layer: next(iter(costs.values())) for layer, costs in budget.costs.items() if len(set(costs.values())) == 1
     }
-    dearest = sorted(given, key=lambda layer: -given[layer])[:3]
+    total = budget.fixed + sum(given.values())
+    given |= budget.kept
+    dearest = [f'{layer}{" in float" * (layer in budget.kept)}' for layer in sorted(given, key=lambda n: -given[n])[:3]]
     names = f' ({", ".join(dearest)}{", ..." if len(given) > 3 else ""} among it)' if given else ''
-    return f'{said}, of which {budget.text(budget.fixed + sum(given.values()))} is given by the config{names}'
+    return f'{said}, of which {budget.text(total)} is given by the config{names}'
 
 
 def monotone(sensitivities: Sensitivities) -> dict[str, dict[int, float]]:
