@@ -22,10 +22,20 @@ __version__ = '0.1.0'
 CONFIGS = Path(__file__).resolve().parent / '.mim' / 'configs'
 """The configs that the package brings: `gdrq_mm::PATH`."""
 
-__all__ = ['after_step', 'calibrate', 'checkpoint', 'export', 'freeze', 'load', 'parameter_groups', 'quantize']
+__all__ = [
+    'after_step',
+    'allocate',
+    'calibrate',
+    'checkpoint',
+    'export',
+    'freeze',
+    'load',
+    'parameter_groups',
+    'quantize',
+]
 
 if TYPE_CHECKING:
-    from .plain import after_step, calibrate, checkpoint, export, freeze, load, parameter_groups, quantize
+    from .plain import after_step, allocate, calibrate, checkpoint, export, freeze, load, parameter_groups, quantize
 
 
 def __getattr__(name: str) -> Any:

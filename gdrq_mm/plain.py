@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,20 @@ from .core.step import after_step, set_stage
 from .core.topology import Plan, record
 
 if TYPE_CHECKING:
+    from .core.mixed.allocation import Allocation
     from .deploy.export import ExportReport
 
-__all__ = ['after_step', 'calibrate', 'checkpoint', 'export', 'freeze', 'load', 'parameter_groups', 'quantize']
+__all__ = [
+    'after_step',
+    'allocate',
+    'calibrate',
+    'checkpoint',
+    'export',
+    'freeze',
+    'load',
+    'parameter_groups',
+    'quantize',
+]
 
 
 def quantize(
@@ -75,6 +87,62 @@ def quantize(
     return report
 
 
+def allocate(
+    model: nn.Module,
+    config: str | Mapping[str, Any],
+    example: Any,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    budget: Mapping[str, float],
+    bits: Sequence[int] | None = None,
+    last: Iterable[str] = (),
+    show: bool = True,
+) -> Allocation:
+    """Choose bits for each layer of a trained float model, within a budget; the model stays as it is.
+
+    A choice costs what its rounding errors raise the loss by, judged by the squared gradients of a few batches; an
+    integer program takes the least sum. Then quantize the model by `allocation.config(...)` of the `config` given here.
+
+    Args:
+        config, example, last: as for :func:`quantize`; what the config says of single layers is kept.
+        batches: the first `calibration_batches` of them are used (8 by default).
+        loss: of the model and a batch, the mean over its pictures. How many there are tells the length of the batch, or
+            of its first entry if it is a tuple or a list.
+        budget: 'size' in bytes, or up to 1 as a share of the float model; the same of 'bitops', multiply-accumulates
+            times the bits of weight and input. With a size alone, inputs keep the bits of the config.
+        bits: to choose from; by default 2, 3, 4 and 8, as far as the method has them.
+        show: print how the bits compare with uniform ones.
+
+    Raises:
+        UserError: the config is wrong, or no bits fit the budget: then the message names the least.
+    """
+    from .core.mixed.allocation import Chooser
+    from .core.mixed.budgets import read_budgets
+    from .core.mixed.sensitivity import loss_sensitivity
+    from .report.layers import totals
+
+    limits, last = read_budgets(budget), list(last)
+    if 'ms' in limits:
+        raise UserError('allocate: a budget in ms needs times of layers; tools/allocate.py measures them')
+    copied = copy.deepcopy(model)
+    report = quantize(copied, config, example, last, show=False)
+    quantization = Quantization.from_dict(_settings(config))
+    device = next(copied.parameters()).device
+    used = [_moved(batch, device) for batch in islice(batches, quantization.calibration_batches)]
+    _calibrate(copied, used, lambda batch: loss(copied, batch), trains_next=False)
+    size = totals(copied, report).float_bytes
+    chooser = Chooser(copied, quantization, report, size, bits, inputs='bitops' in limits)
+    chooser.check(limits)
+    chooser.candidates.calibrate(used, lambda batch: loss(copied, batch))
+    sensitivities = loss_sensitivity(
+        chooser.candidates, used, lambda batch: loss(copied, batch), lambda batch: len(_first(batch))
+    )
+    found = chooser.allocate(sensitivities, limits)
+    if show:
+        print('\n'.join(found.summary('expected rise of the loss')))
+    return found
+
+
 def calibrate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any], Any] | None = None) -> None:
     """Start the thresholds from the first batches; then every quantizer rounds.
 
@@ -93,8 +161,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any],
     device = next(model.parameters()).device
 
     def run(batch: Any) -> None:
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        _run(model, x.to(device) if isinstance(x, Tensor) else x)
+        _run(model, _moved(_first(batch), device))
 
     count = Quantization.from_dict(settings).calibration_batches
     wrong = _calibrate(model, islice(batches, count), predict or run)
@@ -215,6 +282,17 @@ def _settings(config: str | Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"quantize: config={config!r} is not of the form 'w4a4' or 'lsq_w2a4', nor a dict")
     method, weight, activation = match[1] or 'gdrq', int(match[2]), int(match[3])
     return dict(method=method, weight=dict(bits=weight), activation=dict(bits=activation))
+
+
+def _first(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _moved(batch: Any, device: Any) -> Any:
+    """A batch with its tensors on a device."""
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_moved(each, device) for each in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch
 
 
 def _run(model: nn.Module, example: Any) -> Any:

@@ -25,6 +25,7 @@ COMMANDS = {
     'export': True,
     'calibrate': True,
     'analyze': True,
+    'allocate': True,
     'sweep': True,
     'compare': False,
     'benchmark': False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn as nn
 
@@ -39,6 +39,8 @@ class Report:
     layers: list[LayerReport]
     outputs: list[QuantizedOutput]
     plan: Plan
+    edges: dict[str, str] = field(default_factory=dict)
+    """Name of each first and last layer -> 'first' or 'last'."""
 
 
 def float_report(model: nn.Module, plan: Plan) -> Report:
@@ -87,7 +89,7 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
         round_biases(model, plan)
     settle_in(model)
     prepare_weights(model)
-    return Report(rows, outputs, plan)
+    return Report(rows, outputs, plan, edges)
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:

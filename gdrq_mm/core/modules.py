@@ -84,6 +84,23 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
+def only(model: nn.Module, active: Iterable[Quantizer]) -> Iterator[None]:
+    """Let only the `active` quantizers of a model quantize; the others return their input unchanged.
+
+    Afterwards every quantizer is in the stage that it was in before. Nothing that a checkpoint saves changes.
+    """
+    kept, stages = set(active), {m: m.stage for m in model.modules() if isinstance(m, Quantizer)}
+    for quantizer in stages:
+        if quantizer not in kept:
+            quantizer.stage = Stage.FLOAT
+    try:
+        yield
+    finally:
+        for quantizer, stage in stages.items():
+            quantizer.stage = stage
+
+
+@contextmanager
 def uncompiled() -> Iterator[None]:
     """What torch.compile made runs as it is written, meanwhile: hooks and calibration would make it compile again."""
     if 'torch._dynamo' not in sys.modules:  # nothing is compiled, and the import would take seconds

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ..core.errors import UserError
-from ..core.modules import hooked, quant_layers
+from ..core.modules import hooked, only, quant_layers
 from ..core.quantizers import Quantizer, Stage
 from ..report.analysis import Analysis, Metric, Row, Weights, worst_first
 from ..report.damage import Damage, Meter, measure, quantized_weight, watch
 from ..report.record import MAIN_METRICS, OTHER_METRICS
-from ..report.units import Unit, choose, only, units_of
+from ..report.units import Unit, choose, units_of
 from .checkpoints import read_checkpoint
 from .cli import prepare_test
 from .data_only import data_only
@@ -105,7 +105,7 @@ class _Tick(Hook):
 
 
 @contextmanager
-def _progress(runner: Runner, runs: int, show: bool) -> Iterator[Callable[[str], None]]:
+def progress_of(runner: Runner, runs: int, show: bool) -> Iterator[Callable[[str], None]]:
     """A progress bar for `runs` runs of the test loop; yields a function that announces the next one."""
     columns = (
         BarColumn(20),
@@ -171,7 +171,7 @@ def _analyze(
     if samples is not None:
         take_samples(runner.test_loop, samples)
     pictures = len(runner.test_loop.dataloader.dataset)
-    with _progress(runner, len(units) + 2 if reference else 1, show_progress) as start:
+    with progress_of(runner, len(units) + 2 if reference else 1, show_progress) as start:
         start('everything quantized')
         rows, values = _measure(runner, units)
         if reference is None:

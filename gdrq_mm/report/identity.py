@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +30,16 @@ def method_of(record: Record) -> str:
     options = {key: value for key, value in model['options'].items() if key != 'calibration_batches'}
     if not model['deployable']:
         options['deployable'] = False
-    shown = ', '.join(f'{key.removeprefix("weight.")}={value}' for key, value in options.items())
+    shown = ', '.join(f'{key.removeprefix("weight.")}={_short(value)}' for key, value in options.items())
     return f'{names} ({shown})' if shown else names
+
+
+def _short(value: Any) -> str:
+    """A setting as text; of overrides of many layers, as in mixed precision, their number and a part of their hash."""
+    if not isinstance(value, Mapping) or len(value) < 4:
+        return str(value)
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return f'{len(value)} layers, {digest[:4]}'
 
 
 def bits_of(bits: Sequence[int]) -> str:

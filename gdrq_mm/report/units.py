@@ -7,8 +7,7 @@ A unit is a layer with its weight and input, an input that several layers read t
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.nn as nn
@@ -85,20 +84,3 @@ def choose(units: Sequence[Unit], patterns: Iterable[str]) -> list[Unit]:
     if not patterns:
         return list(units)
     return [unit for unit in units if any(fnmatch.filter(unit.readers, pattern) for pattern in patterns)]
-
-
-@contextmanager
-def only(model: nn.Module, active: Iterable[Quantizer]) -> Iterator[None]:
-    """Let only the `active` quantizers of a model quantize; the others return their input unchanged.
-
-    Afterwards every quantizer is in the stage that it was in before. Nothing that a checkpoint saves changes.
-    """
-    kept, stages = set(active), {m: m.stage for m in model.modules() if isinstance(m, Quantizer)}
-    for quantizer in stages:
-        if quantizer not in kept:
-            quantizer.stage = Stage.FLOAT
-    try:
-        yield
-    finally:
-        for quantizer, stage in stages.items():
-            quantizer.stage = stage

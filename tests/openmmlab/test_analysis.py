@@ -9,7 +9,7 @@ import torch
 
 from gdrq_mm.core import functional as F
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.core.modules import quant_layers
+from gdrq_mm.core.modules import only, quant_layers
 from gdrq_mm.core.quantizers import Quantizer, Stage
 from gdrq_mm.data import digits
 from gdrq_mm.openmmlab import analysis
@@ -17,7 +17,7 @@ from gdrq_mm.openmmlab.analysis import analyze, load, prepare, take_samples, wei
 from gdrq_mm.openmmlab.models import bare_model
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.report.analysis import analysis_table, cost_picture, weight_sheet
-from gdrq_mm.report.units import choose, only, units_of
+from gdrq_mm.report.units import choose, units_of
 from tests.helpers import same
 from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, task_config, tiny_config
 

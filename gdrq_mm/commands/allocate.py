@@ -1,0 +1,116 @@
+"""Choose bits for each layer within a budget, and write a config with them that can be read and changed.
+
+Three ways to judge bits: by the gradients of the loss (minutes), by the metric with one layer quantized at a time (a
+test run for each layer and number of bits; it goes on where it stopped), or by learning them in a training.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError, check_least, command
+from ..core.files import file_digest, write_whole
+from ..core.mixed.allocation import Allocation, config_text
+from ..core.mixed.budgets import read_budgets
+from ..core.mixed.choices import bits_to_try
+from ..deploy.runtime import RUNTIMES, installed_backends
+from ..openmmlab.amp import use_amp
+from ..openmmlab.cli import add_config_arguments, build_runner, load_config
+from ..openmmlab.data_only import data_only
+from ..openmmlab.describe import model_name
+from ..openmmlab.mixed import check_target, open_chooser, prepare, search_bits, times_of, written_settings
+from ..openmmlab.models import read_quantization
+from ..openmmlab.sensitivities import SensitivityFile, batches_of, measure_loss, measure_metric
+from ..report.allocation import allocation_page, curve_picture
+
+UNITS = dict(loss='expected rise of the loss', metric='summed loss of {}', search='-log of the learned share')
+"""Way -> what its sensitivities are."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='path of a quantized config')
+    parser.add_argument('checkpoint', help='path of the float checkpoint, or of a quantized one')
+    add_config_arguments(parser)
+    parser.add_argument(
+        '--budget',
+        nargs='+',
+        required=True,
+        metavar='KIND=LIMIT',
+        help='size (bytes) and bitops (bit operations), up to 1 as a share of the float model; ms in a runtime',
+    )
+    parser.add_argument('--out', type=Path, required=True, help='config to write, NAME.py, with NAME.html and NAME.png')
+    parser.add_argument('--bits', type=int, nargs='+', help='to choose from (default: 2 3 4 8 that the method has)')
+    parser.add_argument('--by', choices=list(UNITS), default='loss', help='how bits are judged (default: %(default)s)')
+    parser.add_argument('--sensitivities', type=Path, help='JSON file (default: WORK_DIR/sensitivities_BY.json)')
+    parser.add_argument('--batches', type=int, default=8, help='training batches to look at (default: %(default)s)')
+    parser.add_argument('--samples', type=int, help='--by metric: so many test pictures, evenly spaced (default: all)')
+    parser.add_argument('--metric', help="--by metric: its key (default: the task's main one)")
+    parser.add_argument('--amp', action='store_true', help='--by search: automatic mixed precision')
+    parser.add_argument(
+        '--runtime', choices=list(RUNTIMES), default='onnxruntime', help='for ms (default: %(default)s)'
+    )
+    parser.add_argument('--threads', type=int, help="for ms (default: the runtime's choice)")
+    args = parser.parse_args()
+    if args.launcher != 'none':
+        raise UserError('--launcher: bits are chosen in one process')
+    check_least(args, batches=1, samples=1, threads=1)
+    return args
+
+
+def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple[Allocation, str]:
+    """Measure and choose; the answer, and what its sensitivities are."""
+    file = args.sensitivities or Path(cfg.work_dir) / f'sensitivities_{args.by}.json'
+    about = dict(
+        by=args.by,
+        checkpoint=file_digest(args.checkpoint) or args.checkpoint,
+        quantization=cfg.quantization.to_dict(),
+        batches=args.batches,
+        **(dict(samples=args.samples, metric=args.metric) if args.by == 'metric' else {}),
+    )
+    sensitivities = SensitivityFile(file, about) if args.by != 'search' else None
+    runner = build_runner(cfg, args)
+
+    def start() -> Any:
+        times = times_of(runner, args.runtime, args.threads) if 'ms' in limits else None
+        return open_chooser(runner, limits, args.bits, batches_of(runner, args.batches), times)
+
+    if sensitivities is None:
+        chooser, table = search_bits(runner, limits, start)
+        return chooser.allocate(table, limits), UNITS['search']
+    runner.load_calibrated()
+    with data_only(args.unsafe_load):
+        chooser = start()
+        if args.by == 'loss':
+            measure_loss(runner, chooser.candidates, sensitivities, batches_of(runner, args.batches))
+        else:
+            measure_metric(runner, chooser.candidates, sensitivities, args.samples, args.metric)
+    unit = UNITS[args.by].format(sensitivities.notes.get('title', ''))
+    return chooser.allocate(sensitivities.table(chooser.candidates), limits), unit
+
+
+def main() -> None:
+    args = parse_args()
+    limits = read_budgets(args.budget)
+    cfg = load_config(args)
+    base = check_target(args.out, args.config)
+    if args.amp:
+        if args.by != 'search':
+            raise UserError('--amp is for --by search')
+        use_amp(cfg)
+    if 'ms' in limits and args.runtime not in installed_backends():
+        raise UserError(f"{args.runtime} is not installed: uv pip install 'gdrq-mm[deploy]'")
+    prepare(cfg, args.checkpoint, args.by == 'search')
+    bits_to_try(read_quantization(cfg), args.bits, bool(limits.keys() - {'size'}))
+    settings = written_settings(cfg, {**(args.cfg_options or {}), **(args.cfg_values or {})}, args.checkpoint)
+    found, unit = judge(cfg, args, limits)
+    name = model_name(cfg)
+    about = [f'{name} in mixed precision, chosen by tools/allocate.py --by {args.by}. Change what you like.']
+    if 'ms' in limits:
+        about.append(f'Times: the sum of its layers, each alone, in {args.runtime}.')
+    facts = dict(config=args.config, checkpoint=args.checkpoint, sha256=file_digest(args.checkpoint) or '', by=args.by)
+    write_whole(args.out.with_suffix('.png'), curve_picture(found, unit))
+    write_whole(args.out.with_suffix('.html'), allocation_page(found, unit, name, facts).encode())
+    write_whole(args.out, config_text(found, base, about, unit, settings).encode())
+    print('\n'.join(found.summary(unit)))
+    print(f'Wrote {args.out}, and beside it .html and .png; train it: {command("train")} {args.out}')

@@ -1,0 +1,127 @@
+"""Budgets: what the layers of a model cost with each number of bits, in bytes, bit operations or milliseconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.nn as nn
+
+from ..config import FLOAT_BITS
+from ..convert import LayerReport, Report
+from ..errors import UserError
+from ..modules import quant_layers
+from ..typed import near
+from .choices import Candidates, Choice
+from .program import UNITS, Budget, Pair
+
+FLOAT_BYTES = 4
+
+
+def read_budgets(given: Iterable[str] | Mapping[str, Any]) -> dict[str, float]:
+    """Kind -> limit, from texts such as 'size=0.125' or a dict.
+
+    Raises:
+        UserError: a kind is unknown or given twice, or a limit is no positive number.
+    """
+    pairs = given.items() if isinstance(given, Mapping) else [text.partition('=')[::2] for text in given]
+    found: dict[str, float] = {}
+    for kind, value in pairs:
+        if kind not in UNITS:
+            raise UserError(f'budget {kind!r} is not one of {", ".join(UNITS)}{near(kind, UNITS)}')
+        if kind in found:
+            raise UserError(f'budget {kind} is given twice')
+        try:
+            found[kind] = float(value)
+        except (TypeError, ValueError):
+            raise UserError(f'budget {kind}={value!r} is no number') from None
+        if not (math.isfinite(found[kind]) and found[kind] > 0):
+            raise UserError(f'budget {kind}={value} is not above 0')
+    if not found:
+        raise UserError(f'no budget is given; write {", ".join(f"{kind}=..." for kind in UNITS)}')
+    return found
+
+
+def choices_of_layers(choices: Iterable[Choice]) -> dict[str, tuple[str, str]]:
+    """Layer -> name of the choice of its weight, and of its input."""
+    sides: dict[str, dict[str, str]] = {'weight': {}, 'activation': {}}
+    for choice in choices:
+        sides[choice.side].update(dict.fromkeys(choice.layers, choice.name))
+    return {layer: (weight, sides['activation'][layer]) for layer, weight in sides['weight'].items()}
+
+
+class Costs:
+    """Makes the budgets of one model.
+
+    Args:
+        model, report: quantized, and what quantize_model returned.
+        choices: all, open or given.
+        candidates: quantizers for the open ones.
+        float_bytes: size of the deployed model in float32.
+        times: layer -> milliseconds by the bits of its weight and input; only a budget in ms needs it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        report: Report,
+        choices: Sequence[Choice],
+        candidates: Candidates,
+        float_bytes: int,
+        times: Mapping[str, Callable[[Pair], float]] | None = None,
+    ) -> None:
+        self.model, self.report, self.float_bytes, self.times = model, report, float_bytes, times or {}
+        bits = {choice.name: choice.bits for choice in choices}
+        self.pairs = {
+            layer: [Pair(w, a) for w in bits[weight] for a in bits[input]]
+            for layer, (weight, input) in choices_of_layers(choices).items()
+        }
+        self.layers = quant_layers(model)
+        weights = [place for place in candidates.places if place.choice.side == 'weight']
+        self.groups = {place.layer: {b: other.groups for b, other in place.others.items()} for place in weights}
+
+    def budget(self, kind: str, limit: float) -> Budget:
+        """A budget; the limit of a size or of bit operations up to 1 is a share of the float model.
+
+        Raises:
+            UserError: there are no bit operations to count.
+        """
+        whole, fixed, costs, kept = {'size': self._size, 'bitops': self._operations, 'ms': self._times}[kind]()
+        if not whole:
+            raise UserError(f'budget {kind}: no layer of this model is known to cost any')
+        return Budget(kind, limit * whole if kind != 'ms' and limit <= 1 else limit, whole, fixed, costs, kept)
+
+    def weight_bytes(self, name: str, bits: int) -> float:
+        """Bytes of a layer's weight, with a float32 step for each group; as report.layers.totals counts them."""
+        layer = self.layers[name]
+        if bits == FLOAT_BITS:
+            return layer.weight.numel() * FLOAT_BYTES
+        groups = self.groups[layer][bits] if layer in self.groups else layer.weight_quant.groups
+        return layer.weight.numel() * bits / 8 + groups * FLOAT_BYTES
+
+    def _size(self) -> Any:
+        first: dict[int, str] = {}  # a weight that two layers have counts once
+        for name in self.pairs:
+            first.setdefault(id(self.layers[name].weight), name)
+        costs = {n: {pair: self.weight_bytes(n, pair.weight) for pair in self.pairs[n]} for n in first.values()}
+        chosen = sum(self.layers[name].weight.numel() for name in costs) * FLOAT_BYTES
+        kept = {row.name: row.weights * FLOAT_BYTES for row in self._others() if self.report.plan.deployed(row.name)}
+        return self.float_bytes, self.float_bytes - chosen, costs, kept
+
+    def _operations(self) -> Any:
+        macs = {row.name: row.macs for row in self.report.layers}
+        costs = {n: {pair: macs[n] * pair.weight * pair.input for pair in pairs} for n, pairs in self.pairs.items()}
+        kept = {}
+        for row in self._others():
+            weight, activation = self.layers[row.name].bits if row.name in self.layers else (FLOAT_BITS, FLOAT_BITS)
+            kept[row.name] = row.macs * weight * activation
+        return sum(macs.values()) * FLOAT_BITS**2, sum(kept.values()), costs, kept
+
+    def _times(self) -> Any:
+        costs = {n: {p: self.times[n](p) for p in pairs} for n, pairs in self.pairs.items() if n in self.times}
+        return sum(self.times[n](Pair(FLOAT_BITS, FLOAT_BITS)) for n in costs), 0.0, costs, {}
+
+    def _others(self) -> list[LayerReport]:
+        """The layers that are in no choice: float ones, and those that are not deployed."""
+        return [row for row in self.report.layers if row.name not in self.pairs]
