@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import torch
 
-MULTIARRAY = np._core.multiarray
+MULTIARRAY = (np._core if hasattr(np, '_core') else np.core).multiarray  # NumPy 2, and 1
 
 
 class Call:
