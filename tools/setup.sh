@@ -24,8 +24,10 @@ fits() {  # a Python that runs, of a version this stack is tested with
   found=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) && [[ " $pythons " = *" $found "* ]]
 }
 if [ -z "${PYTHON:-}" ]; then
-  for PYTHON in $(printf 'python%s ' $pythons) "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/python python3; do
-    fits "$PYTHON" && break
+  for version in $pythons; do
+    for PYTHON in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+      fits "$PYTHON" && break 2
+    done
   done
 fi
 fits "$PYTHON" || {

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from .errors import UserError
 
-TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
-"""Major and minor version."""
+ONNX = (2, 8)
+"""From here on torch exports integers: open axes by Dim.DYNAMIC are of 2.6, torch.onnx.ops of 2.8."""
 
-EXPORTS = TORCH >= (2, 8)
-"""Whether torch can export integers to ONNX: open axes by Dim.DYNAMIC are of 2.6, torch.onnx.ops of 2.8."""
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(map(int, text.split('.')[:2]))
+
+
+TORCH = version_of(torch.__version__)
+EXPORTS = TORCH >= ONNX
 
 
 def check_export() -> None:
@@ -36,7 +42,7 @@ def check_export() -> None:
 
 def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms] or [torch.zeros(())]))
 
 
 total_norm: Callable[[Sequence[Tensor]], Tensor] = getattr(torch.nn.utils, 'get_total_norm', _total_norm)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 
+CONFIGS = Path(__file__).resolve().parents[1] / '.mim' / 'configs'
 UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
 ONEDL = ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain')
 
@@ -53,11 +54,10 @@ def mend_bases() -> None:
     """Make `_base_ = 'mmseg::...'` and `_base_ = 'gdrq_mm::...'` work.
 
     onedl-mmengine 0.10.12 maps the former to mmsegmentation, a package that its stack does not have. Neither it nor
-    mmengine 0.10.7 accepts a package that it does not list. They give what a base config of a package builds the package's name as `_scope_`,
-    where registries are looked for; ours has none, so that the scope is the config's default_scope. Not reported
-    upstream.
+    mmengine 0.10.7 accepts a package that it does not list, and both look for an editable one where it does not lie.
+    They give what a base config of a package builds the package's name as `_scope_`, where registries are looked for;
+    ours has none, so that the scope is the config's default_scope. Not reported upstream.
     """
-    MODULE2PACKAGE.update(gdrq_mm='gdrq_mm')
     if not _installed('mmsegmentation'):
         MODULE2PACKAGE.update(mmseg='mmseg')
     if Config._get_cfg_path is not _path_and_scope:
@@ -69,8 +69,10 @@ _get_cfg_path = Config._get_cfg_path
 
 def _path_and_scope(path: str, filename: str) -> tuple[str, str | None]:
     """Path of a base config, and the scope of what it builds; None if its package has no registries."""
-    path, scope = _get_cfg_path(path, filename)
-    return path, scope if scope and find_spec(f'{scope}.registry') else None
+    package, _, name = path.partition('::')
+    if package == 'gdrq_mm' and name:
+        return str(CONFIGS / name), None
+    return _get_cfg_path(path, filename)
 
 
 def check_environment() -> None:
