@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import torch
 
-MULTIARRAY = (np._core if hasattr(np, '_core') else np.core).multiarray  # NumPy 2, and 1
+MULTIARRAY = (np.core if np.__version__ < '2' else np._core).multiarray
 
 
 class Call:

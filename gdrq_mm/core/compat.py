@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from .errors import UserError
@@ -50,6 +51,11 @@ total_norm: Callable[[Sequence[Tensor]], Tensor] = getattr(torch.nn.utils, 'get_
 
 is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', torch._utils.is_compiling)
 """Whether torch.compile traces; public from 2.3 on."""
+
+
+def after_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Call a hook when a module has put itself into a state dict: register_state_dict_post_hook, public from 2.5 on."""
+    getattr(module, 'register_state_dict_post_hook', module._register_state_dict_hook)(hook)
 
 
 @contextmanager
