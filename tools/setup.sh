@@ -75,7 +75,7 @@ if [ -z "$(ls "$cache/$name"/*.whl 2>/dev/null)" ]; then
   # A file of mmcv takes 1 to 3 seconds where torch's headers (400 MB) are compiled before, else 8. The compiler reads
   # them as text where this failed or where its options are not those of the header.
   options="-g0 -O2 -pthread"
-  torch=$("$python" -c 'import torch.utils.cpp_extension as c; print(c.include_paths()[0])')
+  torch=$("$python" -W ignore -c 'import torch.utils.cpp_extension as c; print(c.include_paths()[0])' 2>/dev/null)
   # torch before 2.7 is built with the older names of the standard library
   abi=$("$python" -c 'import torch; print("" if torch._C._GLIBCXX_USE_CXX11_ABI else "-D_GLIBCXX_USE_CXX11_ABI=0")')
   echo '#include <torch/types.h>' >"$headers/torch.h"
