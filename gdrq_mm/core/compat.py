@@ -26,6 +26,8 @@ def version_of(text: str) -> tuple[int, ...]:
 
 TORCH = version_of(torch.__version__)
 EXPORTS = TORCH >= ONNX
+COMPILES = TORCH >= (2, 6)
+"""Whether torch.compile traces quantized models; 2.1 does not, and set_stance is of 2.6."""
 
 
 def check_export() -> None:
@@ -60,8 +62,8 @@ def after_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """What torch.compile made runs as it is written, meanwhile; before torch 2.6 it may be compiled anew."""
-    if TORCH < (2, 6):
+    """What torch.compile made runs as it is written, meanwhile."""
+    if not COMPILES:
         yield
         return
     with torch.compiler.set_stance('force_eager'):
