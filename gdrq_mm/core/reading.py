@@ -115,8 +115,6 @@ def _read_archive(file: BinaryIO, names: Mapping[str, Any], size: int) -> Any:
                 read[key] = (
                     torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
                 )
-            if len(read[key]) != count * dtype.itemsize:
-                raise ValueError(f'a storage of {count} numbers has {len(read[key])} bytes')
             return Storage(read[key], dtype)
 
         return Unpickler(io.BytesIO(archive.read(f'{folder}/data.pkl')), names, storage, 'utf-8').load()
