@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import torch
 
-MULTIARRAY = np._core.multiarray
+MULTIARRAY = (np.core if np.__version__ < '2' else np._core).multiarray
 
 
 class Call:
@@ -94,6 +94,7 @@ LARGE = {
     'bytes of 64 GB': Call(bytes, 1 << 36),
     'a tensor of 64 GB': Call(torch.FloatTensor, 1 << 34),
     'a tensor that repeats a value': torch.zeros(1).expand(1 << 36),
+    'a set of a tensor that repeats a value': Call(set, torch.zeros(1).expand(1 << 20)),
     'lists of lists': nested(300),
     'a list of itself': cycle(),
     'a list that is shared': shared(40),

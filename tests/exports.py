@@ -11,7 +11,6 @@ from gdrq_mm.deploy.packed import write_packed
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import export_graphs, write_bundle
 from gdrq_mm.openmmlab.cli import read_config
-from gdrq_mm.openmmlab.end2end import export_end2end
 from tests.helpers import ROOT
 
 CONFIGS = dict(
@@ -59,6 +58,8 @@ def export_whole(name, folder):
     Returns:
         Its name, config, path of a checkpoint, folder of the export, and the picture that it was calibrated with.
     """
+    from gdrq_mm.openmmlab.end2end import export_end2end  # torch before 2.4 has not what it needs
+
     cfg = read_config(ROOT / 'configs' / CONFIGS[name])
     # A float32 sum may fall on the other side of a tie, which depends on the processor. With 4 bits one such code
     # changes most outputs of a model that has not been trained; with 8 it hardly moves them.

@@ -15,6 +15,7 @@ from tests.exports import LONGER, export_whole
 from tests.helpers import ENV
 from tests.runs import COUNTS, SCENES, checkpoint_of, tiny_config
 
+TOLD = 'ONNX export needs torch 2.8 or newer'
 # mmengine formats the config for every checkpoint; here each text is formatted once.
 _format = yapf_api.FormatCode
 _formatted = functools.cache(lambda text, style: _format(text, style_config=dict(style)))
@@ -106,6 +107,8 @@ def run_in(tmp_path_factory):
         server.stdin.flush()
         codes = map(int, server.stdout.readline().split())
         texts = [[Path(path).read_text() for path in paths] for paths in outputs]
+        if any(TOLD in text for each in texts for text in each):  # as in this process, see conftest.py
+            pytest.skip(TOLD)
         return [subprocess.CompletedProcess(command, code, *text) for code, text in zip(codes, texts)]
 
     command = [sys.executable, '-c', SERVER]

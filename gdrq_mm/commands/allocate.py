@@ -101,7 +101,9 @@ def main() -> None:
     if 'ms' in limits and args.runtime not in installed_backends():
         raise UserError(f"{args.runtime} is not installed: uv pip install 'gdrq-mm[deploy]'")
     prepare(cfg, args.checkpoint, args.by == 'search')
-    bits_to_try(read_quantization(cfg), args.bits, bool(limits.keys() - {'size'}))
+    quantization = read_quantization(cfg)
+    assert quantization is not None, 'prepare() refuses a float config'
+    bits_to_try(quantization, args.bits, bool(limits.keys() - {'size'}))
     settings = written_settings(cfg, {**(args.cfg_options or {}), **(args.cfg_values or {})}, args.checkpoint)
     found, unit = judge(cfg, args, limits)
     name = model_name(cfg)

@@ -66,7 +66,7 @@ def main() -> None:
         start = state_of(start)
     found = analyze(runner, args.layers, args.samples, args.metric, None if args.no_metric else args.reference)
     about = dict(
-        time=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         task=task_of(cfg),
         model=dict(name=model_name(cfg), **runner.describe()),
         config=args.config,

@@ -10,6 +10,7 @@ from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.table import Table
 
+from ..core.compat import check_export
 from ..core.config import Quantization
 from ..core.errors import UserError, command
 from ..core.files import check_writable
@@ -22,8 +23,7 @@ from ..openmmlab.apis import infer, init_model
 from ..openmmlab.bundle import example_inputs, export_graphs, write_bundle
 from ..openmmlab.cli import ConfigOptions, add_unsafe_load, check_data
 from ..openmmlab.data_only import data_only
-from ..openmmlab.decode.boxes import NotCovered
-from ..openmmlab.end2end import EndToEnd, export_end2end
+from ..openmmlab.deployed import EndToEnd
 from ..openmmlab.parts import parts_of
 from ..openmmlab.tasks import task_of
 
@@ -157,6 +157,9 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str,
     for name in RUNTIMES:
         if target == 'both' and name not in installed:
             CONSOLE.print(f"{name} is not installed and was not compared: uv pip install 'gdrq-mm[deploy]'")
+    from ..openmmlab.decode.boxes import NotCovered  # torch before 2.4 has not what they are made of
+    from ..openmmlab.end2end import export_end2end
+
     end2end: EndToEnd | str
     try:
         end2end = export_end2end(model, report, lambda: infer(model, image))
@@ -223,6 +226,8 @@ def main() -> None:
         raise UserError(f'--for {args.target}: a packed file is for no runtime')
     if is_packed(args.checkpoint):
         raise UserError(f'{args.checkpoint} is packed already; export the checkpoint of the training')
+    if args.format == 'onnx':
+        check_export()
     model = init_model(args.config, args.checkpoint, 'cpu', args.cfg_options, args.unsafe_load)
     if 'quantization' not in model.cfg:
         raise UserError(f'{args.config} has no quantization: there are no integers to export')

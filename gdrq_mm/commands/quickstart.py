@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TextIO
 
 import cv2
-import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import CONFIGS
+from ..core.compat import has_bfloat16
 from ..core.errors import UserError
 from ..core.files import check_writable
 from ..data import digits
@@ -69,7 +69,7 @@ def prepare(config: str, work_dir: Path, epochs: int | None, load_from: str | No
         cfg.train_cfg.max_epochs = epochs
         schedules = cfg.param_scheduler if isinstance(cfg.param_scheduler, list) else [cfg.param_scheduler]
         schedules[-1].update({key: epochs for key in ('T_max', 'end') if key in schedules[-1]})
-    if task_of(cfg) != 'det' and torch.cpu.get_capabilities().get('avx512_bf16'):
+    if task_of(cfg) != 'det' and has_bfloat16():
         use_amp(cfg)  # a third faster where the processor has instructions for it, slower where not
     return cfg
 

@@ -17,7 +17,10 @@ def file_digest(path: str | Path) -> str | None:
     if not os.path.isfile(path):
         return None
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .compat import after_state_dict
 from .config import FLOAT_BITS, Activation, Quantization, Weight
 from .errors import UserError
 from .fused import fused
@@ -76,7 +77,7 @@ class QuantLayer(ModeOfModel):
         self.activation_settings = activation
         self.weight_quant = make_weight_quantizer(weight, self.filters())
         self.own_input_quant: InputQuant | None = make_activation_quantizer(activation)
-        self.register_state_dict_post_hook(_settle)  # type: ignore[attr-defined]
+        after_state_dict(self, _settle)  # type: ignore[arg-type]
 
     @property
     def pyramid_levels(self) -> int:

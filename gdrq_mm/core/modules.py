@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn as nn
 
+from . import compat
 from .layers import QuantLayer
 from .quantizers import ActivationQuantizer, FollowingQuantizer, ModeOfModel, Quantizer, Stage
 
@@ -106,7 +106,7 @@ def uncompiled() -> Iterator[None]:
     if 'torch._dynamo' not in sys.modules:  # nothing is compiled, and the import would take seconds
         yield
         return
-    with torch.compiler.set_stance('force_eager'):
+    with compat.uncompiled():
         yield
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import functional as F
 from . import kernels
+from .compat import is_compiling
 from .layers import QuantLayer
 from .modules import every_module
 from .quantizers import WeightQuantizer
@@ -30,7 +31,7 @@ def prepare_weights(model: nn.Module) -> None:
 
 
 def _prepare(model: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():  # layers quantize their weights where they are traced
+    if is_compiling():  # layers quantize their weights where they are traced
         return
     layers = [module for module in every_module(model) if isinstance(module, QuantLayer)]
     _forget(layers)
@@ -39,7 +40,7 @@ def _prepare(model: nn.Module, args: Any) -> None:
 
 
 def _end(model: nn.Module, args: Any, out: Any) -> None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     model.in_forward = False  # type: ignore[assignment]
     if not torch.is_grad_enabled():  # else a backward pass may run parts of the forward again

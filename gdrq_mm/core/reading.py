@@ -1,35 +1,29 @@
-"""Checkpoints and pickles read as data: nothing in them runs, and nothing takes more memory than the file has bytes.
-
-A pickle is a program that may call anything it names. Here the names of NumPy stand for classes of this module, which
-check what they are given; of torch's own names those count that torch.load(weights_only=True) knows.
-"""
+"""Checkpoints and pickles read as data: nothing in them runs, and nothing takes more memory than the file has bytes."""
 
 from __future__ import annotations
 
-import codecs
 import io
-import math
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import UserError
+from .unpickling import PLAIN, TENSORS, Stand, Storage, StorageType, Unpickler
 
 DEPTH = 100
 """Containers inside each other that a file may have (ours)."""
 SMALL = 1 << 20
 """Bytes or values that a file of any size may hold (ours)."""
-_DTYPE = re.compile(r'[<>|=]?(b1|\?|[iu][1248]|f[248]|c8|c16|[US]\d{1,9})')
 _REFUSED = re.compile(r'(GLOBAL [\w.]+|Unsupported (?:global|class|attribute|array|name)[^\n]*|Can only build[^\n]*)')
 
 
@@ -57,27 +51,23 @@ def read_torch(
     if size == 0:
         raise UserError(f'checkpoint {path} is empty')
 
-    def source() -> Any:
-        return str(path) if content is None else io.BytesIO(content)
-
     try:
-        if zipfile.is_zipfile(source()):
-            _check_archive(source(), size)
-        if unsafe:
-            return torch.load(source(), map_location='cpu', weights_only=False)
-        with _only({**PLAIN, **(names or {})}):
-            loaded = torch.load(source(), map_location='cpu', weights_only=True)
-        return _Finisher(size).finish(loaded)
+        with open(path, 'rb') if content is None else io.BytesIO(content) as file:
+            zipped = file.read(4) == b'PK\3\4'
+            if zipped:
+                _check_archive(file, size)
+            file.seek(0)
+            if unsafe:
+                return torch.load(file, map_location='cpu', weights_only=False)
+            read = _read_archive if zipped else _read_old_format
+            return _Finisher(size).finish(read(file, {**TENSORS, **(names or {})}, size))
     except Exception as error:  # a damaged file can raise anything in the unpickler
         refused = _REFUSED.search(str(error))
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(
                 f'checkpoint {path} holds more than tensors and plain data and was not loaded: {refused[1]}{hint}'
             ) from None
-        reason = f'{type(error).__name__} {error}'.splitlines()[0]
-        if 'Weights only load failed' in reason:  # followed by advice that is not ours
-            reason = 'it cannot be read as tensors and plain data'
-        raise UserError(f'checkpoint {path} is truncated or damaged: {reason}') from None
+        raise UserError(f'checkpoint {path} is truncated or damaged: {_reason(error)}') from None
 
 
 def read_pickle(content: bytes, name: str, encoding: str = 'ASCII', hint: str = '') -> Any:
@@ -91,13 +81,94 @@ def read_pickle(content: bytes, name: str, encoding: str = 'ASCII', hint: str = 
         UserError: damaged, or with anything else in it.
     """
     try:
-        return _Finisher(len(content)).finish(_PlainUnpickler(io.BytesIO(content), encoding=encoding).load())
+        return _Finisher(len(content)).finish(Unpickler(io.BytesIO(content), PLAIN, encoding=encoding).load())
     except Exception as error:  # a damaged file can raise anything in the unpickler
-        reason = f'{type(error).__name__} {error}'.splitlines()[0]
         refused = _REFUSED.search(str(error))
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(f'{name} holds more than plain data and was not loaded: {refused[1]}{hint}') from None
-        raise UserError(f'{name} is no pickle of plain data: {reason}') from None
+        raise UserError(f'{name} is no pickle of plain data: {_reason(error)}') from None
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) if type(error) is ValueError else f'{type(error).__name__} {error}'
+    return text.splitlines()[0]
+
+
+# ---- the two formats of torch.save ----------------------------------------------------------------------------------
+
+_MAGIC, _FORMAT = 0x1950A86A20F9469CFC6C, 1001
+"""What a file in the format of before torch 1.6 begins with."""
+
+
+def _read_archive(file: BinaryIO, names: Mapping[str, Any], size: int) -> Any:
+    """The value in a zip file: `data.pkl`, and a part for each storage."""
+    with zipfile.ZipFile(file) as archive:
+        folder, parts = archive.namelist()[0].partition('/')[0], set(archive.namelist())
+        if f'{folder}/byteorder' in parts and archive.read(f'{folder}/byteorder').decode() != sys.byteorder:
+            raise ValueError('its numbers have the byte order of another kind of processor')
+        read: dict[str, Tensor] = {}
+
+        def storage(kind: Any, key: Any, location: Any, count: Any, *others: Any) -> Storage:
+            dtype = _storage_dtype(kind, key, count)
+            if key not in read:
+                content = bytearray(archive.read(f'{folder}/data/{key}'))
+                read[key] = (
+                    torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+                )
+            return Storage(read[key], dtype)
+
+        return Unpickler(io.BytesIO(archive.read(f'{folder}/data.pkl')), names, storage, 'utf-8').load()
+
+
+def _read_old_format(file: Any, names: Mapping[str, Any], size: int) -> Any:
+    """The value in a file of the format before torch 1.6, which published checkpoints have: pickles, then storages."""
+    source: Any = _Clipped(file, size)
+    try:
+        known = Unpickler(source, {}).load() == _MAGIC and Unpickler(source, {}).load() == _FORMAT
+    except Exception:
+        known = False
+    if not known:
+        raise ValueError('it cannot be read as tensors and plain data')
+    Unpickler(source, {}).load()  # about the machine that wrote it
+    empty: dict[str, tuple[Tensor, int]] = {}
+
+    def storage(kind: Any, key: Any, location: Any, count: Any, view: Any = None) -> Storage:
+        dtype = _storage_dtype(kind, key, count)
+        if key not in empty:
+            if sum(len(content) for content, _ in empty.values()) + count * dtype.itemsize > size:
+                raise ValueError('its storages claim more bytes than it has')
+            empty[key] = torch.zeros(count * dtype.itemsize, dtype=torch.uint8), count
+        found = Storage(empty[key][0], dtype)
+        if view is not None:
+            _, start, length = view
+            found.flat = found.flat[start : start + length]
+        return found
+
+    value = Unpickler(source, names, storage, 'utf-8').load()
+    keys = Unpickler(source, {}).load()
+    if type(keys) is not list or sorted(keys) != sorted(empty):
+        raise ValueError('its storages are not those of its tensors')
+    for key in keys:
+        content, count = empty[key]
+        if struct.unpack('<q', file.read(8)) != (count,) or file.readinto(content.numpy()) != len(content):
+            raise ValueError(f'the storage {key} is not whole')
+    return value
+
+
+def _storage_dtype(kind: Any, key: Any, count: Any) -> torch.dtype:
+    if not isinstance(kind, StorageType) or type(key) is not str or type(count) is not int or count < 0:
+        raise pickle.UnpicklingError('Unsupported class of a storage')
+    return kind.dtype
+
+
+class _Clipped:
+    """A file that takes memory for as many bytes as it has, however many are asked for."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size, self.readline = file, size, file.readline
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(min(count, self.size))
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -205,10 +276,6 @@ class _Finisher:
         return self._finish(key)[1]
 
     def _tensor(self, value: Tensor) -> Tensor:
-        if vars(value):
-            value = Tensor.detach(value)  # its attributes could hide its methods
-        if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_nested:
-            raise pickle.UnpicklingError(f'Unsupported class of tensor: {value.layout}, {value.device}')
         if value.numel() * value.element_size() > self.limit:
             raise ValueError(f'a tensor of shape {tuple(value.shape)} is larger than the file')
         return value
@@ -218,162 +285,6 @@ _ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray),
     *(torch.dtype, torch.device),
 )
-
-
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-class Stand:
-    """Stands for an object in a pickle until all is read."""
-
-    def __init__(self, *args: Any) -> None:
-        raise pickle.UnpicklingError(f'Unsupported class {type(self).__name__} with arguments')
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def finished(self, finish: Callable[[Any], Any]) -> Any:
-        """What comes in its place.
-
-        Args:
-            finish: replaces the stands in a value, such as its state.
-
-        Raises:
-            pickle.UnpicklingError, ValueError: its state is not what it has to be.
-        """
-        raise NotImplementedError
-
-
-class _Dtype(Stand):
-    """A dtype of numbers or strings."""
-
-    def __init__(self, name: Any, align: Any = False, copy: Any = True) -> None:
-        if not isinstance(name, str) or not _DTYPE.fullmatch(name):
-            raise pickle.UnpicklingError(f'Unsupported array of dtype {str(name)[:40]!r}')
-        self.dtype = np.dtype(name)
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) not in (8, 9) or state[2:5] != (None, None, None):
-            raise pickle.UnpicklingError('Unsupported array of a dtype with fields')
-        order = state[1].decode('ascii') if isinstance(state[1], bytes) else state[1]
-        if order not in ('<', '>', '|', '=') or state[5] not in (-1, self.dtype.itemsize):
-            raise pickle.UnpicklingError(f'Unsupported array of a dtype with {state[5]} bytes')
-        self.dtype = self.dtype.newbyteorder(order)  # type: ignore[arg-type]
-
-    def finished(self, finish: Callable[[Any], Any]) -> np.dtype:
-        return self.dtype
-
-
-class _Array(Stand):
-    """An array of numbers or strings."""
-
-    def finished(self, finish: Callable[[Any], Any]) -> np.ndarray:
-        if not isinstance(getattr(self, 'state', None), tuple) or len(self.state) != 5:
-            raise pickle.UnpicklingError('Unsupported array without values')
-        _, shape, dtype, fortran, values = self.state
-        return _array(values, dtype, shape, 'F' if fortran else 'C')
-
-
-def _array(values: Any, dtype: Any, shape: Any, order: str = 'C', axes: Any = None) -> np.ndarray:
-    """An array from its bytes; stands for numpy._core.numeric._frombuffer too."""
-    if isinstance(values, str):  # Python 2, encoding latin1
-        values = values.encode('latin1')
-    if not isinstance(dtype, _Dtype) or not isinstance(values, (bytes, bytearray)) or axes is not None:
-        raise pickle.UnpicklingError('Unsupported array of objects')
-    if not isinstance(shape, tuple) or any(type(n) is not int or n < 0 for n in shape) or order not in ('C', 'F'):
-        raise ValueError(f'an array has the shape {shape!r}')
-    if math.prod(shape) * dtype.dtype.itemsize != len(values):
-        raise ValueError(f'an array of shape {shape} has {len(values)} bytes')
-    return np.ndarray(shape, dtype.dtype, bytearray(values), order=order)  # type: ignore[arg-type]
-
-
-def _new_array(kind: Any, shape: Any, code: Any) -> _Array:
-    if kind is not _Array:
-        raise pickle.UnpicklingError('Unsupported class of an array')
-    return _Array.__new__(_Array)
-
-
-def _scalar(dtype: Any, value: Any = b'') -> Any:
-    return _array(value, dtype, ())[()]
-
-
-def _no_bytes(*args: Any) -> bytes:
-    """Stands for `bytes`, which Python 2's protocol calls for an empty one; `bytes(n)` would take n bytes."""
-    if args:
-        raise pickle.UnpicklingError('Unsupported name bytes with arguments')
-    return b''
-
-
-def _bytearray(values: Any = b'', encoding: str = 'latin1') -> bytearray:
-    return bytearray(_encode(values, encoding) if isinstance(values, str) else memoryview(values))
-
-
-def _encode(text: str, encoding: str = 'latin1') -> bytes:
-    if encoding not in ('latin1', 'latin-1', 'utf-8', 'utf8', 'ascii'):
-        raise pickle.UnpicklingError(f'Unsupported name of an encoding {encoding!r}')
-    return codecs.encode(text, encoding)
-
-
-PLAIN: dict[str, Any] = {
-    'numpy.ndarray': _Array,
-    'numpy.dtype': _Dtype,
-    'builtins.bytes': _no_bytes,
-    'collections.OrderedDict': OrderedDict,
-    **{
-        f'numpy.{core}.{name}': stand
-        for core in ('core', '_core')  # NumPy 1 and 2
-        for name, stand in {
-            'multiarray._reconstruct': _new_array,
-            'multiarray.scalar': _scalar,
-            'numeric._frombuffer': _array,
-        }.items()
-    },
-}
-"""Names in pickles -> what stands for them."""
-_PICKLES = {
-    **PLAIN,
-    **{f'{module}.{kind.__name__}': kind for module in ('builtins', '__builtin__') for kind in (set, frozenset)},
-    **{f'{module}.bytearray': _bytearray for module in ('builtins', '__builtin__')},
-    **{'__builtin__.bytes': _no_bytes, 'builtins.complex': complex, '__builtin__.complex': complex},
-    '_codecs.encode': _encode,
-}
-
-
-@contextmanager
-def _only(names: Mapping[str, Any]) -> Iterator[None]:
-    """Let torch.load know these names beside its own, and no other that this process has added."""
-    added = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([(stand, name) for name, stand in names.items()])
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(added)
-
-
-class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
-    """Python's unpickler in Python: that in C takes memory for as many values as a file says it has."""
-
-    stack: list[Any]
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = _PICKLES.get(f'{module}.{name}')
-        if found is None:
-            raise pickle.UnpicklingError(f'Unsupported name: GLOBAL {module}.{name}')
-        return found
-
-    def get_extension(self, code: int) -> None:
-        raise pickle.UnpicklingError(f'Unsupported name of extension {code}')
-
-    def build(self) -> None:
-        state = self.stack.pop()
-        if not isinstance(self.stack[-1], Stand):
-            raise pickle.UnpicklingError(f'Can only build arrays, not {type(self.stack[-1]).__name__}')
-        self.stack[-1].__setstate__(state)
-
-    dispatch[pickle.BUILD[0]] = build
 
 
 def _neighbours(path: Path) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..core.compat import check_export
 from ..core.deployable import activated_outputs, float_output
 from ..core.errors import UserError
 from ..core.files import whole_folder, write_whole
@@ -119,9 +120,10 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
         out: the folder; it must not exist.
 
     Raises:
-        UserError: a layer cannot be merged or exported, no runtime is installed, or one disagrees; names the first
-            layer.
+        UserError: torch is older than 2.8, a layer cannot be merged or exported, no runtime is installed, or one
+            disagrees; names the first layer.
     """
+    check_export()
     out = Path(out)
     if out.exists():
         raise UserError(f'{out} exists')

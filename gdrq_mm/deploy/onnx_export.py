@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..core.compat import check_export
 from ..core.errors import UserError
 from ..core.integer_bias import LARGEST_BIAS
 from ..core.modules import replace_modules
@@ -45,8 +46,9 @@ def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: 
             example's size may keep that, as adaptive pooling does: verify the graph at another size.
 
     Raises:
-        UserError: a layer has no form in standard integers; names it.
+        UserError: a layer has no form in standard integers; names it. Or torch is older than 2.8.
     """
+    check_export()
     twin = _twin(module if isinstance(module, Flat) else Flat(module))
     open_axes = dict.fromkeys((0, 2, 3) if any_size else (0,), torch.export.Dim.DYNAMIC)
     with torch.no_grad(), warnings.catch_warnings():

@@ -19,8 +19,7 @@ from ..deploy.export import ExportedPart, ExportReport, check_complete, example_
 from ..deploy.flat import check_nest, nest
 from ..deploy.runtime import open_runtime
 from ..report.record import versions
-from .deployed import let_graph_predict
-from .end2end import EndToEnd, takes_rgb
+from .deployed import EndToEnd, let_graph_predict, takes_rgb
 from .parts import Part, parts_of
 from .tasks import TASKS, task_of
 

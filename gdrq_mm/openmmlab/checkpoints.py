@@ -14,7 +14,8 @@ from mmengine.fileio import get as fetch
 from mmengine.logging.history_buffer import HistoryBuffer
 
 from ..core.errors import UserError
-from ..core.reading import Stand, read_torch
+from ..core.reading import read_torch
+from ..core.unpickling import Stand
 
 POINTER = 'last_checkpoint'
 """mmengine's file in a work directory that holds the path of the newest checkpoint."""

@@ -1,4 +1,6 @@
-"""What works around OpenMMLab and torch, each with the version it is for.
+"""What works around OpenMMLab, each with the version it is for; what older torch lacks is in core/compat.py.
+
+There are two stacks of OpenMMLab: the `onedl-` packages, which are maintained, and upstream's own. Both work.
 
 tests/openmmlab/test_compat.py fails where one is no longer needed. Three are larger and have files of their own, with
 tests there too: batch normalization that is synchronized without a GPU (distributed.py), old checkpoints that go when
@@ -8,20 +10,27 @@ the new one is there (hooks/checkpoint.py), and the signal stack that OpenVINO l
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dist import is_distributed
+from torch import Tensor
 
 from ..core.errors import UserError
 
+CONFIGS = Path(__file__).resolve().parents[1] / '.mim' / 'configs'
 UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
+ONEDL = ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain')
 
 PRIVATE = {
     'mmengine.runner.Runner': (
@@ -37,18 +46,20 @@ PRIVATE = {
     'mmengine.visualization.Visualizer': ('_vis_backends',),
     'mmengine.hooks.CheckpointHook': ('_save_checkpoint_with_step', '_save_best_checkpoint'),
 }
-"""Private names of onedl-mmengine 0.10.12 that the package uses, as there is no public way; a test looks for each."""
+"""Private names of mmengine 0.10.7 and onedl-mmengine 0.10.12 that the package uses, as there is no public way; a test
+looks for each."""
 
 
 def mend_bases() -> None:
     """Make `_base_ = 'mmseg::...'` and `_base_ = 'gdrq_mm::...'` work.
 
-    onedl-mmengine 0.10.12 maps the former to mmsegmentation, a package that the onedl one does not have, and accepts no
-    package that it does not list. It gives what a base config of a package builds the package's name as `_scope_`,
-    where registries are looked for; ours has none, so that the scope is the config's default_scope. Not reported
-    upstream.
+    onedl-mmengine 0.10.12 maps the former to mmsegmentation, a package that its stack does not have. Neither it nor
+    mmengine 0.10.7 accepts a package that it does not list, and both look for an editable one where it does not lie.
+    They give what a base config of a package builds the package's name as `_scope_`, where registries are looked for;
+    ours has none, so that the scope is the config's default_scope. Not reported upstream.
     """
-    MODULE2PACKAGE.update(mmseg='mmseg', gdrq_mm='gdrq_mm')
+    if not _installed('mmsegmentation'):
+        MODULE2PACKAGE.update(mmseg='mmseg')
     if Config._get_cfg_path is not _path_and_scope:
         Config._get_cfg_path = staticmethod(_path_and_scope)
 
@@ -58,15 +69,17 @@ _get_cfg_path = Config._get_cfg_path
 
 def _path_and_scope(path: str, filename: str) -> tuple[str, str | None]:
     """Path of a base config, and the scope of what it builds; None if its package has no registries."""
-    path, scope = _get_cfg_path(path, filename)
-    return path, scope if scope and find_spec(f'{scope}.registry') else None
+    package, _, name = path.partition('::')
+    if package == 'gdrq_mm' and name:
+        return str(CONFIGS / name), None
+    return _get_cfg_path(path, filename)
 
 
 def check_environment() -> None:
-    """Refuse upstream OpenMMLab packages beside the onedl ones, which write the same import names, and transformers 5.
+    """Refuse a mixture of both stacks, which write the same import names, and transformers 5.
 
-    onedl-mmpretrain 1.3.6 imports its multimodal models wherever transformers is installed; version 5 lacks what they
-    take from it ("NoneType takes no arguments"). Not reported upstream.
+    mmpretrain 1.2.0 and onedl-mmpretrain 1.3.6 import their multimodal models wherever transformers is installed;
+    version 5 lacks what they take from it ("NoneType takes no arguments"). Not reported upstream.
 
     Raises:
         UserError: names the packages to remove.
@@ -76,12 +89,11 @@ def check_environment() -> None:
             f'transformers {_installed("transformers")} is installed; mmpretrain does not work with version 5 '
             '(pip install "transformers<5", or pip uninstall transformers)'
         )
-    found = [f'{name} {_installed(name)}' for name in UPSTREAM if _installed(name)]
-    if found:
-        names = ' '.join(f.split()[0] for f in found)
+    ours, theirs = ([name for name in stack if _installed(name)] for stack in (ONEDL, UPSTREAM))
+    if ours and theirs:
         raise UserError(
-            f'upstream OpenMMLab packages are installed beside the onedl ones and overwrite them: {", ".join(found)}; '
-            f'remove them (pip uninstall {names}) and install requirements.txt again'
+            f'two stacks of OpenMMLab are installed, and overwrite each other: {", ".join(ours)} and '
+            f'{", ".join(theirs)}; remove both (pip uninstall {" ".join(ours + theirs)}) and install one again'
         )
 
 
@@ -126,3 +138,28 @@ def init_without_gpu(launcher: str, options: dict[str, Any]) -> None:
     if options.get('timeout') is not None:
         options['timeout'] = datetime.timedelta(seconds=options['timeout'])
     torch.distributed.init_process_group(**{**options, 'backend': 'gloo'})
+
+
+def mend_losses(model: nn.Module) -> None:
+    """Let mmseg's cross entropy with class weights work where labels are ignored, in place.
+
+    mmsegmentation 1.2.2 looks up a weight for the ignored label (https://github.com/open-mmlab/mmsegmentation/issues/
+    3734), onedl-mmsegmentation 1.4.2 fails with avg_non_ignore=True.
+    """
+    module: Any = sys.modules.get('mmseg.models.losses.cross_entropy_loss')
+    if module is None:
+        return
+    loss: Any
+    for loss in model.modules():
+        if getattr(loss, 'cls_criterion', None) is module.cross_entropy:
+            loss.cls_criterion = functools.partial(_cross_entropy, module.cross_entropy)
+
+
+def _cross_entropy(
+    original: Callable[..., Tensor], pred: Tensor, label: Tensor, *args: Any, ignore_index: int = -100, **options: Any
+) -> Tensor:
+    """mmseg's, averaged over the weights of the labels that are not ignored."""
+    weights = options.get('class_weight')
+    if weights is not None and options.get('reduction') == 'mean' and options.get('avg_factor') is None:
+        options['avg_factor'] = weights[label[label != ignore_index]].sum()
+    return original(pred, label, *args, ignore_index=ignore_index, **options)

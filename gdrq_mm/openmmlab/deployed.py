@@ -1,18 +1,46 @@
-"""A model whose predictions are those of end2end.onnx."""
+"""What end2end.onnx is to a program, and a model whose predictions are its. Nothing here needs to export."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from ..core.errors import UserError
-from .end2end import to_graph
+
+TURNS = ('to_rgb', '_channel_conversion')
+"""Flags of data preprocessors that turn BGR into RGB: mmpretrain's, and mmengine's, which mmdet and mmseg use."""
+
+
+@dataclass
+class EndToEnd:
+    """The whole graph and what a program needs to know of it."""
+
+    graph: onnx.ModelProto
+    size: list[int]
+    """Height and width of the pictures."""
+    any_size: bool
+    """Whether others will do; then `size` is that of the picture that was given."""
+    channels: str
+    """'RGB' or 'BGR'."""
+    outputs: list[str]
+
+
+def takes_rgb(model: Any) -> bool:
+    """Whether the network of a model reads RGB."""
+    return any(getattr(model.data_preprocessor, name, False) for name in TURNS)
+
+
+def to_graph(model: Any, pixels: Tensor) -> Tensor:
+    """A picture (C, H, W) of the test pipeline as (H, W, C), channels as the network wants them."""
+    return (pixels.flip(0) if takes_rgb(model) else pixels).permute(1, 2, 0)
 
 
 def let_graph_predict(model: Any, about: dict[str, Any], runtime: Callable[[Sequence[np.ndarray]], Any]) -> None:

@@ -52,7 +52,7 @@ def make_record(
     numbers, others = _metrics(metrics)
     return dict(
         record_version=VERSION,
-        time=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         task=task_of(cfg),
         model=dict(name=model_name(cfg), config_sha256=_digest(_architecture(_bare(cfg.model))), **model),
         data=_data(cfg),

@@ -7,7 +7,6 @@ decode/; the whole chain is compared with what the library predicts before it is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -28,36 +27,16 @@ from .decode.dense import Detect
 from .decode.ops import TRANSLATIONS
 from .decode.pictures import LabelMap, Prepare, Scores
 from .decode.two_stage import Classify, Cut, Masks, Pool, Propose
+from .deployed import EndToEnd, takes_rgb, to_graph
 from .parts import parts_of
 from .tasks import task_of
 
-TURNS = ('to_rgb', '_channel_conversion')
-"""Flags of data preprocessors that turn BGR into RGB: mmpretrain's, and mmengine's, which mmdet and mmseg use."""
 LARGER = (32, 64)
 """How much higher and wider the picture is that an open size is compared with."""
 IOU, NEAR, SCORE = 0.99, 0.01, 0.01
 """Two boxes are the same above this IoU, or with all sides this near in pixels, and within this score."""
 SHARE = 0.02
 """Boxes may have no partner where a threshold or a rounding tie fell on the other side: such a share (ours)."""
-
-
-@dataclass
-class EndToEnd:
-    """The whole graph and what a program needs to know of it."""
-
-    graph: onnx.ModelProto
-    size: list[int]
-    """Height and width of the pictures."""
-    any_size: bool
-    """Whether others will do; then `size` is that of the picture that was given."""
-    channels: str
-    """'RGB' or 'BGR'."""
-    outputs: list[str]
-
-
-def takes_rgb(model: Any) -> bool:
-    """Whether the network of a model reads RGB."""
-    return any(getattr(model.data_preprocessor, name, False) for name in TURNS)
 
 
 def export_end2end(model: Any, report: ExportReport, predict: Callable[[], Any]) -> EndToEnd:
@@ -160,11 +139,6 @@ def picture_of(model: Any, predict: Callable[[], Any], size: list[int] | None) -
     height, width = pixels.shape[1:] if size is None else size
     padded = torch.nn.functional.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1]))
     return to_graph(model, padded)[None]
-
-
-def to_graph(model: Any, pixels: Tensor) -> Tensor:
-    """A picture (C, H, W) of the test pipeline as (H, W, C), channels as the network wants them."""
-    return (pixels.flip(0) if takes_rgb(model) else pixels).permute(1, 2, 0)
 
 
 def from_graph(model: Any, pixels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..core.config import Quantization
 from ..core.convert import Report, float_report, quantize_model
 from ..core.errors import UserError
 from ..core.topology import Plan, record
+from .compat import mend_losses
 from .heads import TRAINING_ONLY, last_layers
 from .tasks import type_name
 
@@ -77,7 +78,8 @@ def first_plan(model: nn.Module, trials: Sequence[Callable[[], Any]]) -> Plan:
     try:
         return record_plan(model, last)
     except Exception as error:
-        error.add_note('It was a trial, which tells what feeds what in the model, before anything was quantized.')
+        note = getattr(error, 'add_note', _warn)  # Python 3.10 has no notes
+        note('It was a trial, which tells what feeds what in the model, before anything was quantized.')
         raise
 
 
@@ -111,6 +113,7 @@ def prepare_model(
         plan: that of a checkpoint, where there is one; then nothing is predicted.
     """
     use_memory_format(model, cfg)
+    mend_losses(model)
     bare, quantization = bare_model(model), read_quantization(cfg)
     if quantization is None or quantization.control:
         return float_report(bare, plan or _plan_of_float(bare, trials))

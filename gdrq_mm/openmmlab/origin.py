@@ -9,15 +9,15 @@ import torch
 import torch.nn as nn
 from mmengine.structures import BaseDataElement
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
+from ..core.compat import total_norm
 from ..core.modules import hooked
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     """Names of the tensors with values that are not finite; one norm over all of them if there are none."""
     named = {name: tensor.detach() for name, tensor in tensors if tensor is not None}
-    if bool(get_total_norm(list(named.values())).isfinite()):
+    if bool(total_norm(list(named.values())).isfinite()):
         return []
     return [name for name, tensor in named.items() if not bool(tensor.isfinite().all())]  # squares can overflow
 

@@ -14,6 +14,7 @@ from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from ..core.compat import COMPILES
 from ..core.config import Quantization, unused_options
 from ..core.errors import UserError
 from ..report.layers import layer_table
@@ -116,6 +117,8 @@ class QuantRunner(CheckpointRunner):
 
     def _maybe_compile(self, target: str) -> None:
         """mmengine's `compile=True`, without the optimizer: it would be traced anew for each learning rate."""
+        if self.cfg.get('compile') and not COMPILES:
+            raise UserError(f'compile needs torch 2.6 or newer for a quantized model, this is {torch.__version__}')
         super()._maybe_compile(target)
         if self.cfg.get('compile'):
             self.optim_wrapper.update_params = torch.compiler.disable(self.optim_wrapper.update_params)

@@ -122,7 +122,7 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
         folders=[(str(f), found) for f in _between(folders, shown) if (found := pictures(f.glob('*.png')))],
         quantities=list(QUANTITIES.values()),
         count=len(records),
-        time=datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
+        time=datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
     )
 
 

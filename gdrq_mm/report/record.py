@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -32,16 +31,17 @@ RUNTIMES = ('onnxruntime', 'openvino')
 """Packages that run exported graphs; any other record is of a model that torch ran."""
 
 PACKAGES = (
-    'gdrq-mm',
-    'torch',
-    'torchvision',
-    'onedl-mmengine',
-    'onedl-mmcv',
-    'onedl-mmdetection',
-    'onedl-mmsegmentation',
-    'onedl-mmpretrain',
-    'numpy',
+    ('gdrq-mm',),
+    ('torch',),
+    ('torchvision',),
+    ('onedl-mmengine', 'mmengine'),
+    ('onedl-mmcv', 'mmcv'),
+    ('onedl-mmdetection', 'mmdet'),
+    ('onedl-mmsegmentation', 'mmsegmentation'),
+    ('onedl-mmpretrain', 'mmpretrain'),
+    ('numpy',),
 )
+"""Packages that decide a result; of those of OpenMMLab one of two stacks is installed, or none."""
 
 MAIN_METRICS = {
     'cls': {
@@ -263,11 +263,11 @@ def git_revision(package: Path = PACKAGE) -> dict[str, Any]:
         return subprocess.run(['git', '-C', folder, *args], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        project = tomllib.loads((folder / 'pyproject.toml').read_text())['project']['name']
-        if project == 'gdrq-mm' and Path(git('rev-parse', '--show-toplevel')) == folder.resolve():
+        ours = '\nname = "gdrq-mm"\n' in (folder / 'pyproject.toml').read_text()
+        if ours and Path(git('rev-parse', '--show-toplevel')) == folder.resolve():
             dirty = bool(git('status', '--porcelain', '--untracked-files=no'))
             return dict(commit=git('rev-parse', 'HEAD'), dirty=dirty)
-    except (OSError, ValueError, KeyError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.CalledProcessError):
         pass  # no pyproject.toml or that of another project, no git, no repository, or one without a commit
     try:
         found = json.loads((package / REVISION).read_text())
@@ -278,19 +278,24 @@ def git_revision(package: Path = PACKAGE) -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """When something was measured, with which versions and commit, and on which hardware."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
     return dict(date=now, versions=versions(), hardware=hardware(), git=git_revision())
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide a result."""
     found: dict[str, str | None] = {'python': platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
+    for names in PACKAGES:
+        installed = [name for name in names if _version(name)] or names[:1]
+        found.update({name: _version(name) for name in installed})
     return {**found, 'gdrq-mm': __version__}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def hardware() -> dict[str, Any]:

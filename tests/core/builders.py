@@ -96,7 +96,8 @@ def on_two_ranks(work):
             errors.append(error)
             group.ProcessLocalGroup.exception_handle(error)
 
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    isolate = getattr(torch._C._distributed_c10d, '_set_thread_isolation_mode', id)  # of torch 2.6
+    isolate(True)
     group._install_threaded_pg()
     try:
         threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
@@ -106,6 +107,6 @@ def on_two_ranks(work):
             each.join()
     finally:
         group._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        isolate(False)
     assert not errors
     return found[0], found[1]

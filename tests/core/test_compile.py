@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import gdrq_mm as gq
+from gdrq_mm.core.compat import COMPILES
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.layers import QuantConv2d
 from gdrq_mm.core.modules import activation_quantizers, moving_quantizers
@@ -15,6 +16,7 @@ from gdrq_mm.core.quantizers.following import collected
 from gdrq_mm.core.step import set_stage
 from tests.helpers import Block, Function, conv, few_bits_of_both, same
 
+pytestmark = pytest.mark.skipif(not COMPILES, reason='torch.compile of a quantized model needs torch 2.6')
 CLASSES = 3
 W4A4 = dict(weight=dict(bits=4), activation=dict(bits=4))
 LSQ = dict(W4A4, method='lsq', deployable=True)

@@ -17,7 +17,7 @@ from gdrq_mm.core.functional import code_range
 from gdrq_mm.core.kernels import Uniform, reference
 from tests.helpers import ENV
 
-pytest.importorskip('triton', reason='the kernels need Triton')
+pytest.importorskip('triton', '3.0', reason='the kernels need Triton 3')
 from gdrq_mm.core.kernels import gpu
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'

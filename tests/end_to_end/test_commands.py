@@ -3,9 +3,9 @@
 import re
 import subprocess
 import sys
-import tomllib
 
 import pytest
+import tomllib
 
 from gdrq_mm.commands import COMMANDS, doctor
 from gdrq_mm.core.errors import command

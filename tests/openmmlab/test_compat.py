@@ -11,17 +11,20 @@ from mmengine.config import Config, utils
 from mmengine.dist import init_dist
 from mmengine.hooks import CheckpointHook
 from mmengine.runner.checkpoint import CheckpointLoader
+from mmseg.models.losses import CrossEntropyLoss
 from torch.nn.parallel import DistributedDataParallel
 
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab import compat
 from gdrq_mm.openmmlab.apis import init_model
 from gdrq_mm.openmmlab.cli import read_config
-from gdrq_mm.openmmlab.compat import PRIVATE, TOLD_BY, mend_bases
+from gdrq_mm.openmmlab.compat import ONEDL, PRIVATE, TOLD_BY, check_environment, mend_bases, mend_losses
 from gdrq_mm.openmmlab.data_only import data_only
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import ENV, ROOT
 from tests.tools import Payload
 
+UPSTREAM = compat._installed('mmsegmentation') is not None
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='what is missing without a GPU')
 
 
@@ -69,7 +72,10 @@ def base_of(scope, tmp_path):
 @pytest.mark.parametrize(
     ('scope', 'message'),
     [
-        ('mmseg::_base_/models/fcn_r50-d8.py', 'mmsegmentation'),
+        pytest.param(
+            *('mmseg::_base_/models/fcn_r50-d8.py', 'mmsegmentation'),
+            marks=pytest.mark.skipif(UPSTREAM, reason="the package of upstream's stack has that name"),
+        ),
         ('gdrq_mm::_base_/quantization/gdrq_w4a4.py', 'does not support to load gdrq_mm'),
     ],
 )
@@ -103,6 +109,42 @@ def test_a_config_of_this_package_is_a_base_that_trains(tmp_path, digits_root):
     cfg.train_cfg.max_epochs = cfg.param_scheduler.T_max = 1
     QuantRunner.from_cfg(cfg).train()
     assert (tmp_path / 'epoch_1.pth').is_file() and init_model(cfg, tmp_path / 'epoch_1.pth').plan.calls
+
+
+@pytest.mark.parametrize('stack', [ONEDL, compat.UPSTREAM, (*ONEDL[1:], 'torch'), ()])
+def test_one_stack_is_let_in(stack, monkeypatch):
+    monkeypatch.setattr(compat, '_installed', lambda name: '1.0' if name in stack else None)
+    check_environment()
+
+
+def test_a_mixture_of_stacks_is_refused_and_told_how_to_end(monkeypatch):
+    monkeypatch.setattr(compat, '_installed', lambda name: '1.0' if name in ('onedl-mmcv', 'mmdet', 'mmcv') else None)
+    with pytest.raises(
+        UserError, match=r'onedl-mmcv and mmcv, mmdet; remove both \(pip uninstall onedl-mmcv mmcv mmdet\)'
+    ):
+        check_environment()
+    monkeypatch.setattr(compat, '_installed', lambda name: '5.1' if name == 'transformers' else None)
+    with pytest.raises(UserError, match='transformers 5'):
+        check_environment()
+
+
+@pytest.mark.parametrize('avg_non_ignore', [False, True])
+def test_class_weights_beside_ignored_labels(avg_non_ignore):
+    """What torch's own cross entropy gives; mmseg fails, onedl's only if it averages without what is ignored."""
+    settings = dict(class_weight=[1.0, 2.0, 0.5], avg_non_ignore=avg_non_ignore)
+    loss = CrossEntropyLoss(**settings)
+    scores, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    labels[0, 0] = 255
+    if UPSTREAM or avg_non_ignore:
+        with pytest.raises(IndexError):
+            loss(scores, labels, ignore_index=255)
+    mend_losses(nn.ModuleList([loss, nn.Conv2d(1, 1, 1)]))
+    expected = nn.functional.cross_entropy(scores, labels, torch.tensor(settings['class_weight']), ignore_index=255)
+    torch.testing.assert_close(loss(scores, labels, ignore_index=255), expected)
+    without = CrossEntropyLoss(avg_non_ignore=True)
+    before = without(scores, labels, ignore_index=255)
+    mend_losses(without)
+    assert torch.equal(without(scores, labels, ignore_index=255), before)
 
 
 @without_gpu

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch._dynamo.utils
 
+from gdrq_mm.core.compat import COMPILES
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from tests.helpers import ROOT
 from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, train
 
+pytestmark = pytest.mark.skipif(not COMPILES, reason='torch.compile of a quantized model needs torch 2.6')
 COMPILE = dict(backend='aot_eager')
 """What is traced, without the C++ compiler."""
 

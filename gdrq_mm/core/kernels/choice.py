@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import is_compiling
 from . import native
 
 
@@ -31,7 +32,7 @@ def triton_of(x: Tensor, step: Tensor) -> Any:
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_compiling() or torch.jit.is_tracing()
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <cmath>
 #include <cstring>
@@ -25,7 +26,18 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
+
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 4
+using Codes = c10::optional<Tensor>;
+at::ScalarType type_in_use(const Tensor& x) { // that of autocast, where it is on
+  return at::autocast::is_cpu_enabled() ? at::autocast::get_autocast_cpu_dtype() : x.scalar_type();
+}
+#else
 using Codes = std::optional<Tensor>;
+at::ScalarType type_in_use(const Tensor& x) {
+  return at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
+}
+#endif
 
 constexpr uint8_t CODE = 63, INSIDE = 64, POSITIVE = 128;
 constexpr int64_t PIECE = 1 << 15; // values whose sum is one partial sum
@@ -256,7 +268,7 @@ std::pair<Tensor, Codes> quantize(
     double* to = sums->mutable_data_ptr<double>();
     to[0] += all.total, to[1] += double(all.count);
   }
-  return {out, save ? Codes(codes) : std::nullopt};
+  return {out, save ? Codes(codes) : Codes()};
 }
 
 Tensor restore(const Tensor& codes, float step, int64_t lo, at::ScalarType type) {
@@ -444,7 +456,7 @@ struct Layer : Function<Layer> {
     bool save = grads && ((masked && input.requires_grad()) || (learns && packs(lo, hi)));
     bool packed = save && packs(lo, hi), keep = grads && learns && !packed; // keep the quantized input itself
     auto [xq, bytes] = quantize(x, keep ? like(x, type) : scratch(0, x, type), d, lo, hi, save, sums, nonzero);
-    Codes b = bias ? Codes(bias->to(type)) : std::nullopt;
+    Codes b = bias ? Codes(bias->to(type)) : Codes();
     Tensor out = compute(xq, restore_weight(codes, steps, wlo, scratch(1, codes, type)), b, geometry);
     if (!grads)
       return out;
@@ -499,7 +511,7 @@ struct LearnedStep : Function<LearnedStep> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& input, const Tensor& step, int64_t lo, int64_t hi, double scale, bool within) {
     Tensor x = dense(input);
-    auto [out, none] = quantize(x, at::empty_like(x), step.item<float>(), lo, hi, false, std::nullopt, false);
+    auto [out, none] = quantize(x, at::empty_like(x), step.item<float>(), lo, hi, false, Codes(), false);
     ctx->save_for_backward({x, step});
     auto& saved = ctx->saved_data;
     saved["lo"] = lo, saved["hi"] = hi, saved["scale"] = scale, saved["within"] = within;
@@ -615,7 +627,7 @@ Tensor layer(
     int64_t top, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi, bool wmasked,
     int64_t wapart, const Codes& bias, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), groups};
-  auto type = at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
+  auto type = type_in_use(x);
   return Layer::apply(
       x, divided(step, top), lo, hi, masked, sums, nonzero, weight, codes, steps, wlo, whi, wmasked, wapart, bias, geometry, type,
       at::GradMode::is_enabled());

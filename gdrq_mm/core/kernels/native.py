@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..compat import compiler_flags
 from ..errors import UserError
 
 SOURCE = Path(__file__).with_name('native.cpp')
@@ -68,7 +69,7 @@ def library() -> Path:
     if command is None:
         raise RuntimeError(f'there is no C++ compiler {os.environ.get("CXX", "g++")}')
     compiler = subprocess.run([command, '--version'], capture_output=True, text=True).stdout.partition('\n')[0]
-    flags = [*FLAGS.split(), *os.environ.get('CXXFLAGS', '').split()]
+    flags = [*FLAGS.split(), *compiler_flags(), *os.environ.get('CXXFLAGS', '').split()]
     parts = SOURCE.read_text(), flags, torch.__version__, compiler, _cpu(), str(Path(torch.__file__).parent)
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gdrq_mm' / 'kernels'
     path = folder / f'{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so'

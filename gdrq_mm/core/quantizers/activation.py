@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..compat import after_state_dict
 from ..errors import UserError
 from ..kernels import Uniform, fake_quantize
 from .base import Quantizer, Stage, in_backward, layer_called, uncalibrated
@@ -52,7 +53,7 @@ class ActivationQuantizer(Quantizer):
         self._observed: list[Tensor] = []
         self.samples: Tensor | None = None
         """With `keeps_samples`: evenly spaced values of the calibration batches, (N,), while it lasts."""
-        self.register_state_dict_post_hook(_settle)
+        after_state_dict(self, _settle)
 
     def observe(self, x: Tensor) -> None:
         """Collect statistics of a calibration batch: sum|x|, count, count of non-zeros, -min, max."""

@@ -25,6 +25,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional as F
+from ..compat import is_compiling
 from .fixed_point import fixed_point
 
 
@@ -203,7 +204,7 @@ class Quantizer(ModeOfModel, nn.Module):
 
 def in_backward() -> bool:
     """Whether a backward pass runs, in which activation checkpointing computes the forward again; not while traced."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def learned_parameters(model: nn.Module) -> dict[str, Quantizer]:

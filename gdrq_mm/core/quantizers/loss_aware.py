@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..compat import is_compiling
 from ..ranks import all_reduce
 from .base import Stage
 from .minmax import MinMaxActivation
@@ -53,7 +54,7 @@ class LossAwareWeight(WeightQuantizer):
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         out = F.straight_through(weight, self.round(weight, step) * step)
-        if self.trains and self.stage == Stage.QUANTIZE and out.requires_grad and not torch.compiler.is_compiling():
+        if self.trains and self.stage == Stage.QUANTIZE and out.requires_grad and not is_compiling():
             out.register_hook(self._note)
         return out
 

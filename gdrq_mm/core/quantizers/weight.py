@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..compat import is_compiling
 from ..errors import UserError
 from ..kernels import Codes, Uniform, fake_quantize, nearest_codes, restored
 from .base import Quantizer, Stage, in_backward, uncalibrated
@@ -88,7 +89,7 @@ class WeightQuantizer(Quantizer):
     def codes_in_use(self) -> Codes | None:
         """The filters as they are quantized already: in a forward of the model, and in a backward pass, where a
         checkpointed segment runs a second time. None where torch.compile traces: there they would be constants."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return None
         runs = any(getattr(model, 'in_forward', False) for model in self.root)
         return self.prepared if runs or in_backward() else None

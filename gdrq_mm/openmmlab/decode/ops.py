@@ -13,6 +13,9 @@ from mmcv.ops import nms, roi_align
 from onnxscript import opset21
 from torch import Tensor
 
+from ...core.compat import check_export
+
+check_export()  # torch.library.custom_op is of 2.4
 op: Any = opset21
 _ALL = 2**62
 """More boxes than there are."""
