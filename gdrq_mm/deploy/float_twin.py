@@ -29,6 +29,8 @@ def float_twin(model: onnx.ModelProto) -> onnx.ModelProto | None:
                 codes.update(node.output)
             if node.op_type in FORMS:
                 node = helper.make_node('Identity', node.input[:1], node.output, node.name)
+        elif node.op_type == 'Max' and len(node.input) == 1:  # what lets ONNX Runtime read dequantized values once
+            node = helper.make_node('Identity', node.input, node.output, node.name)
         nodes.append(node)
     if not codes:
         return None

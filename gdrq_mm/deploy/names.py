@@ -4,7 +4,7 @@
                   model.LAYER.codes.int4, .factor       its weight in 4 bits, and what the codes are multiplied by
                   model.LAYER.quantize.scale, ...       of the quantizer of its input
                   model.MODULE.output_quant.scale, ...  of a quantizer of an output
-    nodes         QuantizeLinear   QUANTIZER:CALL       QUANTIZER is LAYER or MODULE.output_quant
+    nodes         DequantizeLinear QUANTIZER:CALL       QUANTIZER is LAYER or MODULE.output_quant
                   DequantizeLinear LAYER.codes          of the weight
 
 Initializers of equal value may be shared, so that only the name of a node tells which module it belongs to.
@@ -27,10 +27,10 @@ class Site(NamedTuple):
     """From 0, during one run of the graph."""
 
     @staticmethod
-    def parse(node: str) -> Site:
-        """The inverse of `str()`: from the name of a QuantizeLinear."""
+    def parse(node: str) -> Site | None:
+        """The inverse of `str()`: from the name of a DequantizeLinear; None for another name."""
         quantizer, _, call = node.rpartition(':')
-        return Site(quantizer, int(call))
+        return Site(quantizer, int(call)) if quantizer and call.isdecimal() else None
 
     def __str__(self) -> str:
         return f'{self.quantizer}:{self.call}'

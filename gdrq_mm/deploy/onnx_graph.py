@@ -1,6 +1,7 @@
-"""What is done to a traced graph: each tensor quantized once, before pooling, and weights in 4 bits.
+"""What is done to a traced graph: each tensor quantized once and early, operators as runtimes want them, 4-bit weights.
 
-The rest is done by the passes of onnx_ir. Nodes get the names of their modules first, see names.py.
+The values of the graph stay what they are, to the last bit. The rest is done by the passes of onnx_ir. Nodes get the
+names of their modules first, see names.py.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from onnx_ir.passes import common
 
 from .names import Site, quantizer_of, weight_node
 
-PASSES = ('MaxPool', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose')
-"""Operators that only pick or move values: rounding before them and after them is the same."""
+MOVES = ('MaxPool', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose', 'Concat')
+"""Operators that only pick, move or join values: rounding before them and after them is the same."""
 
 
 def finish(model: ir.Model, factors: Mapping[str, int], shared: Mapping[str, str]) -> onnx.ModelProto:
@@ -29,13 +30,14 @@ def finish(model: ir.Model, factors: Mapping[str, int], shared: Mapping[str, str
         factors: codes of a weight that are stored in 4 bits -> what they have been multiplied by.
         shared: codes -> others to read instead if both are equal.
     """
-    _name_nodes(model.graph, factors)
+    _name_nodes(model.graph)
     for name, other in shared.items():
         _share(model.graph.initializers, name, other)
     common.DeduplicateInitializersPass(size_limit=1)(model)  # scale, zero point and bounds of quantizers
     common.CommonSubexpressionEliminationPass()(model)  # readers of one tensor with one quantizer
-    for step in (_quantize_before_pooling, _clip_codes):
+    for step in (_space_to_depth, _quantize_in_front, _clip_codes, _read_once):
         step(model.graph)
+    common.CommonSubexpressionEliminationPass()(model)  # one tensor that is joined with others several times
     for name, factor in factors.items():
         if name in model.graph.initializers:
             _store_in_4_bits(model.graph, name, factor)
@@ -48,35 +50,25 @@ def finish(model: ir.Model, factors: Mapping[str, int], shared: Mapping[str, str
     return proto
 
 
-def quantizations(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, ir.Node]]:
-    """QuantizeLinear, the node that ends with its codes, and DequantizeLinear of each quantized tensor, in order.
-
-    The node that ends with the codes is QuantizeLinear itself or a Clip. Pooling may stand behind it.
-    """
-    for node in list(graph):
-        if node.op_type == 'QuantizeLinear':
-            last, after = node, _reader(node)
-            if after.op_type == 'Clip':
-                last, after = after, _reader(after)
-            while after.op_type in PASSES:
-                after = _reader(after)
-            yield node, last, after
+def quantizations(graph: ir.Graph) -> Iterator[tuple[Site, ir.Node]]:
+    """Each quantized tensor in order: by which quantizer, and the DequantizeLinear that reads its codes."""
+    for node in graph:
+        site = Site.parse(node.name or '') if node.op_type == 'DequantizeLinear' else None
+        if site is not None:
+            yield site, node
 
 
-def _reader(node: ir.Node) -> ir.Node:
-    """One of those that read a node's output."""
-    return node.outputs[0].consumers()[0]
-
-
-def _name_nodes(graph: ir.Graph, weights: Any) -> None:
+def _name_nodes(graph: ir.Graph) -> None:
     calls: Counter[str] = Counter()
     for node in graph:
-        if node.op_type == 'QuantizeLinear':
+        if node.op_type != 'DequantizeLinear':
+            continue
+        if node.inputs[0] in graph.initializers.values():
+            node.name = weight_node(_name(node.inputs[0]))
+        else:
             quantizer = quantizer_of(_name(node.inputs[1]))
             node.name = str(Site(quantizer, calls[quantizer]))
             calls[quantizer] += 1
-        elif node.op_type == 'DequantizeLinear' and node.inputs[0] in graph.initializers.values():
-            node.name = weight_node(_name(node.inputs[0]))
 
 
 def _name(value: ir.Value | None) -> str:
@@ -97,18 +89,85 @@ def _share(initializers: Any, name: str, other: str) -> None:
             del initializers[name]
 
 
-def _quantize_before_pooling(graph: ir.Graph) -> None:
-    """Where a tensor is quantized once, right behind max pooling, quantize it in front, where a convolution ends."""
-    for quantize, last, _ in quantizations(graph):
-        while (pool := _only_maker(quantize)) is not None and pool.op_type in PASSES:
-            source = pool.inputs[0]
-            if source is None or source.producer() is None:
-                break  # an input of the graph
-            quantize.replace_input_with(0, source)
-            last.outputs[0].replace_all_uses_with(pool.outputs[0])
-            pool.replace_input_with(0, last.outputs[0])
-            graph.remove(pool)
-            graph.insert_after(last, pool)
+def _corner(value: ir.Value | None) -> tuple[ir.Value | None, dict[int, int]]:
+    """x and {axis: start} where a value is every second one of x along some axes, from a start on."""
+    starts: dict[int, int] = {}
+    while value is not None and (node := value.producer()) is not None and node.op_type == 'Slice':
+        found = [_constant(each) for each in node.inputs[1:5]]
+        numbers = [int(each.item()) for each in found if each is not None and each.size == 1]
+        if len(numbers) < 4 or numbers[1] < 2**31 - 1:
+            break
+        start, _, axis, step = numbers
+        if (start, step) != (0, 1):
+            if step != 2 or axis in starts:
+                break
+            starts[axis] = start
+        value = node.inputs[0]
+    return value, starts
+
+
+def _space_to_depth(graph: ir.Graph) -> None:
+    """The focus layer of YOLOX, four strided slices that are joined, as SpaceToDepth.
+
+    ONNX Runtime does this by itself; OpenVINO (2026.4) has no fast kernel for strided slices.
+    """
+    for node in list(graph):
+        if node.op_type != 'Concat' or node.attributes['axis'].as_int() != 1:
+            continue
+        values, starts = zip(*map(_corner, node.inputs), strict=True)
+        if any(value is not values[0] for value in values) or any(set(each) != {2, 3} for each in starts):
+            continue
+        x, blocks = values[0], [2 * each[2] + each[3] for each in starts]
+        if sorted(blocks) != [0, 1, 2, 3] or x.shape is None or not isinstance(channels := x.shape[1], int):
+            continue
+        order = np.concatenate([np.arange(channels) + channels * block for block in blocks])
+        moved = ir.node('SpaceToDepth', [x], dict(blocksize=2))
+        taken = ir.node(
+            'Gather', [moved.outputs[0], _initializer(graph, f'{node.name}.order', order)], dict(axis=1), name=node.name
+        )
+        graph.insert_before(node, [moved, taken])
+        node.outputs[0].replace_all_uses_with(taken.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def _moves(node: ir.Node) -> bool:
+    if node.op_type == 'Resize':
+        mode = node.attributes.get('mode')
+        return mode is None or mode.as_string() == 'nearest'
+    return node.op_type in MOVES
+
+
+def _quantize_in_front(graph: ir.Graph) -> None:
+    """Where a tensor is quantized once, right behind an operator that moves values, quantize what that one reads.
+
+    There a convolution ends, or the values are fewer.
+    """
+    todo = [node for node in graph if node.op_type == 'QuantizeLinear']
+    while todo:
+        quantize = todo.pop()
+        mover = _only_maker(quantize)
+        if mover is None or not _moves(mover):
+            continue
+        sources = list(mover.inputs) if mover.op_type == 'Concat' else [mover.inputs[0]]
+        if any(source is None or source.producer() is None for source in sources):
+            continue  # an input of the graph
+        last = _last_of_codes(quantize)
+        last.outputs[0].replace_all_uses_with(mover.outputs[0])
+        for place, source in enumerate(sources):
+            each = ir.node('QuantizeLinear', [source, *quantize.inputs[1:]], name=f'{quantize.name}_{place}')
+            nodes = [each]
+            if last is not quantize:
+                nodes.append(ir.node('Clip', [each.outputs[0], *last.inputs[1:]], name=f'{last.name}_{place}'))
+            graph.insert_before(mover, nodes)
+            mover.replace_input_with(place, nodes[-1].outputs[0])
+            todo.append(each)
+        graph.remove([quantize] if last is quantize else [last, quantize], safe=True)
+
+
+def _last_of_codes(quantize: ir.Node) -> ir.Node:
+    """The node that ends with the codes: a Clip, or QuantizeLinear itself."""
+    readers = quantize.outputs[0].consumers()
+    return readers[0] if len(readers) == 1 and readers[0].op_type == 'Clip' else quantize
 
 
 def _only_maker(quantize: ir.Node) -> ir.Node | None:
@@ -125,8 +184,8 @@ def _clip_codes(graph: ir.Graph) -> None:
 
     A convolution in front of a float Clip is no integer kernel.
     """
-    for quantize, last, _ in quantizations(graph):
-        clip = _only_maker(quantize)
+    for quantize in [node for node in graph if node.op_type == 'QuantizeLinear']:
+        clip, last = _only_maker(quantize), _last_of_codes(quantize)
         if clip is None or clip.op_type != 'Clip':
             continue
         bounds = [_constant(value) for value in clip.inputs[1:]]
@@ -153,9 +212,33 @@ def _clip_codes(graph: ir.Graph) -> None:
         quantize.replace_input_with(0, clip.inputs[0])
 
 
+def _read_once(graph: ir.Graph) -> None:
+    """Let SiLU, x * sigmoid(x), read its dequantized x once, through the largest of one value, which is x.
+
+    ONNX Runtime dequantizes for every reader anew, and does not see that both are one function, for which it has a
+    kernel. OpenVINO leaves the Max out.
+    """
+    for product in list(graph):
+        if product.op_type != 'Mul':
+            continue
+        for x, other in (product.inputs, product.inputs[::-1]):
+            function = other.producer() if other is not None else None
+            maker = x.producer() if x is not None else None
+            if function is None or maker is None or maker.op_type != 'DequantizeLinear' or function.inputs[0] is not x:
+                continue
+            once = ir.node('Max', [x], name=f'{maker.name}.once')
+            graph.insert_after(maker, once)
+            for reader in {function: None, product: None}:
+                for place, value in enumerate(reader.inputs):
+                    if value is x:
+                        reader.replace_input_with(place, once.outputs[0])
+            break
+
+
 def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """The value of a Constant behind casts to the type of what is clipped."""
-    while value is not None and (node := value.producer()) is not None and node.op_type in ('Cast', 'CastLike'):
+    """The value of a Constant behind casts to the type of what is clipped, or made a vector for a Slice."""
+    kept = ('Cast', 'CastLike', 'Reshape')
+    while value is not None and (node := value.producer()) is not None and node.op_type in kept:
         value = node.inputs[0]
     found = None if value is None else ir.convenience.get_const_tensor(value)
     return None if found is None else found.numpy()

@@ -116,10 +116,10 @@ def verify_onnx(
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
     sites: dict[str, Site] = {}
     steps: dict[str, float] = {}
-    for quantize, _, dequantize in quantizations(ir.from_proto(graph).graph):
-        code, scale = dequantize.inputs[0], quantize.inputs[1]
+    for site, dequantize in quantizations(ir.from_proto(graph).graph):
+        code, scale = dequantize.inputs[:2]
         assert code is not None and code.name is not None and scale is not None and scale.name is not None
-        sites[code.name] = Site.parse(str(quantize.name))
+        sites[code.name] = site
         steps[code.name] = float(values[scale.name])
     known = {code: seen[site].codes() for code, site in sites.items()}
     known.update({value.name: x for value, x in zip(graph.graph.input, inputs, strict=True)})

@@ -194,9 +194,9 @@ def change(graph, layer, what, function):
     nodes = {node.name: node for node in graph.graph.node}
     reading = {name: node for node in graph.graph.node for name in node.input}
     making = {name: node for node in graph.graph.node for name in node.output}
-    weight, quantize = nodes[f'{layer}.codes'], nodes.get(f'{layer}:0')  # None: another reader of the tensor has it
-    clip = quantize and reading[quantize.output[0]]
-    dequantize = clip and reading[clip.output[0]]
+    weight, dequantize = nodes[f'{layer}.codes'], nodes.get(f'{layer}:0')  # None: another reader of the tensor has it
+    clip = dequantize and making[dequantize.input[0]]
+    quantize = clip and making[clip.input[0]]
     bias = reading[weight.output[0]].input[2]
     places = {
         'codes': [(reading.get(f'model.{layer}.codes.int4'), 0)],
