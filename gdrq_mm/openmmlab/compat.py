@@ -152,7 +152,7 @@ def mend_losses(model: nn.Module) -> None:
     loss: Any
     for loss in model.modules():
         if getattr(loss, 'cls_criterion', None) is module.cross_entropy:
-            loss.cls_criterion = functools.partial(_cross_entropy, module.cross_entropy)
+            loss.cls_criterion = functools.partial(_cross_entropy, module.cross_entropy)  # type: ignore[arg-type]
 
 
 def _cross_entropy(
