@@ -30,7 +30,7 @@ UNITS = dict(loss='expected rise of the loss', metric='summed loss of {}', searc
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='path of a quantized config')
-    parser.add_argument('checkpoint', help='path of the float checkpoint, or of a quantized one')
+    parser.add_argument('checkpoint', help='path or address of the float checkpoint')
     add_config_arguments(parser)
     parser.add_argument(
         '--budget',
@@ -100,7 +100,7 @@ def main() -> None:
         use_amp(cfg)
     if 'ms' in limits and args.runtime not in installed_backends():
         raise UserError(f"{args.runtime} is not installed: uv pip install 'gdrq-mm[deploy]'")
-    prepare(cfg, args.checkpoint, args.by == 'search')
+    prepare(cfg, args.checkpoint, args.by == 'search', args.unsafe_load)
     quantization = read_quantization(cfg)
     assert quantization is not None, 'prepare() refuses a float config'
     bits_to_try(quantization, args.bits, bool(limits.keys() - {'size'}))

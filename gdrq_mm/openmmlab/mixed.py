@@ -19,27 +19,35 @@ from ..core.mixed.search import BitSearch
 from ..core.modules import hooked, modes_kept, only, quant_layers
 from ..deploy.layer_times import TimedLayer, costs_of, time_layers, timed_layer
 from ..report.layers import totals
+from .checkpoints import read_checkpoint
 from .hooks import SettleHook, StatisticsHook, StopHook
 from .loading import trials_of
 from .models import bare_model
 from .runner import QuantRunner
 from .seeding import kept_random_state
 from .sensitivities import loss_of
+from .weights import state_of, without_quantizers
 
 NOT_IN_A_SEARCH = (CheckpointHook, EMAHook, SettleHook, StatisticsHook, StopHook)
 """Hooks for a model that is kept; that of a search is not."""
 
 
-def prepare(cfg: Config, checkpoint: str, search: bool) -> None:
+def prepare(cfg: Config, checkpoint: str, search: bool, unsafe: bool = False) -> None:
     """Remove from a config what choosing bits does not need, and start from `checkpoint`.
 
     Raises:
-        UserError: the config quantizes nothing.
+        UserError: the config quantizes nothing, or the checkpoint is not of the float model: training has adapted its
+            weights to their quantizers, and without them it computes something else.
     """
     if 'quantization' not in cfg:
         raise UserError('the config has no quantization: there are no bits to choose')
     if cfg.quantization.get('control'):
         raise UserError('quantization.control=True: the model stays float, there are no bits to choose')
+    content = read_checkpoint(checkpoint, unsafe)
+    if len(without_quantizers(content)['state_dict']) != len(state_of(content)):
+        raise UserError(
+            f'checkpoint {checkpoint} is of a quantized model; bits are chosen for the float one: name that'
+        )
     cfg.load_from, cfg.resume = checkpoint, False
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if not search:

@@ -166,11 +166,13 @@ SIZE = ('--budget', 'size=0.2')
         (['FLOAT', *SIZE, '--batches', '0'], '--batches 0 is less than 1'),
         (['none.pth', *SIZE], 'checkpoint none.pth does not exist'),
         (['other.pth', *SIZE], 'other.pth is of another model'),
+        (['quantized.pth', *SIZE], 'quantized.pth is of a quantized model; bits are chosen for the float one'),
     ],
 )
 def test_bad_input_ends_in_one_line(tool, tiny, float_checkpoint, tmp_path, arguments, message):
     (tmp_path / 'text.pth').write_text('not a file of sensitivities')
     torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), 'other.pth')
+    torch.save({'conv.weight': torch.zeros(4), 'conv.weight_quant.threshold': torch.zeros(4)}, 'quantized.pth')
     about = dict(sensitivities_version=1, by='loss', checkpoint='1234', notes={}, values={})
     (tmp_path / 'others.json').write_text(json.dumps(about))
     out = [] if '--out' in arguments else ['--out', 'mixed.py']
