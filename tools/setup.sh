@@ -25,7 +25,7 @@ fits() {  # a Python that runs, of a version this stack is tested with
 }
 if [ -z "${PYTHON:-}" ]; then
   for version in $pythons; do
-    for PYTHON in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+    for PYTHON in "python$version" python3 python "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
       fits "$PYTHON" && break 2
     done
   done
