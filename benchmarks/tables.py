@@ -236,11 +236,6 @@ def recipe() -> str:
     return by_bits(read('recipe/*.json', r'cifar10-(?!.*w(3a3|2a2)).*'))
 
 
-def recipe_12e() -> str:
-    """The same, trained as long as the float model."""
-    return by_bits(read('recipe/*.json', 'cifar10_12e-.*'))
-
-
 def tasks() -> str:
     """Detection and segmentation by one recipe (benchmarks/tasks.py)."""
     return by_bits(read('tasks/*.json'))
@@ -274,7 +269,6 @@ TABLES: dict[str, Callable[[], str]] = {
             deployable,
             per_level,
             recipe,
-            recipe_12e,
             tasks,
         )
     },
