@@ -29,10 +29,12 @@ OTHER_SUBJECTS = {
     'choice',
     'distill',
     'fixed_point',
+    'attention',
+    'products',
 }
 """Modules of core/ that are not about what GDRQ computes: what feeds what, deployment, pyramid levels, processes,
-the loop around calibration, finding modules in a model, distillation, steps that are powers of two, and where
-kernels compute the same at more speed."""
+the loop around calibration, finding modules in a model, distillation, steps that are powers of two, attention, and
+where kernels compute the same at more speed."""
 OTHER_FIELDS = ('Report.fields', 'Quantizer.Options.fields')
 """Those of the layer table, and of options that GDRQ replaces by its own."""
 MOST = 800
