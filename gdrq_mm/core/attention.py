@@ -224,10 +224,9 @@ class WrittenOut(nn.Module):
         for name in ('forward', 'product_quant', 'weights_drop', *PROJECTIONS):
             (new.__dict__ if name == 'forward' else new._modules).pop(name, None)
         new._qkv_same_embed_dim = self.in_proj_weight is not None
-        new.out_proj = NonDynamicallyQuantizableLinear.__new__(NonDynamicallyQuantizableLinear)
-        out = nn.Linear(1, 1, device='meta').__dict__
-        new.out_proj.__dict__.update({name: self.out_proj.__dict__[name] for name in out})
-        new.out_proj._modules = {}
+        new.out_proj = NonDynamicallyQuantizableLinear(1, 1, device='meta')
+        new.out_proj.in_features = new.out_proj.out_features = self.embed_dim
+        new.out_proj._parameters = dict(self.out_proj._parameters)
         return new
 
 

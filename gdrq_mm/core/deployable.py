@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import FLOAT_BITS, Quantization
 from .layers import QuantLayer, make_activation_quantizer
@@ -26,6 +27,8 @@ from .topology import Plan
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _KEEP_NOTHING = (_BatchNorm, QuantLayer)
+_NEVER_CALLED = (NonDynamicallyQuantizableLinear, type(None))
+"""What a plan may name in an nn.MultiheadAttention that is not written out, as where the config skips it."""
 
 
 class QuantizedOutput(NamedTuple):
@@ -134,7 +137,8 @@ def quantize_outputs(
         rows.append(QuantizedOutput(name, before, '8 bits'))
 
     for addition in plan.additions:
-        for side, producers in enumerate(addition.operands):
+        for side, made_by in enumerate(addition.operands):
+            producers = [p for p in made_by if not isinstance(modules.get(p), _NEVER_CALLED)]
             usable = [p for p in producers if plan.calls[p] == 1 and not isinstance(modules[p], _CONTAINERS)]
             if not usable:
                 why = 'made by a function' if not producers else 'made by a module that is called several times'
