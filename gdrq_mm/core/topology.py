@@ -9,6 +9,7 @@ weak: recording keeps no tensor alive.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,7 +144,7 @@ class _Recorder(TorchFunctionMode):
         self.images = 0
         self.stack: list[str] = []
         self.running: list[str] = []
-        """The same with those of a part that ran before."""
+        """Modules whose forward runs, innermost last; also those whose forward is called as a method."""
         self.numbers = WeakTensorKeyDictionary()
         self.count = 0
         self.producers: dict[int, list[str]] = {}
@@ -213,8 +214,6 @@ class _Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self.names[module]
-        self.running.append(name)
-        self.multiplied[name] = -1
         outermost = not self.whole and name != '' and not any(self.stack)
         if self.repeated or (outermost and name in self.plan.calls):
             self.repeated += 1
@@ -232,7 +231,7 @@ class _Recorder(TorchFunctionMode):
                         self.norms.setdefault(producer, name)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        name = self.running.pop()
+        name = self.names[module]
         if isinstance(out, Tensor) and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, Projection)):
             x = (*args, *kwargs.values())[0]
             self.images = self.images or max(len(x), 1)
@@ -270,6 +269,29 @@ def _handles(recorder: _Recorder) -> Iterator[Any]:
     for module in recorder.names:
         yield module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
         yield module.register_forward_hook(recorder.leave, with_kwargs=True)
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield _Forward(module, recorder)
+
+
+class _Forward:
+    """Tells a recorder that the forward of a module runs: heads of mmseg call it without the hooks."""
+
+    def __init__(self, module: Any, recorder: _Recorder) -> None:
+        self.module, self.before = module, vars(module).get('forward')
+        module.forward = functools.partial(self.run, recorder, recorder.names[module], module.forward)
+
+    @staticmethod
+    def run(recorder: _Recorder, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        recorder.running.append(name)
+        recorder.multiplied[name] = -1
+        out = forward(*args, **kwargs)
+        recorder.running.pop()
+        return out
+
+    def remove(self) -> None:
+        del self.module.forward
+        if self.before is not None:
+            self.module.forward = self.before
 
 
 def record(

@@ -102,13 +102,24 @@ def cityscapes(root, rng):
             cv2.imwrite(str(mask), rng.integers(0, 19, (96, 128), np.uint8))
 
 
+def ade20k(root, rng):
+    for split in ('training', 'validation'):
+        for i in range(2):
+            picture(root / f'ade/ADEChallengeData2016/images/{split}/{i}.jpg', rng)
+            mask = root / f'ade/ADEChallengeData2016/annotations/{split}/{i}.png'
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(mask), rng.integers(0, 151, (96, 128), np.uint8))
+
+
 def data_of(path):
     """What makes the data of a config."""
     if path.parent.name == 'cls':
         return imagenet
     if '_voc_' in path.name:
         return voc
-    return coco if path.parent.name == 'det' else cityscapes
+    if path.parent.name == 'det':
+        return coco
+    return ade20k if 'ade20k' in path.read_text() else cityscapes
 
 
 def metrics_of(path):
