@@ -16,7 +16,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.deploy.export import ExportedPart, ExportReport, for_openvino, properties
 from gdrq_mm.deploy.merge import IntegerLayer, merge_model
 from gdrq_mm.deploy.packed import is_packed, write_packed
-from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends, products
+from gdrq_mm.deploy.runtime import RUNTIMES, installed_backends, integer_products
 from gdrq_mm.deploy.verify import compare, first_difference
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import example_inputs, export_graphs, write_bundle
@@ -182,8 +182,9 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str,
         if one.float_layers:
             others = ', '.join(one.float_layers)
             text += f', the others in float, most of them because their output is not quantized: {others}'
-        if products(part.graph):
-            text += f'; {len(products(part.graph))} products of two activations, as in attention, are in float'
+        fused, found = integer_products(part.graph) if whole else (0, 0)
+        if found:
+            text += f'; with integers too: {fused} of {found} products of two activations, as in attention'
         CONSOLE.print(text, soft_wrap=True)
 
     show_end2end(end2end, out, list(report.parts[0].pieces))

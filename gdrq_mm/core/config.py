@@ -132,6 +132,7 @@ class Quantization:
     inputs of activation functions such as SiLU, and in evaluation biases in whole units of the integer sums."""
     schedule: Schedule = Schedule()
     attention: Attention = field(default_factory=Attention)
+    """Bits of the factors of products of two activations, query x key and weights x value."""
     distill: Distill | None = None
     control: bool = False
     """Every quantizer off: the float model, trained on by this very recipe, for comparison."""

@@ -284,9 +284,10 @@ class _Forward:
     def run(recorder: _Recorder, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         recorder.running.append(name)
         recorder.multiplied[name] = -1
-        out = forward(*args, **kwargs)
-        recorder.running.pop()
-        return out
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            recorder.running.pop()
 
     def remove(self) -> None:
         del self.module.forward
