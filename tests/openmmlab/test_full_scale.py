@@ -137,7 +137,7 @@ def shrink(cfg):
     """Make all pictures of a config small, at any depth: sizes of resizing, crops and padding."""
     if isinstance(cfg, dict):
         for key, value in cfg.items():
-            if key in ('scale', 'img_scale', 'crop_size', 'size', 'random_size_range') and isinstance(
+            if key in ('scale', 'scales', 'img_scale', 'crop_size', 'size', 'random_size_range') and isinstance(
                 value, (list, tuple)
             ):
                 cfg[key] = [(96, 128) for _ in value] if isinstance(value[0], (list, tuple)) else (96, 128)
