@@ -155,6 +155,12 @@ def few_regions(model):
         model.train_cfg.rcnn.sampler.num = 64
 
 
+def keep_branches_alive(model):
+    """Frozen BN that begins with zeros, without pretrained weights, would keep residual branches at zero."""
+    if (model.backbone.get('norm_cfg') or {}).get('requires_grad') is False:
+        model.backbone.zero_init_residual = False
+
+
 MADE = [pytest.param(path, data_of(path), id=name(path)) for path in FULL_SCALE]
 REAL = [pytest.param(path, real_coco, id=f'{name(path)}-real') for path in FULL_SCALE if data_of(path) is coco]
 
@@ -177,6 +183,7 @@ def test_a_full_scale_config_trains_and_tests(path, make, tmp_path, monkeypatch)
     cfg.param_scheduler = []
     cfg.quantization.calibration_batches = 1
     few_regions(cfg.model)
+    keep_branches_alive(cfg.model)
     test_cfg = cfg.model.get('test_cfg') or {}
     for part in (test_cfg, test_cfg.get('rcnn', {})):
         if 'score_thr' in part:
