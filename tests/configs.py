@@ -11,7 +11,7 @@ CONFIGS = ROOT / 'configs'
 TASKS = {'cls': 'mmpretrain', 'det': 'mmdet', 'seg': 'mmseg'}
 ALL = sorted(path for task in TASKS for path in (CONFIGS / task).rglob('*.py'))
 QUANTIZED = [path for path in ALL if '_gdrq_' in path.name]
-FULL_SCALE = [path for path in QUANTIZED if re.search(r"\['(mmpretrain|mmdet|mmseg)::", path.read_text())]
+FULL_SCALE = [path for path in QUANTIZED if re.search(r"\[\s*'(mmpretrain|mmdet|mmseg)::", path.read_text())]
 """Those that quantize a model of OpenMMLab's own configs."""
 
 

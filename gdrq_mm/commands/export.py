@@ -17,7 +17,7 @@ from ..core.files import check_writable
 from ..deploy.export import ExportedPart, ExportReport, for_openvino, properties
 from ..deploy.merge import IntegerLayer, merge_model
 from ..deploy.packed import is_packed, write_packed
-from ..deploy.runtime import RUNTIMES, installed_backends, products
+from ..deploy.runtime import RUNTIMES, installed_backends, integer_products
 from ..deploy.verify import compare, first_difference
 from ..openmmlab.apis import infer, init_model
 from ..openmmlab.bundle import example_inputs, export_graphs, write_bundle
@@ -185,8 +185,9 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str,
         if one.float_layers:
             others = ', '.join(one.float_layers)
             text += f', the others in float, most of them because their output is not quantized: {others}'
-        if products(part.graph):
-            text += f'; {len(products(part.graph))} products of two activations, as in attention, are in float'
+        fused, found = integer_products(part.graph) if whole else (0, 0)
+        if found:
+            text += f'; with integers too: {fused} of {found} products of two activations, as in attention'
         CONSOLE.print(text, soft_wrap=True)
 
     show_end2end(end2end, out, list(report.parts[0].pieces))

@@ -5,6 +5,7 @@
         weight=dict(bits=4, groups=4, gdrq=dict(k=None, clip='forward')),
         activation=dict(bits=4, range='auto', per_level=False, gdrq=dict(k=None, momentum=0.01)),
         first_last_bits=8,
+        attention=dict(bits=8),
         deployable=True,
         schedule=dict(reshape=0.0, freeze=0.9, settle=0.02),
         distill=dict(temperature=2.0),
@@ -29,6 +30,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from .distill import Distill
 from .errors import UserError
+from .products import Attention
 from .quantizers import ACTIVATION_METHODS, METHODS, OF_BITS, WEIGHT_METHODS
 from .typed import Bounds, check_fields, near
 
@@ -129,6 +131,8 @@ class Quantization:
     """Simulate what the integer graph needs: one quantizer for all readers of a tensor, 8-bit operands of additions and
     inputs of activation functions such as SiLU, and in evaluation biases in whole units of the integer sums."""
     schedule: Schedule = Schedule()
+    attention: Attention = field(default_factory=Attention)
+    """Bits of the factors of products of two activations, query x key and weights x value."""
     distill: Distill | None = None
     control: bool = False
     """Every quantizer off: the float model, trained on by this very recipe, for comparison."""
@@ -155,8 +159,9 @@ class Quantization:
         cfg['weight'] = sides[0].merged(cfg.get('weight', {}), f'{path}.weight')
         cfg['activation'] = sides[1].merged(cfg.get('activation', {}), f'{path}.activation')
         cfg['schedule'] = _schedule(cfg.get('schedule', {}), f'{path}.schedule')
-        if cfg.get('distill') is not None:
-            cfg['distill'] = Distill(**check_fields(Distill, cfg['distill'], f'{path}.distill'))
+        for key, kind in (('attention', Attention), ('distill', Distill)):
+            if cfg.get(key) is not None:
+                cfg[key] = kind(**check_fields(kind, cfg[key], f'{path}.{key}'))
         cfg['skip'] = tuple(cfg.get('skip', ()))
         cfg['overrides'] = {pattern: dict(value) for pattern, value in cfg.get('overrides', {}).items()}
         checked = Quantization(**cfg)
@@ -178,6 +183,8 @@ class Quantization:
                 if (name, value) != ('groups', default_groups):
                     found[prefix + name] = value
             found.update({prefix + name: value for name, value in getattr(part, 'options', {}).items()})
+        if found.pop('attention', None) is not None:
+            found['attention.bits'] = self.attention.bits
         if self.distill is not None:
             found['distill'] = f'T {self.distill.temperature:g}, weight {self.distill.weight:g}'
         return found

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
+from .attention import Projection, attention_to_quantize, write_out
 from .config import FLOAT_BITS, Quantization
-from .deployable import QuantizedOutput, quantize_outputs, round_biases, share_inputs
+from .deployable import QuantizedOutput, simulate_integers
 from .errors import UserError
 from .layers import QUANTIZED, QuantLayer
 from .modules import quant_layers, replace_modules, settle_in
@@ -15,7 +16,7 @@ from .prepare import prepare_weights
 from .pyramid import split_pyramid
 from .topology import Plan
 
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention, Projection)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Report:
     plan: Plan
     edges: dict[str, str] = field(default_factory=dict)
     """Name of each first and last layer -> 'first' or 'last'."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Product of the plan -> why it stays float."""
+
+    @property
+    def products(self) -> list[LayerReport]:
+        """A row for each product of two activations, as in attention."""
+        macs, notes = self.plan.macs, self.notes
+        return [LayerReport(p.name, p.kind, 0, macs.get(p.name, 0), notes.get(p.name, '')) for p in self.plan.products]
 
 
 def float_report(model: nn.Module, plan: Plan) -> Report:
@@ -62,9 +71,11 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
         UserError: a pattern matches no layer, or the plan is of another model.
     """
     recorded, plan = plan is not None, plan or Plan()
+    if (unknown := plan.unknown_to(model)) is not None:
+        raise UserError(f'the plan is that of another model: this one has no {unknown}')
+    write_out(model, attention_to_quantize(model, config.skipped, plan))
     named = {name: m for name, m in model.named_modules() if _has_filters(m)}
-    config.check_patterns(named)
-    _check_plan(model, plan)
+    config.check_patterns([*named, *(product.module for product in plan.products)])
     edges = _first_and_last(named, plan)
     rows, replaced = [], {}
     for name, layer in named.items():
@@ -82,21 +93,10 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
         raise UserError('the model is a single layer; put it into an nn.Sequential')
     replace_modules(model, replaced)
     split_pyramid(model, quant_layers(model), plan)
-    outputs: list[QuantizedOutput] = []
-    if config.deployable and recorded:
-        share_inputs(model, plan)
-        outputs = quantize_outputs(model, config, plan, edges)
-        round_biases(model, plan)
+    outputs, notes = simulate_integers(model, config, plan, edges, config.deployable and recorded)
     settle_in(model)
     prepare_weights(model)
-    return Report(rows, outputs, plan, edges)
-
-
-def _check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raise UserError if the plan names modules that the model does not have."""
-    name = plan.unknown_to(model)
-    if name is not None:
-        raise UserError(f'the plan is that of another model: this one has no {name}')
+    return Report(rows, outputs, plan, edges, notes)
 
 
 def _has_filters(module: nn.Module) -> bool:
@@ -107,7 +107,8 @@ def _has_filters(module: nn.Module) -> bool:
 
 def _weights(layer: nn.Module) -> int:
     """Number of a layer's weights, under any name: nn.MultiheadAttention has `in_proj_weight`."""
-    return sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.dim() > 1)
+    found = [layer.weight] if isinstance(layer, Projection) else layer.parameters(recurse=False)
+    return sum(parameter.numel() for parameter in found if parameter.dim() > 1)
 
 
 def _reason_to_skip(name: str, layer: nn.Module, config: Quantization) -> str:

@@ -3,6 +3,7 @@
 - All readers of a tensor share one quantizer.
 - The operands of additions are quantized to 8 bits.
 - So are the outputs of convolutions in front of an activation function other than ReLU and ReLU6.
+- The factors of products of two activations are quantized too, to the bits of `attention`.
 - In evaluation, biases are rounded as integer kernels round them (integer_bias.py).
 """
 
@@ -14,15 +15,20 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import FLOAT_BITS, Quantization
 from .layers import QuantLayer, make_activation_quantizer
 from .modules import quant_layers
+from .products import attach
 from .quantizers import ActivationQuantizer
+from .quantizers.minmax import AttentionWeights
 from .topology import Plan
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _KEEP_NOTHING = (_BatchNorm, QuantLayer)
+_NEVER_CALLED = (NonDynamicallyQuantizableLinear, type(None))
+"""What a plan may name in an nn.MultiheadAttention that is not written out, as where the config skips it."""
 
 
 class QuantizedOutput(NamedTuple):
@@ -34,6 +40,18 @@ class QuantizedOutput(NamedTuple):
     """What reads it: 'addition' or 'activation'."""
     note: str
     """Bits, or why it stays float."""
+
+
+def simulate_integers(
+    model: nn.Module, config: Quantization, plan: Plan, edges: dict[str, str], deployable: bool
+) -> tuple[list[QuantizedOutput], dict[str, str]]:
+    """Do all of the above if `deployable`; returns what became of outputs, and why products stay float, by name."""
+    if not deployable:
+        return [], quantize_products(model, config, plan, False)
+    share_inputs(model, plan)
+    outputs = quantize_outputs(model, config, plan, edges)
+    round_biases(model, plan)
+    return outputs, quantize_products(model, config, plan, True)
 
 
 def folded_norms(model: nn.Module, plan: Plan) -> dict[str, str]:
@@ -119,7 +137,8 @@ def quantize_outputs(
         rows.append(QuantizedOutput(name, before, '8 bits'))
 
     for addition in plan.additions:
-        for side, producers in enumerate(addition.operands):
+        for side, made_by in enumerate(addition.operands):
+            producers = [p for p in made_by if not isinstance(modules.get(p), _NEVER_CALLED)]
             usable = [p for p in producers if plan.calls[p] == 1 and not isinstance(modules[p], _CONTAINERS)]
             if not usable:
                 why = 'made by a function' if not producers else 'made by a module that is called several times'
@@ -131,6 +150,28 @@ def quantize_outputs(
         if name not in done:
             quantize(name, 'activation')
     return rows
+
+
+def quantize_products(model: nn.Module, config: Quantization, plan: Plan, deployable: bool) -> dict[str, str]:
+    """Quantize the factors of products, each by its own quantizer; returns why products stay float, by name.
+
+    What softmax makes lies between 0 and 1, most of it near 0: see AttentionWeights.
+    """
+    bits, modules = config.attention.bits, dict(model.named_modules())
+    settings = dataclasses.replace(config.activation.with_bits(bits), range='auto')
+    off = 'by config' if FLOAT_BITS in (bits, config.activation.bits) or not deployable else ''
+    notes: dict[str, str] = {}
+    for product in plan.products:
+        module, note = modules[product.module], product.note or off
+        note = 'skipped by config' if config.skipped(product.module) else note
+        if note:
+            notes[product.name] = f'float: {note}'
+        if not off and type(module) is not nn.MultiheadAttention:
+            makers: list[Any] = [
+                AttentionWeights(bits) if mark else make_activation_quantizer(settings) for mark in product.softmax
+            ]
+            attach(module, product.number, [] if note else makers)  # one that stays float counts too
+    return notes
 
 
 def _before_activations(model: nn.Module, plan: Plan, edges: dict[str, str]) -> list[str]:

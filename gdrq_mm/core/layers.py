@@ -127,6 +127,10 @@ class QuantLayer(ModeOfModel):
         """The inverse of :meth:`filters`: (C_out, ...) in the layout of the weight."""
         return filters
 
+    def stored(self, state: Mapping[str, Tensor], name: str) -> Tensor:
+        """The weight in a state dict in which this layer is called `name`."""
+        return state[f'{name}.weight']
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The layer without quantizers, with this weight and bias."""
         raise NotImplementedError

@@ -1,14 +1,16 @@
 """The plan of a model: what feeds what, recorded during one eager prediction. No torch.fx, no tracing.
 
-Forward hooks see which module reads and returns which tensor. A TorchFunctionMode sees the operands of additions and
-the inputs of activation functions. Each version of a tensor has a number, so the result of an in-place ReLU is another
-one than its input. References to tensors are weak: recording keeps no tensor alive.
+Forward hooks see which module reads and returns which tensor. A TorchFunctionMode sees the operands of additions, the
+factors of products and the inputs of activation functions; nn.MultiheadAttention is written out meanwhile. Each version
+of a tensor has a number, so the result of an in-place ReLU is another one than its input. References to tensors are
+weak: recording keeps no tensor alive.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,18 +20,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .attention import Projection, names_written_out, written_out
 from .modules import hooked, modes_kept
+from .products import KINDS, Product, multiply, name_of, operations
 
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 _ACTIVATIONS = set(
     'celu elu gelu hardsigmoid hardswish leaky_relu logsigmoid mish prelu rrelu selu sigmoid silu softplus tanh'.split()
 )
 """Names of functions that a runtime cannot express by the clip of a quantizer, as it does ReLU."""
-_PRODUCTS = {
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
-    *(torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm),
-    *(torch.einsum, nn.functional.scaled_dot_product_attention),
-}
+_SAME_VALUES = set(
+    'transpose permute t view reshape flatten unflatten squeeze unsqueeze contiguous to float type_as dropout'.split()
+)
+"""Names of functions whose result has the values of their first argument, in evaluation."""
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -60,23 +63,24 @@ class Plan:
     additions: list[Addition] = field(default_factory=list)
     activated: list[str] = field(default_factory=list)
     """Modules all of whose results an activation function other than ReLU and ReLU6 reads."""
-    products: list[str] = field(default_factory=list)
-    """Modules whose forward multiplies two tensors that depend on the picture, as attention does; they stay float."""
+    products: list[Product] = field(default_factory=list)
+    """Products of two tensors in the forward of a module, as in attention, in the order of each module's forward."""
     last: list[str] = field(default_factory=list)
     """Layers that make the model's outputs; empty: the one that was called last."""
     training_only: list[str] = field(default_factory=list)
     """Modules that are not deployed, with what is in them, such as auxiliary heads."""
     macs: dict[str, int] = field(default_factory=dict, compare=False)
-    """Multiply-accumulates of each convolution and linear layer for the picture that was recorded."""
+    """Multiply-accumulates of each convolution, linear layer and product for the picture that was recorded."""
 
     def deployed(self, name: str) -> bool:
         """Whether a module or parameter of this name is part of the deployed model."""
         return not any(name == top or name.startswith(f'{top}.') for top in self.training_only)
 
     def unknown_to(self, model: nn.Module) -> str | None:
-        """The first module of this plan that a model does not have; None: it has them all."""
-        known = {name for name, _ in model.named_modules()}
-        named = (*self.calls, *self.inputs, *self.norms, *self.norms.values(), *self.activated, *self.last)
+        """The first module of this plan that a model does not have, its attention written out; None: it has all."""
+        known = names_written_out(model)
+        products = (each.module for each in self.products)
+        named = (*self.calls, *self.inputs, *self.norms, *self.norms.values(), *self.activated, *self.last, *products)
         return next((name for name in (*named, *self.training_only) if name not in known), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,19 +104,21 @@ class Plan:
                 raise ValueError(f'{name} of the plan is not a dict of integers')
         if not _is_dict(content['norms'], str):
             raise ValueError('norms of the plan is not a dict of names')
-        for name in ('activated', 'products', 'last', 'training_only'):
+        for name in ('activated', 'last', 'training_only'):
             if not _is_names(content[name]):
                 raise ValueError(f'{name} of the plan is not a list of names')
-        additions = content['additions']
-        if not isinstance(additions, (list, tuple)):
-            raise ValueError('additions of the plan is not a list')
+        additions, products = content['additions'], content['products']
+        for name, value in (('additions', additions), ('products', products)):
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f'{name} of the plan is not a list')
         for each in additions:
             sides = each.get('operands') if isinstance(each, Mapping) and isinstance(each.get('module'), str) else None
             if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(map(_is_names, sides)):
                 raise ValueError('an addition of the plan is not a module with two lists of names')
         found = [Addition(a['module'], tuple(tuple(side) for side in a['operands'])) for a in additions]  # type: ignore[arg-type]
-        copied = {n: dict(v) if isinstance(v, Mapping) else list(v) for n, v in content.items() if n != 'additions'}
-        return Plan(additions=found, **copied)  # type: ignore[arg-type]
+        copied = {n: dict(v) if isinstance(v, Mapping) else list(v) for n, v in content.items()}
+        copied.update(additions=found, products=[Product.from_dict(each) for each in products])
+        return Plan(**copied)  # type: ignore[arg-type]
 
 
 def _is_names(value: Any) -> bool:
@@ -127,6 +133,9 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, whole: bool) -> None:
         super().__init__()
         self.names = {module: name for name, module in model.named_modules()}
+        self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.softmaxed: set[int] = set()
+        self.multiplied: dict[str, int] = {}
         self.convs = {n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
         self.plan = Plan()
         self.whole = whole
@@ -134,6 +143,8 @@ class _Recorder(TorchFunctionMode):
         """How many modules deep we are in a part that ran before: it tells nothing new."""
         self.images = 0
         self.stack: list[str] = []
+        self.running: list[str] = []
+        """Modules whose forward runs, innermost last; also those whose forward is called as a method."""
         self.numbers = WeakTensorKeyDictionary()
         self.count = 0
         self.producers: dict[int, list[str]] = {}
@@ -153,19 +164,17 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.repeated:
-            return func(*args, **kwargs)
+            return multiply(func, args, kwargs, self._multiply) if func in KINDS else func(*args, **kwargs)
         pair = [*args, *(kwargs[key] for key in ('input', 'other') if key in kwargs)][:2]
         if func in _ADDITIONS and len(pair) > 1 and all(isinstance(a, Tensor) for a in pair):
             self._add(*pair)
         if getattr(func, '__name__', '').rstrip('_') in _ACTIVATIONS and pair and isinstance(pair[0], Tensor):
             for producer in self.producers.get(self.number(pair[0]), [])[:1]:
                 self.activated.setdefault(producer, set()).add(self.number(pair[0]))
-        if func in _PRODUCTS and self.stack and self.stack[-1] not in self.plan.products:
-            factors = [a for part in args for a in (part if isinstance(part, (list, tuple)) else [part])]
-            if sum(isinstance(a, Tensor) and not isinstance(a, nn.Parameter) for a in factors) > 1:
-                self.plan.products.append(self.stack[-1])
         numbers = {self.number(a) for a in args if isinstance(a, Tensor)}
-        out = func(*args, **kwargs)
+        out = multiply(func, args, kwargs, self._multiply) if func in KINDS else func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self._follow(getattr(func, '__name__', ''), pair[:1], out)
         if isinstance(out, (Tensor, tuple)) and not isinstance(out, torch.Size):  # a size or a type is no reading
             for name in (self.made_by[n] for n in numbers if n in self.made_by):
                 self.reads[name] = self.reads.get(name, 0) + 1
@@ -178,6 +187,30 @@ class _Recorder(TorchFunctionMode):
             between = not self.whole and not any(self.stack)  # windows that are put together: as many as there are
             if not between or ((one or other) and found not in self.plan.additions):
                 self.plan.additions.append(found)
+
+    def _multiply(self, a: Tensor, b: Tensor, equation: str, softmax: bool) -> tuple[Tensor, Tensor]:
+        """Note a product of the innermost module."""
+        module = self.running[-1] if self.running else ''
+        number = self.multiplied[module] = self.multiplied.get(module, -1) + 1
+        self.images = self.images or max(len(a), 1)
+        counted = name_of(module, number)
+        self.plan.macs[counted] = self.plan.macs.get(counted, 0) + operations(a, b, equation) // self.images
+        if not self.repeated and number >= sum(each.module == module for each in self.plan.products):
+            note = ''
+            if any(id(x if x._base is None else x._base) in self.constants for x in (a, b)):
+                note = 'one factor is a parameter'
+            elif not self.whole and not module:
+                note = 'between the parts of the model'
+            marks = softmax or self.number(a) in self.softmaxed, self.number(b) in self.softmaxed
+            self.plan.products.append(Product(module, number, 'einsum' if equation else 'matmul', marks, note))
+        return a, b
+
+    def _follow(self, function: str, first: Sequence[Any], out: Tensor) -> None:
+        """Note which tensors softmax has made."""
+        source = first[0] if first and isinstance(first[0], Tensor) else None
+        known = source is not None and self.number(source) in self.softmaxed
+        if function == 'softmax' or (known and function in _SAME_VALUES):
+            self.softmaxed.add(self.number(out))
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self.names[module]
@@ -199,7 +232,7 @@ class _Recorder(TorchFunctionMode):
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = self.names[module]
-        if isinstance(out, Tensor) and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        if isinstance(out, Tensor) and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, Projection)):
             x = (*args, *kwargs.values())[0]
             self.images = self.images or max(len(x), 1)
             self.plan.macs[name] = self.plan.macs.get(name, 0) + _macs(module, x, out, self.images)
@@ -236,6 +269,30 @@ def _handles(recorder: _Recorder) -> Iterator[Any]:
     for module in recorder.names:
         yield module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
         yield module.register_forward_hook(recorder.leave, with_kwargs=True)
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield _Forward(module, recorder)
+
+
+class _Forward:
+    """Tells a recorder that the forward of a module runs: heads of mmseg call it without the hooks."""
+
+    def __init__(self, module: Any, recorder: _Recorder) -> None:
+        self.module, self.before = module, vars(module).get('forward')
+        module.forward = functools.partial(self.run, recorder, recorder.names[module], module.forward)
+
+    @staticmethod
+    def run(recorder: _Recorder, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        recorder.running.append(name)
+        recorder.multiplied[name] = -1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            recorder.running.pop()
+
+    def remove(self) -> None:
+        del self.module.forward
+        if self.before is not None:
+            self.module.forward = self.before
 
 
 def record(
@@ -254,10 +311,11 @@ def record(
             the model as often as the picture wants (sliding windows), and only the first run of each part counts.
         last, training_only: what is known of the model beside the prediction, see :class:`Plan`.
     """
-    recorder = _Recorder(model, whole)
-    with modes_kept(model), torch.no_grad(), torch.random.fork_rng(), hooked(_handles(recorder)), recorder:
-        model.eval()
-        predict()
+    with modes_kept(model), written_out(model), torch.no_grad(), torch.random.fork_rng():
+        recorder = _Recorder(model, whole)
+        with hooked(_handles(recorder)), recorder:
+            model.eval()
+            predict()
     plan = recorder.finish()
     plan.last, plan.training_only = list(last), list(training_only)
     return plan

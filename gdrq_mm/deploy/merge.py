@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..core.attention import LINEAR, WrittenOut
 from ..core.deployable import float_output, folded_norms
 from ..core.errors import UserError
 from ..core.functional import fake_quantize
@@ -87,7 +88,7 @@ class IntegerLayer(nn.Module):
     def scale(self, accumulated: Tensor) -> Tensor:
         """y = M * acc + B in float32."""
         shape = [1] * accumulated.dim()
-        shape[-1 if isinstance(self.bare, nn.Linear) else 1] = -1
+        shape[-1 if isinstance(self.bare, LINEAR) else 1] = -1
         return accumulated.float() * self.multiplier.view(shape) + self.bias.view(shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,6 +166,10 @@ def merge_model(model: nn.Module, plan: Plan) -> nn.Module:
     for name, module in merged.named_modules():
         if isinstance(module._modules.get('output_quant'), ActivationQuantizer):
             _fix_output(module, name)
+        if 'product_quant' in module._modules:
+            _fix_products(module, name)
+        if isinstance(module, WrittenOut):
+            module.forget_weights()
     return merged
 
 
@@ -230,13 +235,24 @@ def _check(layer: QuantLayer, activation: ActivationQuantizer | None, norm: _Bat
 
 def _fix_output(module: nn.Module, name: str) -> None:
     """Fix the quantizer of an output; one that calibration did not reach passes its values and is taken away."""
-    quant: Any = module.output_quant
-    if quant.uneven:
-        raise UserError(f'the output of {name} cannot be merged: {quant.uneven}')
-    if quant.stage == Stage.FLOAT:
+    fixed = _fixed(module.output_quant, f'the output of {name}')
+    if fixed is None:
         float_output(module)
     else:
-        module.output_quant = OutputQuantizer(quant.step().detach().float(), quant.lo, quant.hi)
+        module.output_quant = fixed
+
+
+def _fix_products(module: Any, name: str) -> None:
+    """Fix the quantizers of a module's products; a product that calibration did not reach becomes float."""
+    for number, quantizers in enumerate(module.product_quant):
+        fixed: list[Any] = [_fixed(quant, f'product {number} of {name}') for quant in quantizers]
+        module.product_quant[number] = nn.ModuleList([] if None in fixed else fixed)
+
+
+def _fixed(quant: Any, where: str) -> OutputQuantizer | None:
+    if quant.uneven:
+        raise UserError(f'{where} cannot be merged: {quant.uneven}')
+    return None if quant.stage == Stage.FLOAT else OutputQuantizer(quant.step().detach().float(), quant.lo, quant.hi)
 
 
 def _bare(layer: nn.Module) -> Any:
@@ -245,6 +261,7 @@ def _bare(layer: nn.Module) -> Any:
     bare = kind.__new__(kind)
     bare.__dict__.update(layer.__dict__)
     bare._parameters, bare._buffers, bare._modules, bare._shared, bare._norm = {}, {}, {}, (), ()
+    bare.__dict__.pop('attention', None)
     return bare
 
 

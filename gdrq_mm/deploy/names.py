@@ -4,7 +4,8 @@
                   model.LAYER.codes.int4, .factor       its weight in 4 bits, and what the codes are multiplied by
                   model.LAYER.quantize.scale, ...       of the quantizer of its input
                   model.MODULE.output_quant.scale, ...  of a quantizer of an output
-    nodes         DequantizeLinear QUANTIZER:CALL       QUANTIZER is LAYER or MODULE.output_quant
+                  model.MODULE.product_quant.N.F.scale  of factor F of the N-th product in a module
+    nodes         DequantizeLinear QUANTIZER:CALL       QUANTIZER is LAYER, MODULE.output_quant or that of a factor
                   DequantizeLinear LAYER.codes          of the weight
 
 Initializers of equal value may be shared, so that only the name of a node tells which module it belongs to.
@@ -22,7 +23,7 @@ class Site(NamedTuple):
     """One call of a quantizer."""
 
     quantizer: str
-    """The layer whose input it quantizes, or MODULE.output_quant."""
+    """The layer whose input it quantizes, MODULE.output_quant, or MODULE.product_quant.N.F."""
     call: int
     """From 0, during one run of the graph."""
 

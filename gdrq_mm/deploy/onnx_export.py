@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..core.attention import LINEAR
 from ..core.compat import check_export
 from ..core.errors import UserError
 from ..core.integer_bias import LARGEST_BIAS
@@ -131,7 +132,7 @@ class OnnxLayer(nn.Module):
         self.register_buffer('zeros', torch.zeros(len(scale), dtype=torch.int8))
         # No integer kernel has a transposed convolution, and its channels are not one axis of the weight.
         self.transposed = isinstance(layer.bare, nn.ConvTranspose2d)
-        self.linear = isinstance(layer.bare, nn.Linear)
+        self.linear = isinstance(layer.bare, LINEAR)
         if self.linear:
             unit = self.quantize.scale.double() * self.scale.double()
             bias = (bias / unit).round().to(torch.int32)

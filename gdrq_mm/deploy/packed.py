@@ -9,7 +9,8 @@ holds
     config    text of the config, to be read, never to be run
     meta      what the model knows of its data set, as JSON
     layers    what the merged layers are beside their tensors, as JSON, see :class:`PackedLayer`
-    outputs   module -> [lo, hi] of the quantizer of its output, as JSON
+    outputs   module -> [lo, hi] of the quantizer of its output, as JSON; factor F of the N-th product in a module is
+              MODULE.product_quant.N.F
     absent    modules that are not deployed, as JSON
 
 The float model of the config and this file make the merged model; nothing is quantized or calibrated for it.
@@ -32,17 +33,21 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..core.attention import LINEAR, PROJECTIONS, WrittenOut, packed_attention, write_out
 from ..core.config import Quantization
 from ..core.deployable import quantize_output
 from ..core.errors import UserError
 from ..core.files import write_whole
 from ..core.layers import QUANTIZED, QuantLayer
 from ..core.modules import replace_modules
+from ..core.products import attach
 from ..core.pyramid import count_levels
 from .coding import compress_codes, decompress_codes, entropy, pack_codes, unpack_codes
 from .merge import Absent, IntegerLayer, IntegerPyramid, OutputQuantizer, move_output
 
 VERSION, COMPRESSED = '1', '2'
+_FACTOR = re.compile(r'(?:(.+)\.)?product_quant\.(\d{1,3})\.([01])')
+"""Name of the quantizer of a factor: module, number of the product, which factor."""
 _SUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 """As safetensors writes it into the header; in any other text of the header quotes are escaped."""
 
@@ -334,9 +339,13 @@ def load_packed(model: Any, path: str | Path, config: Quantization | None = None
         UserError: the file cannot be read, or it is that of another model or of other bits; the model is left unusable.
     """
     packed = read_packed(path)
+    write_out(model, [name for name in packed_attention(model) if f'{name}.{PROJECTIONS[0]}' in packed.layers])
     known: dict[str, Any] = dict(model.named_modules())
     heads, norms = ({getattr(each, key) for each in packed.layers.values()} - {None} for key in ('head', 'norm'))
-    for name in (*packed.layers, *heads, *norms, *packed.absent, *packed.outputs):
+    factors = {name: match for name in packed.outputs if (match := _FACTOR.fullmatch(name))}
+    multiplying = {match[1] or '' for match in factors.values()}
+    outputs = {name: ends for name, ends in packed.outputs.items() if name not in factors}
+    for name in (*packed.layers, *heads, *norms, *packed.absent, *outputs, *multiplying):
         if name not in known:
             raise UserError(f'packed file {path} is that of another model: the config has no {name}')
     for name, layer in packed.layers.items():
@@ -355,8 +364,18 @@ def load_packed(model: Any, path: str | Path, config: Quantization | None = None
     for name, layer in packed.layers.items():
         if layer.head is not None:
             count_levels(known[layer.head], name, replaced[known[name]])
-    for name, (lo, hi) in packed.outputs.items():
-        module: nn.Module = replaced.get(known[name], known[name])
+    for name, match in factors.items():
+        pair = packed.outputs.get(f'{name[:-1]}0'), packed.outputs.get(f'{name[:-1]}1')
+        if None in pair:
+            raise UserError(f'packed file {path} is damaged: one factor of {name[:-2]} is missing')
+        if match[3] == '0':
+            quantizers: list[nn.Module] = [OutputQuantizer(torch.zeros(()), *ends) for ends in pair]  # type: ignore[misc]
+            attach(known[match[1] or ''], int(match[2]), quantizers)
+    for module in model.modules():
+        if isinstance(module, WrittenOut):
+            module.forget_weights()
+    for name, (lo, hi) in outputs.items():
+        module = replaced.get(known[name], known[name])
         module.add_module('output_quant', OutputQuantizer(torch.zeros(()), lo, hi))
         module.register_forward_hook(quantize_output)
     _fill(model, packed.state, path)
@@ -380,7 +399,7 @@ def _check_config(path: Any, name: str, layer: PackedLayer, config: Quantization
 
 def _empty(module: Any, layer: PackedLayer) -> IntegerLayer | IntegerPyramid:
     """The merged layer with zeros, in the place of a float one."""
-    channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    channels = module.out_features if isinstance(module, LINEAR) else module.out_channels
     levels = [
         IntegerLayer(
             module,

@@ -236,6 +236,14 @@ def products(graph: onnx.ModelProto) -> list[Any]:
     return found
 
 
+def integer_products(graph: onnx.ModelProto) -> tuple[int, int]:
+    """How many products of two activations ONNX Runtime computes with integers, and how many there are."""
+    found = len(products(graph))
+    if not found:
+        return 0, 0
+    return sum(node.op_type in INTEGER_KERNELS for node in products(optimized(graph))), found
+
+
 def layers(graph: onnx.ModelProto) -> list[Any]:
     """The nodes that are convolutions or linear layers."""
     apart = {node.name for node in products(graph)}

@@ -89,7 +89,7 @@ def record_codes(model: Any, predict: Callable[[], Any]) -> tuple[dict[Site, Tra
 
         handles.append(layer.register_forward_pre_hook(keep_input))
     for name, quantizer in activation_quantizers(model).items():
-        if name.endswith('.output_quant'):
+        if '.own_input_quant' not in name:
             handles.append(quantizer.register_forward_pre_hook(lambda m, args, name=name: keep(name, m, args[0])))
     with hooked(handles), torch.no_grad():
         return seen, predict()

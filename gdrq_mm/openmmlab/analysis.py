@@ -245,7 +245,9 @@ def weights_of(model: nn.Module, rows: Iterable[Row], start: dict[str, Tensor] |
         if row.weight is not None:
             weight, quantized, low, high = (value.float().cpu() for value in quantized_weight(layers[row.name]))
             ends = torch.cat([low.flatten(), high.flatten()]).unique()
-            before = start[f'{row.name}.weight'].float().flatten().numpy() if start is not None else None
+            before = None
+            if start is not None:
+                before = layers[row.name].stored(start, row.name).float().flatten().numpy()
             now, after = weight.flatten().numpy(), quantized.flatten().numpy()
             found.append(Weights(row.name, now, after, ends.numpy(), before))
     return found

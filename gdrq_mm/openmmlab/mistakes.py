@@ -8,6 +8,7 @@ import re
 import traceback
 from types import FrameType
 
+import torch.nn as nn
 from mmengine.registry import Registry, build_from_cfg
 
 _UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
@@ -17,13 +18,15 @@ _NOT_FOUND = re.compile(r'Cannot find \S+ in registry')
 def config_mistake(error: BaseException) -> str:
     """What is wrong with the config, '' if the exception may as well be a bug.
 
-    A mistake is a name that no registry has, or arguments that what it names does not take. A class that raises
-    anything itself is not looked into: its traceback is wanted.
+    A mistake is a name that no registry has, arguments that what it names does not take, or heads of attention that do
+    not divide its width. A class that raises anything itself is not looked into: its traceback is wanted.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if not frames or not isinstance(error, (KeyError, TypeError, RuntimeError)):
+    if not frames or not isinstance(error, (KeyError, TypeError, RuntimeError, AssertionError)):
         return ''
     message, last = str(error.args[0]) if error.args else '', frames[-1]
+    if isinstance(error, AssertionError):
+        return _of_heads(last)
     if last.f_code is Registry.get.__code__:
         return message
     module = last.f_globals.get('__name__', '')
@@ -38,6 +41,14 @@ def config_mistake(error: BaseException) -> str:
     if isinstance(error, TypeError) and name and (module.startswith('mmengine.') or _handed_on(name[1], frames)):
         return message
     return ''
+
+
+def _of_heads(frame: FrameType) -> str:
+    """The message where torch's attention refuses its number of heads; '' where something else was asserted."""
+    if frame.f_code is not nn.MultiheadAttention.__init__.__code__:
+        return ''
+    width, heads = frame.f_locals['embed_dim'], frame.f_locals['num_heads']
+    return f'nn.MultiheadAttention: {heads} heads do not divide the width {width}'
 
 
 def _of_registry(frame: FrameType, message: str) -> str:

@@ -18,7 +18,7 @@ from ..core.topology import Plan
 from .accumulation import is_accumulated
 from .checkpoints import iterations_of
 
-_QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant)\.')
+_QUANTIZER_ENTRY = re.compile(r'(^|\.)(weight_quant|own_input_quant|output_quant|product_quant)\.')
 """Matches the names of what quantizers keep in a state dict."""
 _RESUMED: dict[str, Callable[[Any], bool]] = {
     'seed': lambda value: value is None or (type(value) is int and 0 <= value < 1 << 32),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn as nn
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..core.config import FLOAT_BITS
 from ..core.convert import Report
@@ -46,19 +48,38 @@ def totals(model: nn.Module, report: Report) -> Totals:
         if name != 'num_batches_tracked'
     )
     quantized, saved = 0, 0.0
-    counted = set()  # a Parameter that two layers share counts once
+    counted: dict[int, Tensor] = {}  # a Parameter that two layers share counts once
     for place, layer in layers.items():
-        if deployed(place) and layer.bits[0] != FLOAT_BITS and id(layer.weight) not in counted:
-            counted.add(id(layer.weight))
-            quantized += layer.weight.numel()
-            saved += layer.weight.numel() * (FLOAT_BYTES - layer.bits[0] / 8)
+        weight = layer.weight
+        if deployed(place) and layer.bits[0] != FLOAT_BITS and id(weight) not in counted:
+            counted[id(weight)] = weight  # kept, as rows of packed attention are tensors of the moment
+            quantized += weight.numel()
+            saved += weight.numel() * (FLOAT_BYTES - layer.bits[0] / 8)
             saved -= layer.weight_quant.groups * FLOAT_BYTES
     float_bytes = (parameters + statistics) * FLOAT_BYTES
     operations = 0
     for row in report.layers:
         weight, activation = layers[row.name].bits if row.name in layers else (FLOAT_BITS, FLOAT_BITS)
         operations += row.macs * weight * activation
+    for row in report.products:
+        one, other = factor_bits(model, row.name)
+        operations += row.macs * one * other
     return Totals(parameters, quantized, float_bytes, int(float_bytes - saved), operations)
+
+
+def factor_bits(model: nn.Module, product: str) -> tuple[int, int]:
+    """Bits of both factors of a product; 32 is float."""
+    bits = [quant.bits_in_use for quant in _factors(model, product)] or [FLOAT_BITS, FLOAT_BITS]
+    return bits[0], bits[1]
+
+
+def _factors(model: nn.Module, product: str) -> list[Any]:
+    found: Any = model
+    for part in product.split('.'):
+        found = found._modules.get(part)
+        if found is None:
+            return []
+    return list(found)
 
 
 def layer_table(model: nn.Module, report: Report) -> str:
@@ -88,9 +109,11 @@ def layer_table(model: nn.Module, report: Report) -> str:
             _range(layer.input_quant),
             note,
         )
-    for name in report.plan.products:
-        if name not in {row.name for row in report.layers}:
-            table.add_row(name, 'product', '', '32', '', '32', '', 'float: multiplies two activations')
+    for row in report.products:
+        one, other = (str(bits) for bits in factor_bits(model, row.name))
+        ranges = ', '.join(dict.fromkeys(filter(None, map(_range, _factors(model, row.name)))))
+        note = ', '.join(filter(None, [row.note, f'{row.macs:,} operations']))
+        table.add_row(row.name, row.kind, '', one, '', other, ranges, note)
     modules = dict(model.named_modules())
     for output in report.outputs:
         quant = getattr(modules.get(output.name), 'output_quant', None)

@@ -1,7 +1,7 @@
 """The units of a model for the analysis: what is quantized alone, while the rest stays float.
 
-A unit is a layer with its weight and input, an input that several layers read through one quantizer, or an output that
-`deployable` quantizes. Layers that are not deployed (auxiliary heads) are in none.
+A unit is a layer with its weight and input, an input that several layers read through one quantizer, an output that
+`deployable` quantizes, or a product with both factors. Layers that are not deployed (auxiliary heads) are in none.
 """
 
 from __future__ import annotations
@@ -61,6 +61,13 @@ def units_of(model: nn.Module, plan: Plan) -> list[Unit]:
         module = name.removesuffix('.output_quant')
         if module != name and plan.deployed(module) and _in_use(quant):
             units.append(Unit(f'{module} (output)', 'output', (module,), None, _in_use(quant)))
+    quantizers = activation_quantizers(model)
+    for product in plan.products:
+        factors = (quantizers.get(f'{product.name}.{factor}') for factor in range(2))
+        inputs = tuple(q for quant in factors for q in _in_use(quant))
+        if inputs and plan.deployed(product.module):
+            title = f'{product.module or "model"} (product {product.number})'
+            units.append(Unit(title, 'product', (product.module,), None, inputs))
     return units
 
 

@@ -30,10 +30,12 @@ OTHER_SUBJECTS = {
     'distill',
     'fixed_point',
     'compat',
+    'attention',
+    'products',
 }
 """Modules of core/ that are not about what GDRQ computes: what feeds what, deployment, pyramid levels, processes,
 the loop around calibration, finding modules in a model, distillation, steps that are powers of two, what older
-torch lacks, and where kernels compute the same at more speed."""
+torch lacks, attention, and where kernels compute the same at more speed."""
 OTHER_FIELDS = ('Report.fields', 'Quantizer.Options.fields')
 """Those of the layer table, and of options that GDRQ replaces by its own."""
 MOST = 800

@@ -380,6 +380,8 @@ def test_recording_keeps_no_tensor_alive():
 
 SPELLINGS = {
     '@': lambda a, b: a @ b,
+    'reversed': lambda a, b: b.__rmatmul__(a),
+    'baddbmm': lambda a, b: torch.baddbmm(torch.zeros(4), a, batch2=b),
     'matmul': torch.matmul,
     'bmm': torch.bmm,
     'einsum': lambda a, b: torch.einsum('nij,njk->nik', a, b),
@@ -391,20 +393,39 @@ SPELLINGS = {
 def test_a_product_of_two_activations_is_recorded_however_it_is_written(spelling):
     inner = Function(lambda m, x: SPELLINGS[spelling](x, x.transpose(1, 2).contiguous()))
     model = Function(lambda m, x: m.inner(m.inner(x)), inner=inner)
-    assert record(model, lambda: model(torch.rand(2, 4, 4))).products == ['inner']
+    plan = record(model, lambda: model(torch.rand(2, 4, 4)))
+    count = 2 if spelling == 'attention' else 1
+    assert [(each.module, each.number, each.note) for each in plan.products] == [('inner', i, '') for i in range(count)]
+    assert [plan.macs[each.name] for each in plan.products] == [2 * 4 * 4 * 4] * count  # in two calls
+    assert [each.softmax for each in plan.products] == [(False, False), (True, False)][:count]
 
 
 def test_a_product_with_a_weight_is_none_of_two_activations():
     inner = Function(lambda m, x: x @ m.weight)
     inner.weight = nn.Parameter(torch.rand(4, 4))
     model = Function(lambda m, x: m.inner(x), inner=inner)
-    assert record(model, lambda: model(torch.rand(2, 4, 4))).products == []
+    (product,) = record(model, lambda: model(torch.rand(2, 4, 4))).products
+    assert product.note == 'one factor is a parameter'
+
+
+def test_softmax_is_followed_through_what_keeps_its_values():
+    def forward(m, x):
+        weights = m.drop(x.softmax(-1)).transpose(1, 2).reshape(2, 4, 4)
+        return x @ weights + (weights * 2) @ x
+
+    model = Function(lambda m, x: m.inner(x), inner=Function(forward, drop=nn.Dropout(0.5)))
+    assert [p.softmax for p in record(model, lambda: model(torch.rand(2, 4, 4))).products] == [
+        (False, True),
+        (False, False),
+    ]
 
 
 def test_the_first_plans_know_of_no_products():
     content = plan_of(net(Block())).to_dict()
     del content['products']
     assert Plan.from_dict(content).products == []
+    (old,) = Plan.from_dict({**content, 'products': ['head']}).products  # later ones named modules
+    assert (old.module, old.note) == ('head', 'recorded before products were quantized')
 
 
 def test_a_plan_survives_as_plain_data():
@@ -427,6 +448,9 @@ def test_a_plan_survives_as_plain_data():
         dict(additions=[{'module': 'a', 'operands': [['b']]}]),
         dict(additions=[{'module': 1, 'operands': [[], []]}]),
         dict(additions=1),
+        dict(products=1),
+        dict(products=[{'module': 'a', 'number': 0, 'kind': 'matmul', 'softmax': [0, 1], 'note': ''}]),
+        dict(products=[{'module': 'a', 'softmax': [True, True]}]),
         dict(more=1),
     ],
 )

@@ -1,6 +1,7 @@
 """A mistake in a config is told from a bug by where the exception was raised."""
 
 import pytest
+import torch.nn as nn
 from mmengine.registry import Registry
 
 from gdrq_mm.openmmlab.mistakes import config_mistake
@@ -30,6 +31,14 @@ class Nest:
         self.inner = THINGS.build(inner)
 
 
+@THINGS.register_module()
+class Attends(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        assert heads != 7
+        self.attention = nn.MultiheadAttention(32, heads)
+
+
 def helper(width):
     return width
 
@@ -42,12 +51,14 @@ MISTAKES = {
     "Plain.__init__() got an unexpected keyword argument 'heigth'": dict(type='HandsOn', width=1, heigth=2),
     'must contain the key "type"': dict(width=3),
     'type must be a str': dict(type=3),
+    'nn.MultiheadAttention: 5 heads do not divide the width 32': dict(type='Attends', heads=5),
     "'Plan' is not in the registry": dict(type='Nest', inner=dict(type='Plan')),
 }
 BUGS = {
     'a value that the class refuses': dict(type='Plain', width=1, height=0),
     'a type that the class cannot use': dict(type='Plain', width='x'),
     'a call within the class': dict(type='Plain', width=101),
+    'what a class asserts': dict(type='Attends', heads=7),
     'an argument that the class takes and hands on': dict(type='HandsOn', width=1, colour='lost'),
 }
 

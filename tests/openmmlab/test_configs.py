@@ -33,8 +33,8 @@ from tests.helpers import ENV, ROOT
 
 QUANTIZATION = sorted((CONFIGS / '_base_/quantization').glob('*.py'))
 LAST = re.compile(
-    r'(^|\.)(fc|fc_cls|fc_reg|rpn_cls|rpn_reg|retina_cls|retina_reg|convs_pred\.\d|multi_level_conv_(cls|reg|obj)\.\d'
-    r'|conv_seg|classifier\.6)$'
+    r'(^|\.)(?<!attention\.)(fc|fc_cls|fc_reg|rpn_cls|rpn_reg|retina_cls|retina_reg|convs_pred\.\d|multi_level_conv_(cls|reg|obj)\.\d'
+    r'|conv_seg|classifier\.6|rtm_(cls|reg)\.\d|cls_branches\.\d|reg_branches\.\d\.4|layers\.head)$'
 )
 """Last layers of the heads in use, auxiliary ones too."""
 
@@ -80,7 +80,7 @@ def test_a_full_scale_config_is_short_and_starts_from_the_weights_of_its_base(pa
     ]
     starts = load(path).load_from
     if published:
-        assert [starts] == published
+        assert starts in published
     else:  # trained first, from the float config beside it
         stem = path.stem.replace('_gdrq_w4a4', '')
         epochs = load(path.with_name(f'{stem}.py')).train_cfg.max_epochs
@@ -125,7 +125,8 @@ def test_a_config_builds_a_model_of_its_kind(path):
     scope = TASKS[path.parent.name]
     assert cfg.default_scope == scope
     drop_pretrained(cfg.model)
-    size = 224 if cfg.model.backbone.type == 'VGG' else 64  # only VGG's classifier asks for the full size
+    # The others take small pictures.
+    size = 224 if cfg.model.backbone.type in ('VGG', 'SwinTransformer') and scope == 'mmpretrain' else 64
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(cfg.model)
         plan = record_plan(model, lambda: predict(model, scope, size))

@@ -102,13 +102,24 @@ def cityscapes(root, rng):
             cv2.imwrite(str(mask), rng.integers(0, 19, (96, 128), np.uint8))
 
 
+def ade20k(root, rng):
+    for split in ('training', 'validation'):
+        for i in range(2):
+            picture(root / f'ade/ADEChallengeData2016/images/{split}/{i}.jpg', rng)
+            mask = root / f'ade/ADEChallengeData2016/annotations/{split}/{i}.png'
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(mask), rng.integers(0, 151, (96, 128), np.uint8))
+
+
 def data_of(path):
     """What makes the data of a config."""
     if path.parent.name == 'cls':
         return imagenet
     if '_voc_' in path.name:
         return voc
-    return coco if path.parent.name == 'det' else cityscapes
+    if path.parent.name == 'det':
+        return coco
+    return ade20k if 'ade20k' in path.read_text() else cityscapes
 
 
 def metrics_of(path):
@@ -126,7 +137,7 @@ def shrink(cfg):
     """Make all pictures of a config small, at any depth: sizes of resizing, crops and padding."""
     if isinstance(cfg, dict):
         for key, value in cfg.items():
-            if key in ('scale', 'img_scale', 'crop_size', 'size', 'random_size_range') and isinstance(
+            if key in ('scale', 'scales', 'img_scale', 'crop_size', 'size', 'random_size_range') and isinstance(
                 value, (list, tuple)
             ):
                 cfg[key] = [(96, 128) for _ in value] if isinstance(value[0], (list, tuple)) else (96, 128)
@@ -142,6 +153,12 @@ def few_regions(model):
     if model.get('rpn_head') is not None:
         model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 64
         model.train_cfg.rcnn.sampler.num = 64
+
+
+def keep_branches_alive(model):
+    """Frozen BN that begins with zeros, without pretrained weights, would keep residual branches at zero."""
+    if (model.backbone.get('norm_cfg') or {}).get('requires_grad') is False:
+        model.backbone.zero_init_residual = False
 
 
 MADE = [pytest.param(path, data_of(path), id=name(path)) for path in FULL_SCALE]
@@ -166,6 +183,7 @@ def test_a_full_scale_config_trains_and_tests(path, make, tmp_path, monkeypatch)
     cfg.param_scheduler = []
     cfg.quantization.calibration_batches = 1
     few_regions(cfg.model)
+    keep_branches_alive(cfg.model)
     test_cfg = cfg.model.get('test_cfg') or {}
     for part in (test_cfg, test_cfg.get('rcnn', {})):
         if 'score_thr' in part:

@@ -9,16 +9,18 @@ import re
 import pytest
 from mmdet.models import SSDHead
 
+from gdrq_mm.core.attention import Projection
 from gdrq_mm.core.layers import QUANTIZED
-from gdrq_mm.core.modules import quant_layers
+from gdrq_mm.core.modules import activation_quantizers, quant_layers
 from gdrq_mm.core.quantizers import Quantizer, Stage
-from gdrq_mm.report.layers import layer_table
+from gdrq_mm.core.quantizers.minmax import AttentionWeights
+from gdrq_mm.report.layers import factor_bits, layer_table
 from tests.helpers import same
 from tests.runs import At
 from tests.stock import FEW_REGIONS, MASK_RCNN, YOLOX, Images, build, check_result, predict, settle
 
 
-def case(name, stock, first, last, floats='$^', missed='$^', **options):
+def case(name, stock, first, last, floats='$^', missed='$^', products=0, **options):
     """A row of the table.
 
     Args:
@@ -28,9 +30,10 @@ def case(name, stock, first, last, floats='$^', missed='$^', **options):
         last: the last layers, see `expand`.
         floats: pattern of the layers that stay float because of their class.
         missed: pattern of the layers whose `forward` is never called.
+        products: how many products of two activations have 8 bits.
         options: of `build`.
     """
-    expected = dict(first=expand(first), last=expand(last), floats=floats, missed=missed)
+    expected = dict(first=expand(first), last=expand(last), floats=floats, missed=missed, products=products)
     return pytest.param(dict(stock=stock, **options), expected, id=name)
 
 
@@ -40,8 +43,6 @@ def expand(text):
     return {''.join(parts) for word in words for parts in itertools.product(*word)}
 
 
-ATTENTION = r'\.attn(\.out_proj)?$'
-"""torch's attention multiplies by the weights of its projections itself."""
 LOOKED_UP = r'(query_embedding|(level|pos)_embed|cls_emb|(cls|dist)_token|relative_position_bias_table)(\.weight)?$'
 """Parameters of two and more dimensions that no layer multiplies by."""
 SMALL_DETR = {'encoder.num_layers': 1, 'decoder.num_layers': 2, 'num_queries': 20, 'test_cfg.max_per_img': 20}
@@ -80,6 +81,7 @@ CASES = [
     case(
         'Swin',
         'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
+        products=2 * 12,
         first='backbone.patch_embed.projection',
         last='head.fc',
         model={'backbone.pad_small_map': True},
@@ -87,6 +89,7 @@ CASES = [
     case(
         'DeiT-two-heads',
         'mmpretrain::deit/deit-tiny-distilled_4xb256_in1k.py',
+        products=2 * 12,
         first='backbone.patch_embed.projection',
         last='head.layers.{head,head_dist}',
         model={'backbone.img_size': 64},
@@ -94,6 +97,7 @@ CASES = [
     case(
         'BEiT-weights-read-directly',
         'mmpretrain::beit/benchmarks/beit-base-p16_8xb128-coslr-100e_in1k.py',
+        products=2 * 2,
         first='backbone.patch_embed.projection',
         last='head.fc',
         missed=r'attn\.qkv$',
@@ -156,28 +160,28 @@ CASES = [
         last='rpn_head.rpn_{cls,reg} roi_head.bbox_head.fc_{cls,reg} roi_head.mask_head.conv_logits',
     ),
     case(
-        'DETR-uncalled-projections',
+        'DETR',
         'mmdet::detr/detr_r18_8xb2-500e_coco.py',
+        products=2 * (1 + 2 * 2),
         first='backbone.conv1',
         last='bbox_head.fc_{cls,reg}',
-        floats=ATTENTION,
         model=SMALL_DETR,
     ),
     case(
         'Deformable-DETR',
         'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+        products=2 * 2,
         first='backbone.conv1',
         last='bbox_head.cls_branches.0 bbox_head.reg_branches.0.4',  # the decoder layers share them
-        floats=ATTENTION,
         model=SMALL_DETR,
     ),
     # ---- segmentation
     case(
         'SegFormer',
         'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+        products=2 * 8,
         first='backbone.layers.0.0.projection',
         last='decode_head.conv_seg',
-        floats=ATTENTION,
     ),
     case(
         'DeepLabV3Plus-dilated',
@@ -201,9 +205,9 @@ CASES = [
     case(
         'Segmenter-mask-as-a-product',
         'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py',
+        products=2 * (3 + 2) + 1,
         first='backbone.patch_embed.projection',
         last='decode_head.{patch,classes}_proj',
-        floats=ATTENTION,
         model={'backbone.num_layers': 3},
     ),
     case(
@@ -215,12 +219,22 @@ CASES = [
 ]
 
 
+def parameters_of(layer):
+    """The Parameters of a layer, the weight first; three projections of attention may share theirs."""
+    if not isinstance(layer, Projection):
+        return list(layer.parameters(recurse=False))
+    (attention,) = layer.attention
+    return list(attention.parameters(recurse=False))
+
+
 def watch_gradients(model):
     """Name -> gradient of each layer's weight, filled by the next backward pass."""
     gradients = {}
     for name, layer in quant_layers(model).items():
         if layer.weight.requires_grad:
-            layer.weight.register_hook(lambda gradient, name=name: gradients.update({name: gradient.clone()}))
+            parameters_of(layer)[0].register_hook(
+                lambda gradient, name=name: gradients.update({name: gradient.clone()})
+            )
     return gradients
 
 
@@ -269,7 +283,7 @@ def test_any_model(options, expected, tmp_path):
     assert same(plain(predict(second)), plain(result))
 
 
-def check_layers(runner, first, last, floats, missed):
+def check_layers(runner, first, last, floats, missed, products):
     """Each layer is quantized, or the table says why not; the first and the last ones have 8 bits."""
     model, layers = runner.model, quant_layers(runner.model)
     modules, rows = dict(model.named_modules()), {row.name: row for row in runner.report.layers}
@@ -282,10 +296,16 @@ def check_layers(runner, first, last, floats, missed):
     assert all('not reached by calibration' in table[name] for name in not_reached(model))
     for name in set(layers) - not_reached(model):
         assert (name, layers[name].bits) == (name, (8, 8) if name in first | last else (4, 4))
+    bits = {row.name: factor_bits(model, row.name) for row in runner.report.products}
+    assert {name for name, each in bits.items() if each != (8, 8)} == {r.name for r in runner.report.products if r.note}
+    assert list(bits.values()).count((8, 8)) == products
+    made_by_softmax = [quant for quant in activation_quantizers(model).values() if isinstance(quant, AttentionWeights)]
+    assert all(quant.kind == 'unsigned' and quant.threshold_in_use() <= 1 for quant in made_by_softmax)
+    assert len(made_by_softmax) == products // 2
     # Shared modules have several names; no name still leads to a float layer.
     assert [name for name, m in model.named_modules(remove_duplicate=False) if type(m) in QUANTIZED] == []
     # The table leaves out no weight.
-    listed = {id(parameter) for name in rows for parameter in modules[name].parameters(recurse=False)}
+    listed = {id(parameter) for name in rows for parameter in parameters_of(modules[name])}
     matrices = {name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in listed}
     assert {name for name in matrices if not re.search(LOOKED_UP, name)} == set()
 

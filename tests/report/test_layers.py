@@ -107,12 +107,25 @@ def test_the_table_has_each_layer_with_its_bits_and_range():
     assert set(lines) >= {row.name for row in report.layers} | {name for name, *_ in report.outputs}
 
 
-def test_the_table_says_that_products_stay_float():
+@pytest.mark.parametrize(
+    ('settings', 'bits', 'note'),
+    [
+        (dict(), 8, ''),
+        (dict(attention=dict(bits=4)), 4, ''),
+        (dict(attention=dict(bits=32)), 32, 'float: by config'),
+        (dict(deployable=False), 32, 'float: by config'),
+        (dict(skip=['product']), 32, 'float: skipped by config'),
+    ],
+)
+def test_the_table_lists_products_and_operations_count_them(settings, bits, note):
     product = Function(lambda m, x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).unsqueeze(-1))
     model = Function(lambda m, x: m.b(m.product(m.a(x))), a=conv(4, 8), product=product, b=nn.Conv2d(8, 4, 1))
-    report = quantize(model, image())
+    report = quantize(model, image((1, 4, 4, 4)), **settings)
     (line,) = (line for line in layer_table(model, report).splitlines() if line.startswith('product'))
-    assert line.split() == 'product product 32 32 float: multiplies two activations'.split()
+    range_ = 'undecided' if bits < 32 else ''
+    note = f'{note}, 1,024 operations'.removeprefix(', ')
+    assert line.split() == f'product.product_quant.0 matmul {bits} {bits} {range_} {note}'.split()
+    assert totals(model, report).bit_operations == 64 * (288 * 16 + 32 * 8) + 8 * 16 * 8 * bits * bits
 
 
 def test_the_range_is_undecided_before_calibration():

@@ -60,3 +60,17 @@ class MinMaxActivation(FollowingQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, Any]:
         low, high = torch.aminmax(x)
         return torch.maximum(-low, high).float(), 1
+
+
+class AttentionWeights(MinMaxActivation):
+    """What softmax makes: unsigned, T follows the largest value and is 1 at most. For all methods (ours).
+
+    A method that clips by the mean, as Scale-Clip, would clip what attention looks at most. Dropout in training makes
+    values above 1.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits, 'unsigned')
+
+    def current_threshold(self) -> Tensor:
+        return self.threshold.clamp(max=1)
