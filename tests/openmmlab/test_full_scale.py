@@ -201,7 +201,10 @@ def test_a_full_scale_config_trains_and_tests(path, make, tmp_path, monkeypatch)
     runner.register_hook(At(keep, 'before_train'))
     runner.train()
     assert runner.iter == 2
-    assert {key for key, layer in layers.items() if torch.equal(layer.weight, before[key])} == frozen
+    still = {key for key, layer in layers.items() if torch.equal(layer.weight, before[key])}
+    if cfg.model.type == 'DETR':  # its first decoder layer attends to values that are zero before the training
+        still = {key for key in still if not key.startswith('decoder.layers.0.self_attn.')}
+    assert still == frozen
     assert [key for key, value in runner.model.state_dict().items() if not torch.isfinite(value.float()).all()] == []
     edges = {row.name for row in runner.report.layers if row.note.split(', ')[0] in ('first', 'last')}
     for key, layer in layers.items():
