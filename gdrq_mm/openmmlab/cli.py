@@ -138,9 +138,12 @@ def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Co
 def _in_package(config: str) -> Path:
     """The file that `PACKAGE::PATH` means."""
     try:
-        return Path(Config._get_cfg_path(config, '')[0])
+        path = Path(Config._get_cfg_path(config, '')[0])
     except Exception as error:  # assertions and others, by what is wrong
         raise UserError(f'config {config} cannot be found: {error}'.splitlines()[0]) from None
+    if not path.is_file():
+        raise UserError(f'config {config} cannot be found{_near_files(path)}')
+    return path
 
 
 def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dist import is_distributed
 from torch import Tensor
 
+from .. import CONFIGS
 from ..core.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[1] / '.mim' / 'configs'
 UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
 ONEDL = ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain')
 

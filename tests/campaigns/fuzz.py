@@ -338,16 +338,22 @@ class Commands:
     def __init__(self, folder):
         self.folder = folder / 'home'
         self.folder.mkdir()
-        digits.COUNTS = COUNTS
-        digits.build(self.folder / 'data/digits', show_progress=False)
+        with self.few_digits():
+            digits.build(self.folder / 'data/digits', show_progress=False)
         (self.folder / 'binary').write_bytes(os.urandom(99))
         (self.folder / 'odd.py').write_text('model = dict(type=1)\nquantization = 3\n')
         (self.folder / 'broken.py').write_text('_base_ = 5\nmodel = [')
         (self.folder / 'folder').mkdir()
         self.tools = {name: import_module(f'gdrq_mm.commands.{name}') for name in self.TOOLS}
-        for tool in self.tools.values():
-            names = vars(tool)
-            names.update(dict.fromkeys(names.keys() & {'build_runner', 'init_model', 'run_all'}, self.reach))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def few_digits():
+        before, digits.COUNTS = digits.COUNTS, COUNTS
+        try:
+            yield
+        finally:
+            digits.COUNTS = before
 
     @staticmethod
     def reach(cfg, *args, **kwargs):
@@ -378,12 +384,16 @@ class Commands:
         tool = self.tools[name]
         words = self.line(name, chance)
         before = os.getcwd(), sys.argv, dict(os.environ), sys.excepthook
+        names = vars(tool)
+        kept = {key: names[key] for key in names.keys() & {'build_runner', 'init_model', 'run_all'}}
+        names.update(dict.fromkeys(kept, self.reach))
         os.chdir(self.folder)
         sys.argv = [name, *words]
         unexpected = []  # what a tool would show the traceback of
         sys.excepthook = lambda kind, error, trace: unexpected.append(error)
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+            with out, err, self.few_digits():
                 end = cli.ending(tool.main)
             if unexpected:
                 raise unexpected[0]
@@ -399,6 +409,7 @@ class Commands:
             error.add_note(f'{name} {words}')
             raise
         finally:
+            names.update(kept)
             os.chdir(before[0])
             sys.argv, sys.excepthook = before[1], before[3]
             os.environ.clear()

@@ -8,25 +8,21 @@ import onnx
 import pytest
 import torch
 
+from gdrq_mm.commands import export
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.deploy import runtime
 from gdrq_mm.openmmlab.apis import infer, init_model
-from tests.helpers import ROOT
-
-TOOL = ROOT / 'tools/export.py'
 
 
 @pytest.fixture
 def refused(monkeypatch):
     """Runs the tool here; what it says instead of exporting."""
-    monkeypatch.syspath_prepend(TOOL.parent)
-    import export
 
     def run(*args):
         monkeypatch.setattr(sys, 'argv', ['export.py', 'config.py', 'model.pth', '--out', 'nowhere', *args])
         with pytest.raises(UserError) as caught:
-            export.export()
+            export.main()
         return str(caught.value)
 
     return run
