@@ -185,7 +185,7 @@ def test_options_that_do_not_go_together(home, error_of, trained, options, fragm
     [
         (
             {'mmcv': '2.1.0', 'mmdet': '3.3.0'},
-            ['two stacks of OpenMMLab', 'and mmcv, mmdet', 'pip uninstall onedl-mmengine'],
+            ['and mmcv, mmdet', 'pip uninstall onedl-mmengine'],
         ),
         ({'transformers': '5.17.0'}, ['transformers 5.17.0', 'pip uninstall transformers']),
     ],

@@ -13,6 +13,9 @@ from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.deploy import runtime
 from gdrq_mm.openmmlab.apis import infer, init_model
+from tests.helpers import ROOT
+
+TOOL = ROOT / 'tools/export.py'
 
 
 @pytest.fixture

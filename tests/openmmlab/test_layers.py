@@ -8,6 +8,7 @@ import torch.nn as nn
 from mmcv.cnn import ConvModule, build_activation_layer, build_conv_layer
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
 
+from gdrq_mm.core.attention import Projection
 from gdrq_mm.core.config import Activation, Weight
 from gdrq_mm.core.layers import QUANTIZED, QuantConv2d
 from gdrq_mm.core.topology import record
@@ -66,7 +67,8 @@ def test_adaptive_padding(name):
 
 
 def test_the_class_is_a_direct_child_of_its_torch_class():
-    assert all(new.__bases__[-1] in (nn.Conv2d, nn.ConvTranspose2d, nn.Linear) for new in QUANTIZED.values())
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, Projection)
+    assert all(new.__bases__[-1] in kinds for new in QUANTIZED.values())
 
 
 @pytest.mark.parametrize('name', ['GDRQConv2d', 'gdrq_mm.core.layers.QuantConv2d'])
