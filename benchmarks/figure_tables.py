@@ -132,7 +132,7 @@ def fusions() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{name: partial(train_step, name) for name in ('train_step', 'train_step_1_thread', 'train_step_compiled')},
+    **{name: partial(train_step, name) for name in ('train_step', 'train_step_1_thread')},
     'kill': partial(campaign, 'kill', 'what'),
     'doors': partial(campaign, 'doors', 'option or config key'),
     'fuzz': partial(campaign, 'fuzz', 'input'),
