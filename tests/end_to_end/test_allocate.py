@@ -123,7 +123,7 @@ def test_by_times_of_a_runtime(tool, tiny, float_checkpoint, tmp_path, monkeypat
     assert set(bits_of('mixed.py')[0].values()) == {(8, 8)}  # the time allows it
 
 
-@pytest.mark.parametrize('task', ['cls', 'seg', pytest.param('det', marks=pytest.mark.full)])
+@pytest.mark.parametrize('task', ['cls', *(pytest.param(task, marks=pytest.mark.full) for task in ('seg', 'det'))])
 def test_a_model_of_each_task_is_trained_and_exported(task, tool, scenes_root, tmp_path, monkeypatch):
     cfg = task_config(task, scenes_root, tmp_path / 'work')
     cfg.dump('tiny.py')

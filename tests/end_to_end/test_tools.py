@@ -138,7 +138,10 @@ def test_detection_and_segmentation(home, run, task, out):
     assert len(list((home / 'shown').rglob('*.png'))) == 4
 
 
-@pytest.mark.parametrize('config', [W4A4.relative_to(ROOT / 'configs'), *SCENES.values()])
+@pytest.mark.parametrize(
+    'config',
+    [W4A4.relative_to(ROOT / 'configs'), SCENES['seg'], pytest.param(SCENES['det'], marks=pytest.mark.full)],
+)
 def test_the_same_seed_gives_the_same_model(home, run, config):
     """To the last bit, on a CPU: weights, thresholds, optimizer, and the losses on the way."""
     ends = []

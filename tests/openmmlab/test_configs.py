@@ -171,7 +171,7 @@ def home(tmp_path_factory):
     ('package', 'config'),
     [
         (mmpretrain, 'cls/resnet18_width16_gdrq_w4a4_digits.py'),
-        (mmdet, 'det/faster_rcnn_r18_gdrq_w4a4_digits.py'),
+        pytest.param(mmdet, 'det/faster_rcnn_r18_gdrq_w4a4_digits.py', marks=pytest.mark.full),
     ],
 )
 def test_a_stock_tool_trains_a_quantized_model(package, config, home, tmp_path):

@@ -324,7 +324,7 @@ def test_what_is_left_of_other_processes_does_not_change_an_end(train_on_two, ho
     ('hook', 'code', 'last'),
     [
         (dict(type='Kill', at=2, number='SIGTERM'), 75, 'SIGTERM after iteration 3: saved '),
-        (dict(type='Break', at=2), 1, 'ZeroDivisionError: broken'),
+        pytest.param(dict(type='Break', at=2), 1, 'ZeroDivisionError: broken', marks=pytest.mark.full),
     ],
     ids=['stopped', 'bug'],
 )

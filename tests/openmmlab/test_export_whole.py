@@ -26,7 +26,13 @@ BOUND = 0.01
 """Largest such distance from torch's. Where no code flips it is 1e-7."""
 
 
-@pytest.fixture(scope='module', params=TASK_CONFIGS)
+LONG = {'det', 'seg'}
+
+
+@pytest.fixture(
+    scope='module',
+    params=[pytest.param(task, marks=[pytest.mark.full] * (task in LONG)) for task in TASK_CONFIGS],
+)
 def trained(request, scenes_root, tmp_path_factory):
     """The graphs of a trained model: (name of the part, graph, input, what torch gives)."""
     torch.manual_seed(0)

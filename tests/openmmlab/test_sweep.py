@@ -139,6 +139,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(swept):
     assert json.loads(cell.record.read_text())['checkpoint'] == before
 
 
+@pytest.mark.full
 def test_a_cell_whose_record_was_removed_is_run_again(swept):
     cell = cell_of('lsq')
     cell.record.unlink()
