@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gdrq_mm.core.errors import UserError, check_least
+from gdrq_mm.core.topology import ADDITIONS
 from gdrq_mm.openmmlab.apis import init_model
 from gdrq_mm.openmmlab.cli import check_writable, main, read_config
 from gdrq_mm.openmmlab.seeding import seed_all
-
-ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_)
 
 Squares = dict[tuple[str, int], list[float]]
 """Fusion and branch -> mean squares of gradients, one a batch."""

@@ -13,22 +13,17 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from rich.console import Console
 
 from .. import CONFIGS, __version__
 from ..core.errors import EXTRAS
-from ..report.record import git_revision
+from ..report.record import ONEDL, UPSTREAM, git_revision, installed
 
-OPENMMLAB = {
-    'mmengine.runner': ('onedl-mmengine', 'mmengine'),
-    'mmcv.ops': ('onedl-mmcv', 'mmcv'),
-    'mmdet.models': ('onedl-mmdetection', 'mmdet'),
-    'mmseg.models': ('onedl-mmsegmentation', 'mmsegmentation'),
-    'mmpretrain.models': ('onedl-mmpretrain', 'mmpretrain'),
-}
+OPENMMLAB = dict(
+    zip(('mmengine.runner', 'mmcv.ops', 'mmdet.models', 'mmseg.models', 'mmpretrain.models'), zip(ONEDL, UPSTREAM))
+)
 """Module that is imported -> its package in the maintained line and in the upstream one."""
 TOOLS = 'uv pip install "setuptools<82" wheel packaging ninja psutil'
 BUILD = 'MMCV_WITH_OPS=1 uv pip install --no-build-isolation --no-binary {0} {0}'
@@ -82,14 +77,6 @@ class Diagnosis:
     failures: dict[str, str]
     problems: list[tuple[str, str]]
     kernels: str
-
-
-def installed(name: str) -> str | None:
-    """The version of a package; None if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def diagnose() -> Diagnosis:

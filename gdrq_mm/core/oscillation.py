@@ -75,8 +75,10 @@ class Oscillations:
 
     def limit(self, progress: float) -> float:
         """Frequency from which a weight is frozen at this part of the training."""
-        first, last = self.limits or (math.inf, math.inf)
-        return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2 if self.limits else math.inf
+        if self.limits is None:
+            return math.inf
+        first, last = self.limits
+        return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
     @torch.no_grad()
     def step(self, progress: float = 1.0) -> None:

@@ -24,7 +24,8 @@ from .attention import Projection, names_written_out, written_out
 from .modules import hooked, modes_kept
 from .products import KINDS, Product, multiply, name_of, operations
 
-_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+"""Functions that add two tensors."""
 _ACTIVATIONS = set(
     'celu elu gelu hardsigmoid hardswish leaky_relu logsigmoid mish prelu rrelu selu sigmoid silu softplus tanh'.split()
 )
@@ -166,7 +167,7 @@ class _Recorder(TorchFunctionMode):
         if self.repeated:
             return multiply(func, args, kwargs, self._multiply) if func in KINDS else func(*args, **kwargs)
         pair = [*args, *(kwargs[key] for key in ('input', 'other') if key in kwargs)][:2]
-        if func in _ADDITIONS and len(pair) > 1 and all(isinstance(a, Tensor) for a in pair):
+        if func in ADDITIONS and len(pair) > 1 and all(isinstance(a, Tensor) for a in pair):
             self._add(*pair)
         if getattr(func, '__name__', '').rstrip('_') in _ACTIVATIONS and pair and isinstance(pair[0], Tensor):
             for producer in self.producers.get(self.number(pair[0]), [])[:1]:

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -27,9 +26,7 @@ from torch import Tensor
 
 from .. import CONFIGS
 from ..core.errors import UserError
-
-UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
-ONEDL = ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain')
+from ..report.record import ONEDL, UPSTREAM, installed
 
 PRIVATE = {
     'mmengine.runner.Runner': (
@@ -57,7 +54,7 @@ def mend_bases() -> None:
     They give what a base config of a package builds the package's name as `_scope_`, where registries are looked for;
     ours has none, so that the scope is the config's default_scope. Not reported upstream.
     """
-    if not _installed('mmsegmentation'):
+    if not installed('mmsegmentation'):
         MODULE2PACKAGE.update(mmseg='mmseg')
     if Config._get_cfg_path is not _path_and_scope:
         Config._get_cfg_path = staticmethod(_path_and_scope)
@@ -83,25 +80,17 @@ def check_environment() -> None:
     Raises:
         UserError: names the packages to remove.
     """
-    if int((_installed('transformers') or '0').split('.')[0]) >= 5:
+    if int((installed('transformers') or '0').split('.')[0]) >= 5:
         raise UserError(
-            f'transformers {_installed("transformers")} is installed; mmpretrain does not work with version 5 '
+            f'transformers {installed("transformers")} is installed; mmpretrain does not work with version 5 '
             '(pip install "transformers<5", or pip uninstall transformers)'
         )
-    ours, theirs = ([name for name in stack if _installed(name)] for stack in (ONEDL, UPSTREAM))
+    ours, theirs = ([name for name in stack if installed(name)] for stack in (ONEDL, UPSTREAM))
     if ours and theirs:
         raise UserError(
             f'two stacks of OpenMMLab are installed, and overwrite each other: {", ".join(ours)} and '
             f'{", ".join(theirs)}; remove both (pip uninstall {" ".join(ours + theirs)}) and install one again'
         )
-
-
-def _installed(name: str) -> str | None:
-    """The version of a package; None if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 TOLD_BY = {

@@ -30,15 +30,14 @@ REVISION = 'revision.json'
 RUNTIMES = ('onnxruntime', 'openvino')
 """Packages that run exported graphs; any other record is of a model that torch ran."""
 
+ONEDL = ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain')
+UPSTREAM = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
+"""The two stacks of OpenMMLab, package by package."""
 PACKAGES = (
     ('gdrq-mm',),
     ('torch',),
     ('torchvision',),
-    ('onedl-mmengine', 'mmengine'),
-    ('onedl-mmcv', 'mmcv'),
-    ('onedl-mmdetection', 'mmdet'),
-    ('onedl-mmsegmentation', 'mmsegmentation'),
-    ('onedl-mmpretrain', 'mmpretrain'),
+    *zip(ONEDL, UPSTREAM),
     ('numpy',),
 )
 """Packages that decide a result; of those of OpenMMLab one of two stacks is installed, or none."""
@@ -286,12 +285,13 @@ def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide a result."""
     found: dict[str, str | None] = {'python': platform.python_version()}
     for names in PACKAGES:
-        installed = [name for name in names if _version(name)] or names[:1]
-        found.update({name: _version(name) for name in installed})
+        there = [name for name in names if installed(name)] or names[:1]
+        found.update({name: installed(name) for name in there})
     return {**found, 'gdrq-mm': __version__}
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

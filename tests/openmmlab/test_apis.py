@@ -95,9 +95,7 @@ def test_a_prediction_is_drawn(trained):
         without.pred_instances = prediction.pred_instances[:0]
         nothing = draw(model, path, without, score_thr=0.0)
         assert (draw(model, path, prediction, score_thr=1.0) == nothing).all() and (picture != nothing).any()
-        assert (
-            compat._installed('mmengine') or (nothing == plain).all()
-        )  # mmengine's own drawing moves colours a little
+        assert compat.installed('mmengine') or (nothing == plain).all()  # mmengine's own drawing moves colours a little
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):

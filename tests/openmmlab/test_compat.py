@@ -24,7 +24,7 @@ from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import ENV, ROOT
 from tests.tools import Payload
 
-UPSTREAM = compat._installed('mmsegmentation') is not None
+UPSTREAM = compat.installed('mmsegmentation') is not None
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='what is missing without a GPU')
 
 
@@ -113,17 +113,17 @@ def test_a_config_of_this_package_is_a_base_that_trains(tmp_path, digits_root):
 
 @pytest.mark.parametrize('stack', [ONEDL, compat.UPSTREAM, (*ONEDL[1:], 'torch'), ()])
 def test_one_stack_is_let_in(stack, monkeypatch):
-    monkeypatch.setattr(compat, '_installed', lambda name: '1.0' if name in stack else None)
+    monkeypatch.setattr(compat, 'installed', lambda name: '1.0' if name in stack else None)
     check_environment()
 
 
 def test_a_mixture_of_stacks_is_refused_and_told_how_to_end(monkeypatch):
-    monkeypatch.setattr(compat, '_installed', lambda name: '1.0' if name in ('onedl-mmcv', 'mmdet', 'mmcv') else None)
+    monkeypatch.setattr(compat, 'installed', lambda name: '1.0' if name in ('onedl-mmcv', 'mmdet', 'mmcv') else None)
     with pytest.raises(
         UserError, match=r'onedl-mmcv and mmcv, mmdet; remove both \(pip uninstall onedl-mmcv mmcv mmdet\)'
     ):
         check_environment()
-    monkeypatch.setattr(compat, '_installed', lambda name: '5.1' if name == 'transformers' else None)
+    monkeypatch.setattr(compat, 'installed', lambda name: '5.1' if name == 'transformers' else None)
     with pytest.raises(UserError, match='transformers 5'):
         check_environment()
 
