@@ -8,8 +8,9 @@ from mmengine.dist import is_main_process
 
 from ..core.errors import UserError, command
 from ..core.files import check_writable
+from ..openmmlab.checkpoints import checkpoints_before
 from ..openmmlab.cli import add_config_arguments, build_runner, load_config, prepare_test
-from ..openmmlab.describe import make_record
+from ..openmmlab.describe import make_record, mean_of
 from ..openmmlab.models import bare_model
 from ..openmmlab.recipe import other_settings
 from ..openmmlab.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
@@ -26,6 +27,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a picture is shown')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument(
+        '--last', type=int, default=1, metavar='N', help='the mean of the checkpoint and the N - 1 before it'
+    )
     parser.add_argument('--record', help='run record (default: WORK_DIR/record.json, or record_BACKEND.json)')
     parser.add_argument('--backend', choices=RUNTIMES, help='runtime that runs the exported graphs (default: torch)')
     parser.add_argument('--exported', help=f'folder that {command("export")} wrote, for --backend')
@@ -38,6 +42,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError('--backend and --exported DIR belong together')
     if args.parts and not args.backend:
         raise UserError('--parts belongs to --backend and --exported DIR')
+    if args.last != 1 and (args.backend or args.out or args.show or args.show_dir):
+        raise UserError('--last is for metrics of checkpoints: without --backend, --out, --show and --show-dir')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
 
@@ -50,6 +56,7 @@ def main() -> None:
     check_writable(record.parent)
     if record.is_dir():
         raise UserError(f'--record {record} is a folder: the run record cannot be written')
+    earlier = checkpoints_before(args.checkpoint, args.last - 1)
     prepare_test(cfg, args.checkpoint)
     if args.show or args.show_dir:
         show_predictions(cfg, args.show, args.show_dir, args.wait_time)
@@ -66,9 +73,12 @@ def main() -> None:
         model, parts = bare_model(runner.model), args.parts or args.tta
         use_runtime(model, args.exported, args.backend, args.checkpoint, parts=parts)
     metrics = runner.test()
+    described, training = {**runner.describe(), 'backend': args.backend or 'torch'}, runner.training
+    others = [runner.test_another(checkpoint) for checkpoint in earlier]
     if is_main_process():
-        described = {**runner.describe(), 'backend': args.backend or 'torch'}
-        found = make_record(cfg, args.checkpoint, metrics, described, runner.training)
+        found = make_record(cfg, args.checkpoint, metrics, described, training)
+        if others:
+            found.update(mean_of(found, dict(zip(earlier, others))))
         for line in other_settings(found['quantization'], cfg.get('quantization')):
             runner.logger.warning(f'{line}; the record states the former')
         write_record({**found, 'cell': args.cell} if args.cell else found, record)

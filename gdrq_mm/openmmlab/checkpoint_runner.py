@@ -148,6 +148,11 @@ class CheckpointRunner(Runner):
         with data_only(self._unsafe):
             return super().test()
 
+    def test_another(self, checkpoint: str) -> dict:
+        """Test another checkpoint of the same training."""
+        self._load_from, self._has_loaded = checkpoint, False
+        return self.test()
+
     def train(self) -> nn.Module:
         """Train; a file that cannot be read or written on the way, as on a full disk, ends it with what is left."""
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,6 +57,37 @@ class _Method(Stand):
 
 NAMES: dict[str, Any] = {'mmengine.logging.history_buffer.HistoryBuffer': _History, 'builtins.getattr': _Method}
 HINT = ' (--unsafe-load runs what it holds)'
+
+
+def checkpoints_before(checkpoint: str, number: int) -> list[str]:
+    """The checkpoints that a training wrote before this one, the newest first.
+
+    Args:
+        checkpoint: path of a file such as `epoch_20.pth`; those before it are in its folder.
+        number: of files wanted, 0 or more.
+
+    Raises:
+        UserError: there are fewer, or the file's name has no number.
+    """
+    if number < 0:
+        raise UserError(f'--last {number + 1}: at least 1')
+    if number == 0:
+        return []
+    path = Path(checkpoint)
+    named = re.fullmatch(r'(\D*)(\d+)(\.\w+)', path.name)
+    if named is None:
+        raise UserError(f'--last: {path.name} is not named like epoch_20.pth')
+    found = {}
+    for other in path.parent.glob(f'{named[1]}*{named[3]}'):
+        count = re.fullmatch(rf'{re.escape(named[1])}(\d+){re.escape(named[3])}', other.name)
+        if count and int(count[1]) < int(named[2]):
+            found[int(count[1])] = str(other)
+    if len(found) < number:
+        raise UserError(
+            f'--last {number + 1}: {path.parent} has {len(found)} checkpoints before {path.name}; '
+            f'train with default_hooks.checkpoint.max_keep_ckpts={number + 1}'
+        )
+    return [found[count] for count in sorted(found, reverse=True)[:number]]
 
 
 def read_checkpoint(filename: str, unsafe: bool = False) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,21 @@ def make_record(
         versions=versions(),
         hardware=hardware(),
     )
+
+
+def mean_of(record: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a record states of several checkpoints of one training: mean metrics, and those of each.
+
+    Args:
+        record: that of the last checkpoint.
+        others: path of a checkpoint -> what the evaluator returned for it.
+    """
+    each = [{**record['checkpoint'], 'metrics': record['metrics']}]
+    for checkpoint, metrics in others.items():
+        file = dict(file=_relative(checkpoint), sha256=file_digest(checkpoint))
+        each.append({**file, 'metrics': _metrics(metrics)[0]})
+    names = [name for name in record['metrics'] if all(name in one['metrics'] for one in each)]
+    return dict(metrics={n: statistics.fmean(one['metrics'][n] for one in each) for n in names}, checkpoints=each)
 
 
 def describe_model(model: nn.Module, config: Quantization | None, report: Report) -> dict[str, Any]:

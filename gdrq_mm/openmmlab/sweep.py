@@ -17,6 +17,7 @@ A sweep file is a Python config:
             seeds=[0, 1, 2],
             variants={'': {}, 'project': {'quantization.weight.gdrq.clip': 'project'}},     # optional
             options={'train_cfg.max_epochs': 3},                        # optional: settings of every cell
+            last=3,                      # optional: the record has the mean of so many last checkpoints, for small data
             amp=True)]                                                  # optional
 """
 
@@ -44,9 +45,18 @@ from .sweep_cell import Cell
 
 KEYS = dict(work_dir=str, records=str, runs=list)
 RUN_KEYS = dict(
-    name=str, config=str, float_config=str, methods=list, bits=list, seeds=list, variants=dict, options=dict, amp=bool
+    name=str,
+    config=str,
+    float_config=str,
+    methods=list,
+    bits=list,
+    seeds=list,
+    variants=dict,
+    options=dict,
+    amp=bool,
+    last=int,
 )
-OPTIONAL = {'float_config', 'variants', 'options', 'amp'}
+OPTIONAL = {'float_config', 'variants', 'options', 'amp', 'last'}
 
 
 def _whole(cfg: Config, seed: int | None, amp: bool, start: str) -> dict[str, Any]:
@@ -116,6 +126,8 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
     problems += [
         f'{place}.variants: the name {v!r} is not a string' for v in run.get('variants', {}) if type(v) is not str
     ]
+    if run.get('last', 1) < 1:
+        problems.append(f'{place}.last={run["last"]} is not at least 1')
     if problems:
         yield from problems
         return
@@ -159,7 +171,7 @@ def _cell(
         'quantization.weight.bits': int(match[1]),
         'quantization.activation.bits': int(match[2]),
         'randomness.seed': seed,
-        'default_hooks.checkpoint.max_keep_ckpts': 1,
+        'default_hooks.checkpoint.max_keep_ckpts': run.get('last', 1),
         **run.get('options', {}),
         **variant,
     }
@@ -175,7 +187,9 @@ def _cell(
     else:
         first = [TOOLS / 'train.py', run['config'], '--resume', *(['--amp'] if run.get('amp') else [])]
     amp = bool(run.get('amp')) and method != 'ptq'
-    return _made(sweep, name, first, run['config'], checkpoint, options, _whole(cfg, seed, amp, cfg.load_from))
+    whole = _whole(cfg, seed, amp, cfg.load_from)
+    last = 1 if method == 'ptq' else run.get('last', 1)
+    return _made(sweep, name, first, run['config'], checkpoint, options, whole, last)
 
 
 def _made(
@@ -186,17 +200,20 @@ def _made(
     checkpoint: str | None,
     options: Mapping[str, Any],
     settings: Mapping[str, Any],
+    last: int = 1,
 ) -> Cell:
     """A cell whose command runs `first`, if there is something, and tests a checkpoint.
 
     Args:
         checkpoint: None is the last one that training wrote into the work directory.
+        last: checkpoints that are tested, this one and those before it.
     """
     work, record = Path(sweep['work_dir']) / name, Path(sweep['records']) / f'{name}.json'
     cell = Cell(name, '', record, work / 'log.txt', settings)
     common = ['--work-dir', str(work), *(['--cfg-values', repr(dict(options))] if options else [])]
     tested = shlex.quote(checkpoint) if checkpoint else f'"$(cat {shlex.quote(str(work / "last_checkpoint"))})"'
     before, after = [str(TOOLS / 'test.py'), config], [*common, '--record', str(record), '--cell', cell.digest]
+    after += ['--last', str(last)] if last != 1 else []
     steps = [[*map(str, first), *common]] if first else []
     commands = [shlex.join([sys.executable, *step]) for step in steps]
     commands.append(f'{shlex.join([sys.executable, *before])} {tested} {shlex.join(after)}')

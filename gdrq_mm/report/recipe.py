@@ -25,14 +25,19 @@ def flat(value: Any, place: str = '') -> dict[str, str]:
 
 
 def recipe_key(record: Record) -> str:
-    """Equal for two records if their checkpoints were trained alike, up to the seed.
+    """Equal for two records if their checkpoints were trained alike, up to the seed, and as many of them were tested.
 
     An old record has no recipe: how long it was trained stands for it. So it does where nothing was trained.
     """
     training = record['training']
     recipe = {key: value for key, value in (training.get('recipe') or {}).items() if key != 'versions'}
     length = [] if recipe and training.get('iter') else list(reached(record))
-    return json.dumps([recipe, length], sort_keys=True, default=str)
+    return json.dumps([recipe, length, tested(record)], sort_keys=True, default=str)
+
+
+def tested(record: Record) -> int:
+    """The number of checkpoints of which the record has the mean (`gdrq test --last`)."""
+    return len(record.get('checkpoints') or [0])
 
 
 def reached(record: Record) -> tuple[Any, Any]:
@@ -94,6 +99,7 @@ def _facts(record: Record) -> dict[str, str]:
         found |= {f'recipe.{key}': text for key, text in flat(recipe).items()}
     else:
         found['recipe'] = NOT_RECORDED
+    found['checkpoints tested'] = str(tested(record))
     found |= {f'tested with {name}': text for name, text in flat(versions).items() if name}
     found['code revision'] = str(git['commit'])[:7] if git.get('commit') else NOT_RECORDED
     found['tested on'] = ', '.join(map(str, hardware.get('gpus') or [])) or str(hardware.get('cpu') or NOT_RECORDED)

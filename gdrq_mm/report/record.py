@@ -109,6 +109,7 @@ OPTIONAL = {
     'training.iter': NUMBER,
     'training.recipe': {},
     'cell': str,
+    'checkpoints': list,
     'config.file': str,
     'git': {},
     'hardware': {},

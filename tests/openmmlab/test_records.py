@@ -14,10 +14,11 @@ from gdrq_mm.openmmlab.describe import make_record, model_name
 from gdrq_mm.openmmlab.recipe import other_settings, settings_of, trained_as, training_of
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.report.compare import comparison_rows
+from gdrq_mm.report.recipe import recipe_key
 from gdrq_mm.report.record import read_record, write_record
 from tests.helpers import ROOT
 from tests.records import MODEL, config
-from tests.runs import QUANTIZATION, checkpoint_of, tiny_config
+from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, tiny_config
 
 OTHER = {**QUANTIZATION, 'weight': dict(bits=4, groups=4, gdrq=dict(clip='project'))}
 
@@ -179,3 +180,27 @@ def test_classes_in_a_config_have_their_names():
 
     cfg = Config(dict(model=dict(type=ImageClassifier, backbone=dict(type=ResNet, depth=18))))
     assert model_name(cfg) == 'ResNet-18'
+
+
+def test_the_last_checkpoints_make_one_record(digits_root, tmp_path, run_in):
+    changes = {'optim_wrapper.optimizer.lr': 0.1, 'train_dataloader.batch_size': 4}  # so that the epochs differ
+    QuantRunner.from_cfg(tiny_config(digits_root, tmp_path / 'run', epochs=2, **changes)).train()
+    alone = []
+    for epoch in (2, 1):
+        cfg = tiny_config(
+            digits_root, tmp_path / 'test', load_from=str(tmp_path / f'run/epoch_{epoch}.pth'), **TEST_ONLY
+        )
+        alone.append(QuantRunner.from_cfg(cfg).test()['accuracy/top1'])
+    tiny_config(digits_root, tmp_path / 'test').dump(tmp_path / 'test.py')
+    tool = [ROOT / 'tools/test.py', 'test.py', 'run/epoch_2.pth', '--record', 'record.json', '--last']
+    done, too_many = (run_in(tmp_path, [{}], *tool, last)[0] for last in (2, 3))
+    assert done.returncode == 0, done.stderr
+    found = read_record(tmp_path / 'record.json')
+    assert [one['metrics']['accuracy/top1'] for one in found['checkpoints']] == alone and alone[0] != alone[1]
+    assert found['metrics']['accuracy/top1'] == pytest.approx(sum(alone) / 2)
+    assert [one['file'] for one in found['checkpoints']] == ['run/epoch_2.pth', 'run/epoch_1.pth']
+    assert too_many.stderr.strip() == (
+        'error: --last 3: run has 1 checkpoints before epoch_2.pth; '
+        'train with default_hooks.checkpoint.max_keep_ckpts=3'
+    )
+    assert recipe_key(found) != recipe_key({**found, 'checkpoints': None})

@@ -188,6 +188,7 @@ def test_a_changed_cell_is_run_anew_with_its_values_and_the_old_record_is_kept_a
         dict(variants={'': {'quantization.weight.groups': 1}}),
         dict(seeds=[2]),
         dict(amp=True),
+        dict(last=2),
     ],
 )
 def test_a_cell_is_its_whole_configuration(folder, changes):
@@ -305,6 +306,7 @@ def test_all_errors_are_named_at_once_before_anything_runs(folder, sweep):
         (dict(float_config='none.py'), 'config none.py does not exist'),
         (dict(config='float.py', options={'load_from': 'none.pth'}), 'none.pth of float.py does not exist'),
         (dict(methods=[]), 'methods is empty'),
+        (dict(last=0), 'runs[0].last=0 is not at least 1'),
         (dict(seeds=3), 'seeds=3 is not a list'),
         (dict(seeds=[0, 0]), 'two cells are called tiny-lsq-w4a4-seed0'),
     ],
