@@ -13,12 +13,17 @@
 #include <exception>
 #include <fstream>
 #include <iterator>
+#include <limits>
+#include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include <openvino/core/preprocess/pre_post_process.hpp>
+#include <openvino/op/constant.hpp>
+#include <openvino/op/maximum.hpp>
 #include <openvino/runtime/core.hpp>
 #include <openvino/runtime/properties.hpp>
 
@@ -91,6 +96,47 @@ std::vector<std::string> strings(const std::string& json) {
     return found;
 }
 
+// The largest absolute value of the integers that a tensor is made from, as far as the graph shows it; else that of 8 bits.
+float largest_code(const ov::Output<ov::Node>& value) {
+    static const std::set<std::string> same{"Convert", "Subtract", "Multiply",    "Reshape", "Transpose",
+                                            "MaxPool", "Maximum",  "Interpolate", "Pad"};
+    const auto node = value.get_node_shared_ptr();
+    const std::string kind = node->get_type_name();
+    const bool integral = value.get_element_type().is_integral();
+    float product = 1, least = 255, most = 0;
+    if (const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(node)) {
+        if (value.get_element_type().bitwidth() < 8) return 8;
+        for (const float code : constant->cast_vector<float>()) most = std::max(most, std::abs(code));
+        return integral ? most : 255;
+    }
+    const bool clip = kind == "Minimum" && integral, spread = kind == "Multiply" && integral;
+    if (!clip && !spread && kind != "Concat") return same.count(kind) ? largest_code(node->input_value(0)) : 255;
+    for (const auto& input : node->input_values()) {
+        const float code = largest_code(input);
+        product *= code, least = std::min(least, code), most = std::max(most, code);
+    }
+    return clip ? least : spread ? product : most;
+}
+
+// Without VNNI a CPU adds two products of codes in 16 bits. Layers that could saturate them are computed in float there: a
+// maximum keeps their input from becoming integers again.
+void without_saturation(const std::shared_ptr<ov::Model>& model) {
+    static const std::set<std::string> layers{"Convolution", "GroupConvolution", "ConvolutionBackpropData",
+                                              "GroupConvolutionBackpropData", "MatMul"};
+    for (const auto& node : model->get_ordered_ops()) {
+        if (!layers.count(node->get_type_name())) continue;
+        if (2 * largest_code(node->input_value(0)) * largest_code(node->input_value(1)) <= 32767) continue;
+        const auto least = ov::op::v0::Constant::create(ov::element::f32, {}, {std::numeric_limits<float>::lowest()});
+        node->input(0).replace_source_output(std::make_shared<ov::op::v1::Maximum>(node->input_value(0), least));
+    }
+}
+
+bool has_vnni() {
+    std::ifstream file("/proc/cpuinfo");
+    const std::string text{std::istreambuf_iterator<char>(file), {}};
+    return text.find("vnni") != std::string::npos;
+}
+
 int predict(const std::string& folder, const std::string& path, double lowest) {
     const std::string about = read(folder + "/export.json"), whole = value(about, "end2end");
     const std::vector<std::string> classes = strings(value(about, "classes"));
@@ -107,7 +153,9 @@ int predict(const std::string& folder, const std::string& path, double lowest) {
 
     const std::string graph = read(folder + "/end2end.onnx");
     ov::Core core;
-    ov::preprocess::PrePostProcessor steps(core.read_model(graph, ov::Tensor()));
+    const std::shared_ptr<ov::Model> network = core.read_model(graph, ov::Tensor());
+    if (!has_vnni()) without_saturation(network);
+    ov::preprocess::PrePostProcessor steps(network);
     ov::preprocess::InputInfo& image = steps.input("image");
     const ov::Shape shape{1, picture.height, picture.width, 3};
     image.tensor().set_element_type(ov::element::u8).set_layout("NHWC").set_shape(shape);

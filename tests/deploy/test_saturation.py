@@ -1,0 +1,39 @@
+"""Layers of 8 bits are exact on every CPU; without VNNI integer kernels add two products in 16 bits."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from gdrq_mm.deploy import runtime
+from gdrq_mm.deploy.runtime import RUNTIMES, OpenVino
+from tests.deploy.builders import exported, prepared, wrong
+from tests.helpers import Function
+
+
+@pytest.fixture
+def large_sums():
+    """Three layers of 8, 4 and 8 bits, whose weights and inputs are all near the end of their range."""
+    torch.manual_seed(0)
+    model = Function(
+        lambda m, x: m.last(m.middle(m.first(x).relu()).relu()),
+        first=nn.Conv2d(4, 8, 3, padding=1),
+        middle=nn.Conv2d(8, 8, 3, padding=1),
+        last=nn.Conv2d(8, 8, 3, padding=1),
+    )
+    for layer in model.children():
+        nn.init.uniform_(layer.weight, 0.9, 1)
+    x = torch.rand(2, 4, 12, 12) / 10 + 0.9
+    few = dict(method='minmax', weight=dict(bits=4), activation=dict(bits=4))
+    model, plan = prepared(model.eval(), x, bits=8, deployable=True, **few)
+    return x, *exported(model, plan, x)
+
+
+@pytest.mark.parametrize('vnni', [True, False])
+def test_sums_beyond_16_bits(large_sums, vnni, monkeypatch):
+    x, graph, seen, out = large_sums
+    if not vnni:  # where the CPU has it, what it would need without is right too
+        monkeypatch.setattr(runtime, 'has_vnni', lambda: False)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+    opened = OpenVino(graph.SerializeToString())
+    opened([x.numpy()])
+    assert opened.integer_layers() == (3 if runtime.has_vnni() else 1)
