@@ -141,9 +141,9 @@ SUM_OF_TWO = 2**15 - 1
 def without_saturation(model: Any) -> None:
     """Let OpenVINO compute in float what its integer kernels get wrong on a CPU without VNNI.
 
-    They add two products in 16 bits there, which codes and weights of 8 bits saturate. ONNX Runtime has an option for it,
-    OpenVINO has none; a maximum in front of a layer keeps its input from becoming integers again. Float32 is exact for
-    sums up to 2^24.
+    They add two products in 16 bits there, which codes and weights of 8 bits saturate. ONNX Runtime has an option for
+    it, OpenVINO has none; a maximum in front of a layer keeps its input from becoming integers again. Float32 is exact
+    for sums up to 2^24.
     """
     from openvino import opset13 as operators
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
@@ -18,6 +21,12 @@ from .tasks import task_of
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
     """Forward passes under bfloat16 autocast; bfloat16 needs no loss scaling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            message = 'this CPU has no instructions for bfloat16: mixed precision is many times slower than float32'
+            print_log(message, logger='current', level=logging.WARNING)
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

@@ -88,6 +88,8 @@ def test_resuming_an_empty_work_directory_starts_anew(home, run, trained):
 def test_mixed_precision_on_a_cpu(home, run, trained):
     done = run(TRAIN, W4A4, '--work-dir', 'work', '--amp', '--cfg-options', *TINY)
     assert (done.returncode, done.stderr) == (0, '')
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert ('this CPU has no instructions for bfloat16' in done.stdout) == (not supported)
     state, float32 = weights(home / 'work/epoch_1.pth'), weights(trained / 'epoch_1.pth')
     assert finite(home / 'work/epoch_1.pth')
     name = 'backbone.layer1.0.conv1.weight'
