@@ -28,13 +28,14 @@ if whole['any_size']:  # keep its shape
     scale = np.full(2, scale.min())
 size = np.maximum(np.round(scale * picture.size), 1).astype(int).tolist()
 pixels = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))[..., :: 1 if whole['channels'] == 'RGB' else -1]
-
 onnxruntime.set_default_logger_severity(3)
 options = onnxruntime.SessionOptions()
-cpu = Path('/proc/cpuinfo')
-if not cpu.is_file() or 'vnni' not in cpu.read_text():  # integer kernels are not exact there
+options.add_session_config_entry('session.x64quantprecision', '1')  # exact without VNNI too, slower with it
+try:
+    session = onnxruntime.InferenceSession(folder / whole['file'], options)
+except Exception:  # onnxruntime 1.32 cannot do that where layers share weights, as in an RPN
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-session = onnxruntime.InferenceSession(folder / whole['file'], options)
+    session = onnxruntime.InferenceSession(folder / whole['file'], options)
 (dets,), (labels,) = session.run(['dets', 'labels'], {'image': pixels[None]})
 draw = ImageDraw.Draw(picture)
 least = float(sys.argv[4]) if len(sys.argv) == 5 else 0.3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,17 +13,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from ..core.errors import UserError
 from .names import layer_of
-
-
-def has_vnni() -> bool:
-    """Whether the CPU adds products of 8-bit integers without saturation; False where that cannot be known."""
-    try:
-        return 'vnni' in Path('/proc/cpuinfo').read_text()
-    except OSError:
-        return False
+from .saturation import LAYERS, has_vnni, saturating, without_saturation
 
 
 class RuntimeFailed(RuntimeError):
@@ -48,6 +41,13 @@ def _failures_of_onnxruntime() -> Iterator[None]:
         raise RuntimeFailed(str(error)) from error
 
 
+def _read(model: str | Path | bytes) -> onnx.ModelProto:
+    try:
+        return onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
+    except DecodeError as error:
+        raise RuntimeFailed(f'no ONNX model: {error}') from error
+
+
 class OnnxRuntime:
     """A session of ONNX Runtime.
 
@@ -67,16 +67,17 @@ class OnnxRuntime:
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         source = model if isinstance(model, bytes) else str(model)
-        if not has_vnni():  # else the sums of 8-bit layers saturate; where it is not needed it halves the speed
+        precise = not has_vnni() and bool(saturating(_read(model)))
+        if precise:  # at some speed
             options.add_session_config_entry('session.x64quantprecision', '1')
         try:
             self.session = self._open(source, options)
         except RuntimeFailed:
-            if has_vnni():
+            if not precise:
                 raise
-            # onnxruntime 1.32 fails at weights that several layers share, as in an RPN: exact, but not fused.
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            self.session = self._open(source, options)
+            # onnxruntime 1.32 fails at weights that several layers share, as in an RPN
+            options.add_session_config_entry('session.x64quantprecision', '0')
+            self.session = self._open(without_saturation(_read(model)).SerializeToString(), options)
         self.inputs = [value.name for value in self.session.get_inputs()]
 
     @staticmethod
@@ -96,16 +97,6 @@ COMPILED = 16
 """Shapes of inputs for which OpenVINO keeps a compiled model: pictures of a detector have dozens (ours)."""
 
 
-OPENVINO_OPERATORS = (
-    'Convolution',
-    'GroupConvolution',
-    'ConvolutionBackpropData',
-    'GroupConvolutionBackpropData',
-    'MatMul',
-)
-"""Layers in a graph that OpenVINO reads."""
-SAME_CODES = ('Convert', 'Subtract', 'Multiply', 'Reshape', 'Transpose', 'MaxPool', 'Maximum', 'Interpolate', 'Pad')
-"""Operators behind which a tensor is made from the codes of its first input."""
 OPENVINO_LAYERS = ('Convolution', 'Deconvolution', 'FullyConnected')
 """Layers in the graph that OpenVINO runs. Products of two activations, as in attention, are its MatMul."""
 
@@ -134,47 +125,6 @@ def kept_signal_stack() -> Iterator[None]:
             swap(ctypes.byref(before), None)
 
 
-SUM_OF_TWO = 2**15 - 1
-"""The largest sum of two products of codes where integer kernels add them in 16 bits."""
-
-
-def without_saturation(model: Any) -> None:
-    """Let OpenVINO compute in float what its integer kernels get wrong on a CPU without VNNI.
-
-    They add two products in 16 bits there, which codes and weights of 8 bits saturate. ONNX Runtime has an option for
-    it, OpenVINO has none; a maximum in front of a layer keeps its input from becoming integers again. Float32 is exact
-    for sums up to 2^24.
-    """
-    from openvino import opset13 as operators
-
-    for node in model.get_ordered_ops():
-        if node.get_type_name() in OPENVINO_OPERATORS:
-            codes, weights = (_largest_code(value) for value in node.input_values()[:2])
-            if 2 * codes * weights > SUM_OF_TWO:
-                least = operators.constant(np.float32(np.finfo(np.float32).min))
-                node.input(0).replace_source_output(operators.maximum(node.input_value(0), least).output(0))
-
-
-def _largest_code(value: Any) -> int:
-    """The largest absolute value of the integers that a tensor is made from, as far as the graph shows it.
-
-    Args:
-        value: an output of OpenVINO's: dequantized codes, or the codes; other floats count as codes of 8 bits.
-    """
-    node, integral = value.get_node(), value.get_element_type().is_integral()
-    kind, inputs = node.get_type_name(), node.input_values()
-    if kind == 'Constant':
-        four_bits = value.get_element_type().bitwidth < 8
-        return 8 if four_bits else int(np.abs(node.get_data().astype(np.int64)).max(initial=0)) if integral else 255
-    if kind == 'Minimum' and integral:  # a clip of codes
-        return min(map(_largest_code, inputs))
-    if kind == 'Multiply' and integral:  # 4-bit weights are spread over 8 bits
-        return math.prod(map(_largest_code, inputs))
-    if kind == 'Concat':
-        return max(map(_largest_code, inputs))
-    return _largest_code(inputs[0]) if kind in SAME_CODES else 255
-
-
 class OpenVino:
     """A model compiled by OpenVINO, its float layers in float32.
 
@@ -187,12 +137,13 @@ class OpenVino:
         import openvino
 
         self.core = openvino.Core()
+        source = model if isinstance(model, bytes) else str(model)
         try:
-            self.model = self.core.read_model(model if isinstance(model, bytes) else str(model))
+            self.model = self.core.read_model(
+                source if has_vnni() else without_saturation(_read(model)).SerializeToString()
+            )
         except RuntimeError as error:
             raise RuntimeFailed(str(error)) from error
-        if not has_vnni():
-            without_saturation(self.model)
         # Else it takes bfloat16 on CPUs that have it, and quantizes the inputs of the last layer a second time.
         self.options: dict[str, Any] = {'INFERENCE_PRECISION_HINT': 'f32', 'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0}
         if threads is not None:
@@ -258,10 +209,6 @@ def open_runtime(backend: str, model: str | Path | bytes, threads: int | None = 
 
 INTEGER_KERNELS = ('QLinearConv', 'QGemm', 'QLinearMatMul', 'MatMulIntegerToFloat')
 """Layers that compute with integers in the graph that ONNX Runtime makes."""
-
-
-LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
-"""Layers of an exported graph."""
 
 
 def optimized(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -14,7 +14,7 @@ from gdrq_mm.core.topology import record
 from gdrq_mm.deploy.export import export
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.packed import load_packed
-from gdrq_mm.deploy.runtime import OpenVino, has_vnni, kernels, open_runtime, optimized, products
+from gdrq_mm.deploy.runtime import OpenVino, kernels, open_runtime, optimized, products
 from tests.deploy.builders import crafted
 from tests.helpers import Function
 
@@ -130,7 +130,7 @@ def test_both_runtimes_multiply_integers(exported):
     assert kernels(graph)['MatMul'] == kernels(graph)['Gemm'] == 0
     runtime = OpenVino(folder / 'model.onnx')
     runtime([x.numpy()])
-    assert runtime.integer_layers() == (16 if has_vnni() else 14)  # first and last have 8 bits
+    assert runtime.integer_layers() == 16
 
 
 def test_the_batch_is_open(exported):
