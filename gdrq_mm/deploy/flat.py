@@ -59,5 +59,5 @@ def check_nest(structure: Any) -> None:
 
 
 def nest(structure: Any, flat: Sequence[Tensor]) -> Any:
-    """The tensors put back where their positions stand; a list becomes a tuple."""
-    return flat[structure] if isinstance(structure, int) else tuple(nest(s, flat) for s in structure)
+    """The tensors put back where their positions stand, in lists, which mmdet's SOLOv2 writes to."""
+    return flat[structure] if isinstance(structure, int) else [nest(s, flat) for s in structure]

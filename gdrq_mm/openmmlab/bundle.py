@@ -191,7 +191,7 @@ def example_inputs(model: Any, parts: list[Part], predict: Callable[[], Any]) ->
         found.setdefault(name, args[0].detach().clone())
 
     handles = [
-        (part.feed(model) or model.backbone).register_forward_pre_hook(functools.partial(keep, name=part.name))
+        model.get_submodule(part.feed).register_forward_pre_hook(functools.partial(keep, name=part.name))
         for part in parts
     ]
     with hooked(handles), torch.no_grad():
