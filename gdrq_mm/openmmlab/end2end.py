@@ -26,6 +26,7 @@ from .decode.boxes import NotCovered, keeps_methods, name_of
 from .decode.dense import Detect
 from .decode.ops import TRANSLATIONS
 from .decode.pictures import LabelMap, Prepare, Scores
+from .decode.transformer import Positions, Queries
 from .decode.two_stage import Classify, Cut, Masks, Pool, Propose, Regress
 from .deployed import EndToEnd, takes_rgb, to_graph
 from .parts import heads_of, parts_of
@@ -96,9 +97,28 @@ def chain_of(model: Any, report: ExportReport) -> tuple[list[Step], list[str]]:
             raise NotCovered(f'{name_of(model)} predicts in a way of its own')
         detect, outputs = Detect(model.bbox_head, about['structure']), ['dets', 'labels']
         return [*start, Step('decode', detect, ['image', *raw], outputs, axes)], outputs
+    if 'encoder' in parts:
+        return _transformer(model, start, parts, axes)
     if not keeps_methods(model, TwoStageDetector, 'predict'):
         raise NotCovered(f'{name_of(model)} predicts in a way of its own')
     return _two_stage(model, about['structure'], start, parts, axes)
+
+
+def _transformer(
+    model: Any, steps: list[Step], parts: dict[str, Any], axes: dict[str, Any]
+) -> tuple[list[Step], list[str]]:
+    """The steps of :func:`chain_of` for DETR."""
+    tokens, queries, outputs = ['tokens', 'positions', 'mask'], ['bbox_head.y0', 'bbox_head.y1'], ['dets', 'labels']
+    axes = {**axes, **dict.fromkeys(queries, (0,))}
+    ends = dict(
+        encoder=(tokens, ['encoder.y0']),
+        decoder=(['encoder.y0', *tokens[1:]], ['decoder.y0']),
+        bbox_head=(['decoder.y0'], queries),
+    )
+    inner = [Step(name, parts[name][0], *each, graph=parts[name][1]) for name, each in ends.items()]
+    first = Step('positions', Positions(model), steps[-1].gives, tokens, axes)
+    last = Step('decode', Queries(model.bbox_head), ['image', *queries], outputs, axes)
+    return [*steps, first, *inner, last], outputs
 
 
 def _two_stage(
@@ -117,7 +137,7 @@ def _two_stage(
         pool = Step(f'{name}.pool', Pool(extractor), [regions, *features], [x], axes)
         return [pool, Step(name, module, [x], gives, graph=graph)], gives
 
-    regions, scores = 'regions.dets', []
+    regions, scores = 'regions.dets', list[str]()
     steps = [*steps, Step('propose', Propose(model, structure), ['image', *raw], [regions, 'regions.labels'], axes)]
     for (name, head), extractor in zip(boxes.items(), heads_of(roi, 'bbox_roi_extractor').values(), strict=True):
         classified, (score, deltas) = run(name, extractor, regions, 2)

@@ -2,7 +2,8 @@
 
 A classifier, a segmentor and a one-stage detector are one graph from the image to the raw outputs of the head. A
 two-stage detector is one graph from the image to the outputs of the RPN, one for the box head, and one for the mask
-head if there is one; of a cascade, one for the head of each stage. Decoding, NMS and RoIAlign stay in torch.
+head if there is one; of a cascade, one for the head of each stage. DETR is one graph to the features, one for the
+encoder, one for the decoder, and one for the head. Decoding, NMS and RoIAlign stay in torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -52,6 +54,8 @@ def parts_of(model: Any, task: str) -> list[Part]:
         raise UserError(f'{type(model).__name__} cannot be exported: {reason}')
     if hasattr(model, 'roi_head'):
         return _two_stage(model)
+    if task == 'det' and hasattr(model, 'encoder'):
+        return _transformer(model)
     return [_whole(model, heads[0], any_size=task != 'cls')]
 
 
@@ -73,7 +77,7 @@ def _reason(model: Any, task: str, heads: list[str]) -> str:
         return '' if heads_of(model.roi_head, 'bbox_head') else 'it has no box head'
     if not heads:
         return f'it has no {HEADS[task][0]}'
-    if task == 'det' and hasattr(model, 'encoder'):
+    if task == 'det' and hasattr(model, 'encoder') and not _is_detr(model):
         return 'its encoder and decoder stand between the backbone and the head, and are not exported'
     if len(heads) > 1:
         return f'its {heads[1]} reads what its {heads[0]} has found, which is not exported'
@@ -81,6 +85,13 @@ def _reason(model: Any, task: str, heads: list[str]) -> str:
         if not _has_from('BaseCascadeDecodeHead', later, 'predict'):
             return f'{type(later).__name__}, a later head of its cascade, predicts in a way of its own'
     return ''
+
+
+def _is_detr(model: Any) -> bool:
+    """Whether a model runs encoder, decoder and head as DETR does; many that have them do not."""
+    own = _has_from('DETR', model, 'pre_transformer', 'forward_encoder', 'pre_decoder', 'forward_decoder')
+    same = _has_from('DetectionTransformer', model, 'predict', 'forward_transformer')
+    return own and same and _has_from('DETRHead', model.bbox_head, 'predict', 'forward')
 
 
 def _has_from(base: str, thing: Any, *names: str) -> bool:
@@ -114,13 +125,27 @@ def _whole(model: Any, name: str, any_size: bool) -> Part:
     return Part('model', Flat(model, run), 'backbone', _first, replace, any_size)
 
 
-def _inner(model: Any, name: str, path: str) -> Part:
-    """A module of the model, and no more."""
+def _inner(
+    model: Any,
+    name: str,
+    path: str,
+    run: Callable[..., Any] | None = None,
+    takes: Callable[..., tuple[Tensor, ...]] = _first,
+    gives: Callable[[Any], Any] = lambda outputs: outputs,
+    any_size: bool = False,
+) -> Part:
+    """A module of the model.
+
+    Args:
+        run: (model, inputs of the graph) -> outputs of the graph; by default the module.
+        gives: outputs of the graph -> what the module returns.
+    """
 
     def replace(model: Any, run: Run) -> None:
-        model.get_submodule(path).forward = run
+        model.get_submodule(path).forward = lambda *args, **kwargs: gives(run(*takes(*args, **kwargs)))
 
-    return Part(name, Flat(model, lambda model, x: model.get_submodule(path)(x)), path, _first, replace, False)
+    flat = Flat(model, run or (lambda model, *inputs: model.get_submodule(path)(*inputs)))
+    return Part(name, flat, path, takes, replace, any_size)
 
 
 def _two_stage(model: Any) -> list[Part]:
@@ -143,3 +168,47 @@ def _two_stage(model: Any) -> list[Part]:
         Part('proposals', Flat(model, proposals), 'backbone', _first, replace, True),
         *(_inner(model, name, f'roi_head.{name}') for name in heads),
     ]
+
+
+def _transformer(model: Any) -> list[Part]:
+    """Features, encoder, decoder and head of DETR. What tells positions, and which are padding, is made in torch."""
+
+    def replace(model: Any, run: Run) -> None:
+        model.extract_feat = lambda x: run(x)
+
+    def encode(model: Any, features: Tensor, positions: Tensor, mask: Tensor) -> Any:
+        return model.forward_encoder(feat=features, feat_mask=mask, feat_pos=positions)['memory']
+
+    def decode(model: Any, memory: Tensor, positions: Tensor, mask: Tensor) -> Any:
+        queries, _ = model.pre_decoder(memory)
+        return model.forward_decoder(**queries, memory_mask=mask, memory_pos=positions)['hidden_states'][-1]
+
+    def predict(model: Any, states: Tensor) -> Any:
+        return [each[0] for each in model.bbox_head(states[None])]
+
+    def of_encoder(query: Tensor, query_pos: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, ...]:
+        return query, query_pos, _added(key_padding_mask, query)
+
+    def of_decoder(key: Tensor, key_pos: Tensor, key_padding_mask: Tensor | None, **_: Any) -> tuple[Tensor, ...]:
+        return key, key_pos, _added(key_padding_mask, key)
+
+    return [
+        Part('features', Flat(model, lambda model, x: model.extract_feat(x)), 'backbone', _first, replace, True),
+        _inner(model, 'encoder', 'encoder', encode, of_encoder, any_size=True),
+        # The states of the last layer of the decoder alone are read, and layers come in front of the batch.
+        _inner(model, 'decoder', 'decoder', decode, of_decoder, lambda states: states[None], any_size=True),
+        _inner(
+            model,
+            'bbox_head',
+            'bbox_head',
+            predict,
+            lambda states: (states[-1],),
+            lambda outputs: [each[None] for each in outputs],
+        ),
+    ]
+
+
+def _added(mask: Tensor | None, x: Tensor) -> Tensor:
+    """What a mask of (N, L), True where x of (N, L, C) is padding, adds to the products of attention."""
+    zeros = x.new_zeros(x.shape[:2])
+    return zeros if mask is None else zeros.masked_fill(mask, -torch.inf)

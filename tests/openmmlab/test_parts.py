@@ -9,6 +9,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 
 from gdrq_mm.deploy.merge import merge_model
@@ -25,6 +26,8 @@ CHANNELS, CLASSES = 8, 4
 RESNET = dict(type='ResNet', depth=18, stem_channels=8, base_channels=4, zero_init_residual=False)
 FPN = dict(type='FPN', in_channels=[4, 8, 16, 32], out_channels=CHANNELS, num_outs=4, norm_cfg=BN)
 STRIDES = [4, 8, 16, 32]
+ATTENTION = dict(embed_dims=CHANNELS, num_heads=2, batch_first=True)
+FORWARD = dict(embed_dims=CHANNELS, feedforward_channels=16, num_fcs=2, act_cfg=dict(type='ReLU', inplace=True))
 SEGMENTS = dict(channels=CHANNELS, num_classes=CLASSES, norm_cfg=BN, align_corners=False)
 
 
@@ -117,6 +120,35 @@ MODELS = {
             max_per_img=40,
         ),
     ),
+    'DETR': dict(
+        type='DETR',
+        num_queries=12,
+        data_preprocessor={**PREPROCESSOR, 'pad_size_divisor': 1},
+        backbone={**RESNET, 'out_indices': (3,)},
+        neck=dict(
+            type='ChannelMapper',
+            in_channels=[32],
+            kernel_size=1,
+            out_channels=CHANNELS,
+            act_cfg=None,
+            norm_cfg=None,
+            num_outs=1,
+        ),
+        encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=ATTENTION, ffn_cfg=FORWARD)),
+        decoder=dict(
+            num_layers=2,
+            layer_cfg=dict(self_attn_cfg=ATTENTION, cross_attn_cfg=ATTENTION, ffn_cfg=FORWARD),
+            return_intermediate=True,
+        ),
+        positional_encoding=dict(num_feats=CHANNELS // 2, normalize=True),
+        bbox_head=dict(
+            type='DETRHead',
+            num_classes=CLASSES,
+            embed_dims=CHANNELS,
+            loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False),
+        ),
+        test_cfg=dict(max_per_img=12),
+    ),
     'OCRNet': dict(
         type='CascadeEncoderDecoder',
         data_preprocessor=dict(type='SegDataPreProcessor', mean=[110] * 3, std=[55] * 3, size=(64, 64)),
@@ -131,6 +163,7 @@ MODELS = {
 }
 PARTS = {
     'SOLOv2': ['model'],
+    'DETR': ['features', 'encoder', 'decoder', 'bbox_head'],
     'OCRNet': ['model'],
     'Cascade Mask R-CNN': ['proposals', 'bbox_head.0', 'bbox_head.1', 'mask_head.0', 'mask_head.1'],
 }
@@ -196,3 +229,27 @@ def test_a_runtime_predicts_what_the_merged_model_does(exported, parts):
         masks, others = found.pred_instances.masks, expected.pred_instances.masks
         assert masks.shape == others.shape and (masks == others).float().mean() > 0.99
         assert 0 < masks.float().mean() < 1
+
+
+@pytest.mark.parametrize('exported', ['DETR'], indirect=True)
+def test_what_is_padding_in_a_batch_is_masked(exported):
+    cfg, merged, checkpoint, folder, picture = exported
+    deployed = init_model(cfg, checkpoint, 'cpu')
+    use_runtime(deployed, folder, 'onnxruntime', checkpoint, parts=True)
+    deployed.backbone.forward = None
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)
+    inputs = [pixels, pixels[:, :, : SIZE // 2]]
+
+    def states(model):
+        metas = [dict(img_shape=x.shape[1:], ori_shape=x.shape[1:], scale_factor=(1.0, 1.0)) for x in inputs]
+        samples = [DetDataSample(metainfo=meta) for meta in metas]
+        seen = []
+        hook = model.bbox_head.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+        with torch.no_grad():
+            model.test_step(dict(inputs=inputs, data_samples=samples))
+        hook.remove()
+        return seen[0]
+
+    found, expected = states(deployed), states(merged)
+    assert found.shape == expected.shape and expected.std() > 0
+    torch.testing.assert_close(found, expected, atol=0.05 * float(expected.abs().max()), rtol=0)
