@@ -102,7 +102,7 @@ def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any
     for part in parts:
         x, about = inputs[part.name], properties_of[part.name]
         with torch.no_grad():
-            outputs = part.module(x)
+            outputs = part.module(*x)
         merged = fuse_conv_bn(copy.deepcopy(part.module))  # ONNX Runtime does not do it with what torch exports
         graph = export_onnx(merged, x, [f'y{i}' for i in range(len(outputs))], about['any_size'])
         (folder / f'float.{part.name}.onnx').write_bytes(graph.SerializeToString())
@@ -116,7 +116,7 @@ def contestants(
     torch.set_num_threads(threads)
     inputs = {
         name: np.resize(x.numpy(), (batch if name != 'bbox_head' else len(x) * batch, *x.shape[1:])).astype(np.float32)
-        for name, x in found['inputs'].items()
+        for name, (x,) in found['inputs'].items()
     }
     tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
 

@@ -83,8 +83,12 @@ def detector_config(name):
     return cfg
 
 
-def calibrated_detector(cfg, pictures):
-    """A model with random weights that is sure of some boxes and not of others, calibrated with pictures."""
+def calibrated_detector(cfg, pictures, weight=0.05, bias=0.5):
+    """A model with random weights that is sure of some boxes and not of others, calibrated with pictures.
+
+    Args:
+        weight, bias: how much those of its last layers vary.
+    """
     torch.manual_seed(0)
     float_cfg = cfg.copy()
     float_cfg.pop('quantization')
@@ -93,8 +97,8 @@ def calibrated_detector(cfg, pictures):
         if isinstance(module, _BatchNorm):  # statistics of the pictures, as a trained model has them
             module.train().momentum = None
         elif isinstance(module, nn.Conv2d) and name in last_layers(start):
-            nn.init.normal_(module.weight, std=0.05)
-            nn.init.normal_(module.bias, std=0.5)
+            nn.init.normal_(module.weight, std=weight)
+            module.bias is None or nn.init.normal_(module.bias, std=bias)
     for picture in pictures:
         infer(start, picture)
     model = init_model(cfg, None, 'cpu')

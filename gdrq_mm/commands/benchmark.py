@@ -97,7 +97,7 @@ def parse_args() -> argparse.Namespace:
 def contestants(args: argparse.Namespace, folder: Path) -> list[Contestant]:
     """Every graph as exported and in float32, in every runtime, each after one call; float graphs go into `folder`."""
     graphs, found = graphs_of(args.exported), []
-    usual = next((size for graph in graphs if (size := traced_size(graph.model)) and not graph.regions), None)
+    usual = next((size for graph in graphs if (size := traced_size(graph.model)) and not graph.inside), None)
     for graph in graphs:
         batch = args.batch * (args.regions if graph.regions else 1)
         inputs = inputs_for(graph, batch, args.size and tuple(args.size), usual)

@@ -138,7 +138,7 @@ def fit_openvino(model: Any, image: Any) -> Any:
     with torch.no_grad():
         for each, values in outputs.items():
             for part in parts_of(each, task):
-                values.extend(value.flatten() for value in part.module(inputs[part.name]))
+                values.extend(value.flatten() for value in part.module(*inputs[part.name]))
     one, other = (torch.cat(values) for values in outputs.values())
     off = float((one - other).norm() / one.norm())
     CONSOLE.print(

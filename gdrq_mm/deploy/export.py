@@ -25,7 +25,7 @@ from ..core.topology import Plan
 from .flat import Flat
 from .merge import IntegerLayer, merge_model
 from .names import layer_of
-from .onnx_export import export_onnx
+from .onnx_export import export_onnx, size_axes
 from .packed import write_packed
 from .runtime import RuntimeFailed, float_layers, installed_backends, integer_layers, open_runtime
 from .verify import compare, first_difference, too_many
@@ -33,8 +33,8 @@ from .verify_onnx import Piece, aliases, record_codes, verify_onnx
 
 LARGEST_BATCH = 16
 """Examples that an export is traced and verified with, at most."""
-PADDING = (0, 64, 0, 32)
-"""How much larger the pictures are that an open size is verified with; multiples of 32, as detectors need them."""
+PADDING = {(2, 3): (0, 64, 0, 32), (1,): (0, 7)}
+"""How much larger inputs are that an open size is verified with; pictures by multiples of 32, for detectors."""
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,12 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
     return ExportReport([part], unread)
 
 
+def _larger(x: Tensor) -> Tensor:
+    """An input of another size."""
+    axes = size_axes(x)
+    return nn.functional.pad(x, (0, 0) * (x.dim() - 1 - axes[-1]) + PADDING[axes])
+
+
 def example_batch(x: Tensor) -> Tensor:
     """At least 2 examples, as an open batch needs them, and at most LARGEST_BATCH."""
     return (torch.cat([x, x.flip(-1)]) if len(x) == 1 else x)[:LARGEST_BATCH].detach().contiguous()
@@ -161,24 +167,30 @@ def for_openvino(model: nn.Module, plan: Plan) -> tuple[nn.Module, list[str]]:
 
 
 def export_part(
-    name: str, trained: Flat, merged: Flat, x: Tensor, any_size: bool = False, target: str = 'both'
+    name: str,
+    trained: Flat,
+    merged: Flat,
+    x: Tensor | Sequence[Tensor],
+    any_size: bool = False,
+    target: str = 'both',
 ) -> ExportedPart:
     """Export a part of a model and verify it in every installed runtime, or in one.
 
     Args:
         trained: the part of the trained model, in evaluation mode.
         merged: the same part of the merged model.
-        x: a batch of inputs, of at least 2.
-        any_size: try a graph that takes pictures of any size, and verify it at another size than that of its trace. If
-            it fails there, the size is fixed, and a warning says why.
+        x: a batch of at least 2 of its input, or of each of its inputs.
+        any_size: try a graph that takes pictures of any size, or sequences of any length, and verify it at another size
+            than that of its trace. If it fails there, the size is fixed, and a warning says why.
         target: the runtime that it is for, which is noted in the graph; 'both'.
 
     Raises:
         UserError: it cannot be exported or run, or no runtime is installed.
     """
+    inputs = (x,) if isinstance(x, Tensor) else tuple(x)
     if any_size:
         try:
-            part = _exported(name, trained, merged, x, nn.functional.pad(x, PADDING), target)
+            part = _exported(name, trained, merged, inputs, tuple(map(_larger, inputs)), target)
             reason = part.wrong
         except (RuntimeError, AssertionError) as error:  # of torch, its exporter and the runtimes; models assert sizes
             reason = _first_line(error)
@@ -186,22 +198,29 @@ def export_part(
             return part
         log.warning('part %s takes the traced size only: %s', name, reason)
     try:
-        return _exported(name, trained, merged, x, None, target)
+        return _exported(name, trained, merged, inputs, None, target)
     except (torch.onnx.errors.OnnxExporterError, RuntimeFailed) as error:
         raise UserError(f'part {name} cannot be exported: {_first_line(error)}') from error
 
 
-def _exported(name: str, trained: Flat, merged: Flat, x: Tensor, other: Tensor | None, target: str) -> ExportedPart:
-    """Trace with x; verify with x, or with an input of another size."""
+def _exported(
+    name: str,
+    trained: Flat,
+    merged: Flat,
+    x: tuple[Tensor, ...],
+    other: tuple[Tensor, ...] | None,
+    target: str,
+) -> ExportedPart:
+    """Trace with x; verify with x, or with inputs of another size."""
     any_size, shown = other is not None, x if other is None else other
-    seen, outputs = record_codes(trained.model, functools.partial(trained, shown))
+    seen, outputs = record_codes(trained.model, functools.partial(trained, *shown))
     graph = export_onnx(merged, x, [f'y{i}' for i in range(len(outputs))], any_size)
-    arrays = [out.numpy() for out in outputs]
+    given, arrays = ([each.numpy() for each in tensors] for tensors in (shown, outputs))
     pieces = {
-        backend: verify_onnx(graph, seen, [shown.numpy()], arrays, functools.partial(open_runtime, backend))
+        backend: verify_onnx(graph, seen, given, arrays, functools.partial(open_runtime, backend))
         for backend in (installed_backends() if target == 'both' else [target])
     }
-    about = {'structure': trained.structure, 'shape': list(x.shape[1:]), 'any_size': any_size, 'for': target}
+    about = {'structure': trained.structure, 'shape': list(x[0].shape[1:]), 'any_size': any_size, 'for': target}
     onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in about.items()})
     whole_biases = any(layer.deployable for layer in quant_layers(trained.model).values())
     return ExportedPart(name, graph, pieces, first_wrong(pieces, whole_biases), {site.quantizer for site in seen})
@@ -212,7 +231,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def properties(graph: onnx.ModelProto) -> dict[str, Any]:
-    """What is noted in a graph: how its outputs nest, the shape of its input, whether any size will do."""
+    """What is noted in a graph: how its outputs nest, the shape of its first input, whether any size will do."""
     return {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
 
 

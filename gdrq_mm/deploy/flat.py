@@ -1,4 +1,4 @@
-"""A model, or a part of one, as a function from a tensor to a flat tuple of tensors, which is what a graph is."""
+"""A model, or a part of one, as a function from tensors to a flat tuple of tensors, which is what a graph is."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from ..core.pyramid import start_pyramid
 
 
 class Flat(nn.Module):
-    """Takes a tensor, returns a flat tuple of tensors, and keeps how they nest.
+    """Takes tensors, returns a flat tuple of tensors, and keeps how they nest.
 
     Args:
         model: the whole model; names of its modules are those in the graph.
-        run: (model, x) -> a tensor, or tuples and lists of tensors, nested as they like. None: the model's forward.
+        run: (model, *inputs) -> a tensor, or tuples and lists of tensors, nested as they like. None: the model's
+            forward.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[Any, Tensor], Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, run: Callable[..., Any] | None = None) -> None:
         super().__init__()
         self.model = model
         self.run = run
         self.structure: Any = None
         """How the outputs of the last `forward` nest, see :func:`nest`."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs, one after the other.
 
         Raises:
@@ -35,7 +36,7 @@ class Flat(nn.Module):
         """
         start_pyramid(self.model)  # a part runs without the forward of its model, which would do this
         flat: list[Tensor] = []
-        self.structure = _flatten(self.model(x) if self.run is None else self.run(self.model, x), flat)
+        self.structure = _flatten(self.model(*inputs) if self.run is None else self.run(self.model, *inputs), flat)
         return tuple(flat)
 
 
@@ -59,5 +60,5 @@ def check_nest(structure: Any) -> None:
 
 
 def nest(structure: Any, flat: Sequence[Tensor]) -> Any:
-    """The tensors put back where their positions stand; a list becomes a tuple."""
-    return flat[structure] if isinstance(structure, int) else tuple(nest(s, flat) for s in structure)
+    """The tensors put back where their positions stand, in lists, which mmdet's SOLOv2 writes to."""
+    return flat[structure] if isinstance(structure, int) else [nest(s, flat) for s in structure]

@@ -42,8 +42,13 @@ class ExportedGraph:
     model: onnx.ModelProto
     part: bool
     """One of the parts that run one after the other in a prediction; else it is a prediction alone."""
-    regions: bool
-    """Its inputs are regions of a picture, as those of a box head, instead of pictures."""
+    inside: bool
+    """Its inputs come from another part, regions of a picture or a sequence, instead of pictures."""
+
+    @property
+    def regions(self) -> bool:
+        """Whether its inputs are regions of a picture, as those of a box head."""
+        return self.inside and len(self.model.graph.input[0].type.tensor_type.shape.dim) == 4
 
 
 def graphs_of(folder: Path) -> list[ExportedGraph]:
@@ -108,12 +113,17 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 def traced_size(model: onnx.ModelProto) -> tuple[int, int] | None:
     """Height and width of the picture that a part was exported with, as noted in it; None if nothing is noted."""
+    noted = _noted_shape(model)
+    return (noted[1], noted[2]) if len(noted) == 3 else None
+
+
+def _noted_shape(model: onnx.ModelProto) -> list[int]:
+    """The shape of one example of the first input that a part was exported with; [] if nothing is noted."""
     noted = next((prop.value for prop in model.metadata_props if prop.key == 'shape'), None)
     try:
-        _, height, width = json.loads(noted or '')
-        return int(height), int(width)
+        return [int(size) for size in json.loads(noted or '')]
     except (ValueError, TypeError):
-        return None
+        return []
 
 
 def inputs_for(
@@ -122,7 +132,8 @@ def inputs_for(
     """Noise for each input of a graph.
 
     Args:
-        graph: its inputs are (N, C, H, W) or (N, H, W, C), uint8 or float32; regions may have any shape.
+        graph: its inputs are (N, C, H, W) or (N, H, W, C), uint8 or float32; regions may have any shape, and sequences
+            (N, L, ...) are as long as the one that it was exported with.
         batch: pictures or regions.
         size: height and width of pictures; None: those that the graph fixes, else the usual ones.
         usual: None: not known.
@@ -137,7 +148,7 @@ def inputs_for(
         if value.name not in stored:
             kind = value.type.tensor_type
             dims = [dim.dim_value if dim.HasField('dim_value') else None for dim in kind.shape.dim]
-            shape = _shape(graph, dims, batch, None if graph.regions else size, usual)
+            shape = _shape(graph, dims, batch, None if graph.inside else size, usual)
             if kind.elem_type == TensorProto.UINT8:
                 found.append(noise.integers(0, 256, shape, np.uint8))
             elif kind.elem_type == TensorProto.FLOAT:
@@ -159,7 +170,7 @@ def _shape(
     if not dims or dims[0] not in (None, batch):
         raise UserError(f'{graph.path} takes batches of {dims[0] if dims else 0} only, not {batch}')
     shape: list[int | None] = [batch, *dims[1:]]
-    if len(dims) == 4 and not graph.regions:
+    if len(dims) == 4 and not graph.inside:
         first = 1 if dims[3] in CHANNELS and dims[1] not in CHANNELS else 2
         fixed = dims[first : first + 2]
         if size and any(dim not in (None, given) for dim, given in zip(fixed, size)):
@@ -167,6 +178,8 @@ def _shape(
             raise UserError(f'{graph.path} takes pictures of {only} only, not {given}')
         wanted = size or usual or (None, None)
         shape[first : first + 2] = [given if dim is None else dim for dim, given in zip(fixed, wanted)]
+    elif len(dims) < 4 and None in shape:
+        shape[1:] = [noted if dim is None else dim for dim, noted in zip(shape[1:], _noted_shape(graph.model))]
     elif size:
         raise UserError(f'{graph.path} takes no pictures, so that --size means nothing')
     if None in shape:

@@ -36,14 +36,22 @@ OPSET = 21
 """The first with 4-bit initializers in QuantizeLinear and DequantizeLinear."""
 
 
-def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: bool = False) -> onnx.ModelProto:
+def size_axes(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of an input that the size of a picture sets: of (N, C, H, W), and of sequences (N, L, ...)."""
+    return (2, 3) if x.dim() == 4 else (1,)
+
+
+def export_onnx(
+    module: nn.Module, x: Tensor | Sequence[Tensor], outputs: Sequence[str], any_size: bool = False
+) -> onnx.ModelProto:
     """Trace a module with merged layers into a checked ONNX model with a dynamic batch.
 
     Args:
         module: a model, or a part of one as a Flat; it is not changed.
-        x: an example; its first dimension is the batch, of at least 2.
+        x: an example, or one for each input: x in the graph, or x0, x1, ...; the first dimension is the batch, of at
+            least 2.
         outputs: names of the outputs.
-        any_size: leave height and width of x, (N, C, H, W), open too. A module that computes something from its
+        any_size: leave their :func:`size_axes` open too. A module that computes something from its
             example's size may keep that, as adaptive pooling does: verify the graph at another size.
 
     Raises:
@@ -51,16 +59,19 @@ def export_onnx(module: nn.Module, x: Tensor, outputs: Sequence[str], any_size: 
     """
     check_export()
     twin = _twin(module if isinstance(module, Flat) else Flat(module))
-    open_axes = dict.fromkeys((0, 2, 3) if any_size else (0,), torch.export.Dim.DYNAMIC)
+    inputs = (x,) if isinstance(x, Tensor) else tuple(x)
+    axes = tuple(
+        dict.fromkeys((0, *(size_axes(each) if any_size else ())), torch.export.Dim.DYNAMIC) for each in inputs
+    )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         program = torch.onnx.export(
             twin,
-            (x,),
-            input_names=['x'],
+            inputs,
+            input_names=['x'] if len(inputs) == 1 else [f'x{i}' for i in range(len(inputs))],
             output_names=list(outputs),
             opset_version=OPSET,
-            dynamic_shapes=(open_axes,),
+            dynamic_shapes=(axes,),
             dynamo=True,
             optimize=False,
             verbose=False,

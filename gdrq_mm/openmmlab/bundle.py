@@ -17,6 +17,7 @@ from ..core.files import file_digest, whole_folder, write_whole
 from ..core.modules import hooked
 from ..deploy.export import ExportedPart, ExportReport, check_complete, example_batch, export_part, properties
 from ..deploy.flat import check_nest, nest
+from ..deploy.onnx_export import size_axes
 from ..deploy.runtime import open_runtime
 from ..report.record import versions
 from .deployed import EndToEnd, let_graph_predict, takes_rgb
@@ -167,40 +168,43 @@ def read_bundle(folder: Path) -> dict[str, Any]:
 
 
 def _runner(runtime: Any, entry: dict[str, Any], name: str) -> Callable[[Tensor], Any]:
-    fixed = entry['shape'][:1] if entry.get('any_size') else entry['shape']
-
-    def run(x: Tensor) -> Any:
-        shape = list(x.shape[1:])
-        if shape[: len(fixed)] != fixed:
-            expected, found = (' x '.join(map(str, sizes)) for sizes in (fixed, shape))
-            raise UserError(f'{name} was exported for inputs of {expected}, this one is {found}')
+    def run(*inputs: Tensor) -> Any:
+        x, number = inputs[0], len(inputs[0])
+        axes = size_axes(x) if entry.get('any_size') else ()
+        expected = ['any' if axis in axes else size for axis, size in enumerate(entry['shape'], 1)]
+        found = ['any' if axis in axes else size for axis, size in enumerate(x.shape[1:], 1)]
+        if found != expected:
+            needed, given = (' x '.join(map(str, sizes)) for sizes in (expected, x.shape[1:]))
+            raise UserError(f'{name} was exported for inputs of {needed}, this one is {given}')
         # The number of regions changes, and OpenVINO compiles a graph for each batch size: fill up to a power of two.
-        batch = torch.zeros(1 << max(len(x) - 1, 0).bit_length(), *shape)
-        batch[: len(x)] = x.detach()
-        outputs = [torch.from_numpy(y)[: len(x)].to(x.device) for y in runtime([batch.numpy()])]
+        filled = 1 << max(number - 1, 0).bit_length()
+        batch = [torch.zeros(filled, *each.shape[1:]) for each in inputs]
+        for rows, each in zip(batch, inputs, strict=True):
+            rows[:number] = each.detach()
+        outputs = [torch.from_numpy(y)[:number].to(x.device) for y in runtime([rows.numpy() for rows in batch])]
         return nest(entry['structure'], outputs)
 
     return run
 
 
-def example_inputs(model: Any, parts: list[Part], predict: Callable[[], Any]) -> dict[str, Tensor]:
-    """The input of each part in one prediction: a batch of at least 2."""
-    found: dict[str, Tensor] = {}
+def example_inputs(model: Any, parts: list[Part], predict: Callable[[], Any]) -> dict[str, tuple[Tensor, ...]]:
+    """The inputs of each part in one prediction: batches of at least 2."""
+    found: dict[str, tuple[Tensor, ...]] = {}
 
-    def keep(module: Any, args: Any, name: str) -> None:
-        found.setdefault(name, args[0].detach().clone())
+    def keep(module: Any, args: Any, kwargs: Any, part: Part) -> None:
+        found.setdefault(part.name, tuple(each.detach().clone() for each in part.takes(*args, **kwargs)))
 
     handles = [
-        (part.feed(model) or model.backbone).register_forward_pre_hook(functools.partial(keep, name=part.name))
+        model.get_submodule(part.feed).register_forward_pre_hook(functools.partial(keep, part=part), with_kwargs=True)
         for part in parts
     ]
     with hooked(handles), torch.no_grad():
         predict()
     for part in parts:
-        x = found.get(part.name)
-        if x is None or not len(x):
+        inputs = found.get(part.name)
+        if inputs is None or not len(inputs[0]):
             raise UserError(f'{part.name} was not reached on this picture; give another one with --image')
-        found[part.name] = example_batch(x)
+        found[part.name] = tuple(map(example_batch, inputs))
     return found
 
 

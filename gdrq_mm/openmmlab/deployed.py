@@ -14,6 +14,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from ..core.errors import UserError
+from .parts import heads_of
 
 TURNS = ('to_rgb', '_channel_conversion')
 """Flags of data preprocessors that turn BGR into RGB: mmpretrain's, and mmengine's, which mmdet and mmseg use."""
@@ -108,7 +109,8 @@ def _put_boxes(model: Any, sample: Any, values: dict[str, Tensor]) -> None:
     dets, labels = values['dets'][there], values['labels'][there]
     found = InstanceData(bboxes=dets[:, :4], scores=dets[:, 4], labels=labels)
     if 'masks' in values:
-        head = model.roi_head.mask_head  # it pastes masks into pictures, and moves the boxes to the original size
+        # The last mask head pastes masks into pictures, and moves the boxes to the original size.
+        *_, head = heads_of(model.roi_head, 'mask_head').values()
         logits = (
             values['masks'][there].logit()[:, None].expand(-1, 1 if head.class_agnostic else head.num_classes, -1, -1)
         )

@@ -26,9 +26,10 @@ from .decode.boxes import NotCovered, keeps_methods, name_of
 from .decode.dense import Detect
 from .decode.ops import TRANSLATIONS
 from .decode.pictures import LabelMap, Prepare, Scores
-from .decode.two_stage import Classify, Cut, Masks, Pool, Propose
+from .decode.transformer import Positions, Queries
+from .decode.two_stage import Classify, Cut, Masks, Pool, Propose, Regress
 from .deployed import EndToEnd, takes_rgb, to_graph
-from .parts import parts_of
+from .parts import heads_of, parts_of
 from .tasks import task_of
 
 LARGER = (32, 64)
@@ -76,52 +77,85 @@ def chain_of(model: Any, report: ExportReport) -> tuple[list[Step], list[str]]:
         NotCovered: the model predicts in a way for which there is no ONNX here.
     """
     task = task_of(model.cfg)
-    modules = [part.module for part in parts_of(model, task)]
+    parts = {part.name: (part.module, found.graph) for part, found in zip(parts_of(model, task), report.parts)}
     about = properties(report.parts[0].graph)
     if about['shape'][0] != len('RGB'):
         raise NotCovered(f'its pictures have {about["shape"][0]} channels')
     every = (0, 2, 3) if about['any_size'] else (0,)
-    graphs = [part.graph for part in report.parts]
-    raw = [f'y{i}' for i in range(len(graphs[0].graph.output))]
+    (module, graph), *heads = parts.values()
+    raw = [f'y{i}' for i in range(len(graph.graph.output))]
     axes = {'image': (0, 1, 2) if about['any_size'] else (0,), 'x': every, **dict.fromkeys(raw, every)}
     prepare = Prepare(model.data_preprocessor, pad=about['any_size'])
-    start = [Step('prepare', prepare, ['image'], ['x'], axes), Step('', modules[0], ['x'], raw, graph=graphs[0])]
+    start = [Step('prepare', prepare, ['image'], ['x'], axes), Step('', module, ['x'], raw, graph=graph)]
     if task == 'cls':
         outputs = ['scores', 'topk_scores', 'topk_labels']
         return [*start, Step('decode', Scores(model.head), raw, outputs, {'y0': (0,)})], outputs
     if task == 'seg':
         return [*start, Step('decode', LabelMap(model), ['image', 'x', *raw], ['labels'], axes)], ['labels']
-    if len(graphs) == 1:
+    if not heads:
         if not keeps_methods(model, SingleStageDetector, 'predict'):
             raise NotCovered(f'{name_of(model)} predicts in a way of its own')
         detect, outputs = Detect(model.bbox_head, about['structure']), ['dets', 'labels']
         return [*start, Step('decode', detect, ['image', *raw], outputs, axes)], outputs
+    if 'encoder' in parts:
+        return _transformer(model, start, parts, axes)
     if not keeps_methods(model, TwoStageDetector, 'predict'):
         raise NotCovered(f'{name_of(model)} predicts in a way of its own')
-    return _two_stage(model, about['structure'], start, modules, graphs, axes)
+    return _two_stage(model, about['structure'], start, parts, axes)
+
+
+def _transformer(
+    model: Any, steps: list[Step], parts: dict[str, Any], axes: dict[str, Any]
+) -> tuple[list[Step], list[str]]:
+    """The steps of :func:`chain_of` for DETR."""
+    tokens, queries, outputs = ['tokens', 'positions', 'mask'], ['bbox_head.y0', 'bbox_head.y1'], ['dets', 'labels']
+    axes = {**axes, **dict.fromkeys(queries, (0,))}
+    ends = dict(
+        encoder=(tokens, ['encoder.y0']),
+        decoder=(['encoder.y0', *tokens[1:]], ['decoder.y0']),
+        bbox_head=(['decoder.y0'], queries),
+    )
+    inner = [Step(name, parts[name][0], *each, graph=parts[name][1]) for name, each in ends.items()]
+    first = Step('positions', Positions(model), steps[-1].gives, tokens, axes)
+    last = Step('decode', Queries(model.bbox_head), ['image', *queries], outputs, axes)
+    return [*steps, first, *inner, last], outputs
 
 
 def _two_stage(
-    model: Any, structure: Any, start: list[Step], modules: list[Any], graphs: list[Any], axes: dict[str, Any]
+    model: Any, structure: Any, steps: list[Step], parts: dict[str, Any], axes: dict[str, Any]
 ) -> tuple[list[Step], list[str]]:
-    raw, found, outputs = list(start[-1].gives), ['all.dets', 'all.labels'], ['dets', 'labels']
-    features, inside = [raw[i] for i in structure[0]], ['bbox_head.x', 'bbox_head.y0', 'bbox_head.y1']
-    regions = ['regions.dets', 'regions.labels']
-    axes = {**axes, **dict.fromkeys([*regions, *inside, *found, 'mask_head.y0', 'all.masks'], (0,))}
-    steps = [
-        *start,
-        Step('propose', Propose(model, structure), ['image', *raw], regions, axes),
-        Step('pool', Pool(model.roi_head.bbox_roi_extractor), [regions[0], *features], inside[:1], axes),
-        Step('bbox_head', modules[1], inside[:1], inside[1:], graph=graphs[1]),
-        Step('classify', Classify(model), ['image', regions[0], *inside[1:]], found, axes),
-    ]
-    if len(modules) > 2:
-        steps += [
-            Step('pool_masks', Pool(model.roi_head.mask_roi_extractor), ['all.dets', *features], ['mask_head.x'], axes),
-            Step('mask_head', modules[2], ['mask_head.x'], ['mask_head.y0'], graph=graphs[2]),
-            Step('masks', Masks(model), ['all.labels', 'mask_head.y0'], ['all.masks'], axes),
-        ]
+    """The steps of :func:`chain_of`; in a cascade each stage moves the regions that the next one classifies."""
+    raw, roi = list(steps[-1].gives), model.roi_head
+    features = [raw[i] for i in structure[0]]
+    boxes, masks = heads_of(roi, 'bbox_head'), heads_of(roi, 'mask_head')
+    axes = dict(axes)
+
+    def run(name: str, extractor: Any, regions: str, outputs: int) -> tuple[list[Step], list[str]]:
+        """A head on the regions that are pooled for it, and what it gives."""
+        (module, graph), x, gives = parts[name], f'{name}.x', [f'{name}.y{i}' for i in range(outputs)]
+        axes.update(dict.fromkeys([regions, x, *gives], (0,)))
+        pool = Step(f'{name}.pool', Pool(extractor), [regions, *features], [x], axes)
+        return [pool, Step(name, module, [x], gives, graph=graph)], gives
+
+    regions, scores = 'regions.dets', list[str]()
+    steps = [*steps, Step('propose', Propose(model, structure), ['image', *raw], [regions, 'regions.labels'], axes)]
+    for (name, head), extractor in zip(boxes.items(), heads_of(roi, 'bbox_roi_extractor').values(), strict=True):
+        classified, (score, deltas) = run(name, extractor, regions, 2)
+        steps, scores = [*steps, *classified], [*scores, score]
+        if len(scores) < len(boxes):
+            moved = f'{name}.regions'
+            steps.append(Step(f'{name}.move', Regress(head), ['image', regions, score, deltas], [moved], axes))
+            regions = moved
+    found, outputs = ['all.dets', 'all.labels'], ['dets', 'labels']
+    steps.append(Step('classify', Classify(model), ['image', regions, deltas, *scores], found, axes))
+    if masks:
+        logits: list[str] = []
+        for name, extractor in zip(masks, heads_of(roi, 'mask_roi_extractor').values(), strict=True):
+            masked, gives = run(name, extractor, found[0], 1)
+            steps, logits = [*steps, *masked], [*logits, *gives]
+        steps.append(Step('masks', Masks(model), [found[1], *logits], ['all.masks'], axes))
         found, outputs = [*found, 'all.masks'], [*outputs, 'masks']
+    axes.update(dict.fromkeys(found, (0,)))
     return [*steps, Step('cut', Cut(), found, outputs, axes)], outputs
 
 

@@ -2,7 +2,8 @@
 
 A classifier, a segmentor and a one-stage detector are one graph from the image to the raw outputs of the head. A
 two-stage detector is one graph from the image to the outputs of the RPN, one for the box head, and one for the mask
-head if there is one. Decoding, NMS and RoIAlign stay in torch.
+head if there is one; of a cascade, one for the head of each stage. DETR is one graph to the features, one for the
+encoder, one for the decoder, and one for the head. Decoding, NMS and RoIAlign stay in torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -20,14 +22,20 @@ from ..deploy.flat import Flat
 Run = Callable[..., Sequence[Tensor]]
 
 
+HEADS = dict(cls=('head',), det=('bbox_head', 'mask_head'), seg=('decode_head',))
+"""Task -> names of heads; of these a model of one part has one, or a cascade of it."""
+
+
 @dataclass
 class Part:
     """A part of a model that is exported as one graph."""
 
     name: str
     module: Flat
-    feed: Callable[[Any], Any]
-    """model -> the module that the graph's input is passed to; None: the input is the image."""
+    feed: str
+    """Name of the module that the graph's inputs are passed to."""
+    takes: Callable[..., tuple[Tensor, ...]]
+    """Its arguments -> the inputs of the graph."""
     replace: Callable[[Any, Run], None]
     """Lets a runtime compute this part of a model."""
     any_size: bool
@@ -40,81 +48,112 @@ def parts_of(model: Any, task: str) -> list[Part]:
     Raises:
         UserError: models of this kind cannot be exported.
     """
-    if task == 'cls' and hasattr(model, 'head') and hasattr(model, 'extract_feat'):
-        return [_part('model', Flat(model, _class_scores), _replace_head(lambda m: m.head))]
-    if task == 'seg' and not isinstance(getattr(model, 'decode_head', None), (nn.ModuleList, type(None))):
-        return [_part('model', Flat(model, _logits), _replace_head(lambda m: m.decode_head), any_size=True)]
-    if hasattr(model, 'roi_head') and hasattr(model, 'rpn_head'):
-        return _two_stage(model)
-    dense = getattr(model, 'bbox_head', None) is not None and getattr(model, 'mask_head', None) is None
-    if task == 'det' and dense and not hasattr(model, 'encoder'):
-        return [_part('model', Flat(model, _dense), _replace_head(lambda m: m.bbox_head), any_size=True)]
-    raise UserError(f'{type(model).__name__} cannot be exported: {_reason(model, task)}')
-
-
-def _reason(model: Any, task: str) -> str:
-    """Why a model is not one of those that are exported."""
-    if task == 'cls':
-        return 'a classifier with extract_feat and a head is expected'
-    if task == 'seg':
-        cascade = getattr(model, 'decode_head', None)
-        return 'it has no decode_head' if cascade is None else f'its decode_head is a cascade of {len(cascade)} heads'
-    if hasattr(model, 'encoder'):
-        return 'its encoder and decoder stand between the backbone and the head, and are not exported'
+    heads = [name for name in HEADS[task] if heads_of(model, name)]
+    reason = _reason(model, task, heads)
+    if reason:
+        raise UserError(f'{type(model).__name__} cannot be exported: {reason}')
     if hasattr(model, 'roi_head'):
-        return 'it has no rpn_head: its proposals come from elsewhere'
-    if getattr(model, 'mask_head', None) is not None:
-        return 'its mask_head makes masks without regions, which is not exported'
-    return 'it has no bbox_head'
+        return _two_stage(model)
+    if task == 'det' and hasattr(model, 'encoder'):
+        return _transformer(model)
+    return [_whole(model, heads[0], any_size=task != 'cls')]
 
 
-def _class_scores(model: Any, x: Tensor) -> Any:
-    return model.head(model.extract_feat(x))
+def heads_of(owner: Any, name: str) -> dict[str, Any]:
+    """Name -> head: one, those of a cascade in their order, or none."""
+    head = getattr(owner, name, None)
+    if isinstance(head, nn.ModuleList):
+        return {f'{name}.{stage}': each for stage, each in enumerate(head)}
+    return {} if head is None else {name: head}
 
 
-def _logits(model: Any, x: Tensor) -> Any:
-    return model.decode_head(model.extract_feat(x))
+def _reason(model: Any, task: str, heads: list[str]) -> str:
+    """Why a model is not one of those that are exported; '' if it is."""
+    if task == 'cls' and not (heads and hasattr(model, 'extract_feat')):
+        return 'a classifier with extract_feat and a head is expected'
+    if hasattr(model, 'roi_head'):
+        if not hasattr(model, 'rpn_head'):
+            return 'it has no rpn_head: its proposals come from elsewhere'
+        return '' if heads_of(model.roi_head, 'bbox_head') else 'it has no box head'
+    if not heads:
+        return f'it has no {HEADS[task][0]}'
+    if task == 'det' and hasattr(model, 'encoder') and not _is_detr(model):
+        return 'its encoder and decoder stand between the backbone and the head, and are not exported'
+    if len(heads) > 1:
+        return f'its {heads[1]} reads what its {heads[0]} has found, which is not exported'
+    for later in list(heads_of(model, heads[0]).values())[1:]:
+        if not _has_from('BaseCascadeDecodeHead', later, 'predict'):
+            return f'{type(later).__name__}, a later head of its cascade, predicts in a way of its own'
+    return ''
 
 
-def _dense(model: Any, x: Tensor) -> Any:
-    return model.bbox_head(model.extract_feat(x))
+def _is_detr(model: Any) -> bool:
+    """Whether a model runs encoder, decoder and head as DETR does; many that have them do not."""
+    own = _has_from('DETR', model, 'pre_transformer', 'forward_encoder', 'pre_decoder', 'forward_decoder')
+    same = _has_from('DetectionTransformer', model, 'predict', 'forward_transformer')
+    return own and same and _has_from('DETRHead', model.bbox_head, 'predict', 'forward')
 
 
-def _proposals(model: Any, x: Tensor) -> Any:
-    features = model.extract_feat(x)
-    return features, model.rpn_head(features)
+def _has_from(base: str, thing: Any, *names: str) -> bool:
+    """Whether an object has these methods from a class of this name, whose library need not be imported for that."""
+    found = (getattr(type(thing), name, None) for name in names)
+    return all(getattr(method, '__qualname__', '').startswith(f'{base}.') for method in found)
 
 
-def _head(path: str) -> Callable[[Any, Tensor], Any]:
-    """Runs a head of a two-stage detector, given its name in the model."""
-    return lambda model, x: model.get_submodule(path)(x)
+def _first(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """The first argument is the only input."""
+    return (x,)
 
 
-def _part(
+def _whole(model: Any, name: str, any_size: bool) -> Part:
+    """From the image to the outputs of the head `name`, of the last one of a cascade."""
+
+    def run(model: Any, x: Tensor) -> Any:
+        features = model.extract_feat(x)
+        first, *others = heads_of(model, name).values()
+        out = first(features)
+        for head in others:
+            out = head(features, out)
+        return out
+
+    def replace(model: Any, run: Run) -> None:
+        # The graph computes the heads too: extract_feat returns its outputs, and the heads pass them on to decoding.
+        model.extract_feat = lambda x, *args, **kwargs: run(x)
+        for head in heads_of(model, name).values():
+            head.forward = lambda outputs, *args, **kwargs: outputs
+
+    return Part('model', Flat(model, run), 'backbone', _first, replace, any_size)
+
+
+def _inner(
+    model: Any,
     name: str,
-    module: Flat,
-    replace: Callable[[Any, Run], None],
-    feed: str | None = None,
+    path: str,
+    run: Callable[..., Any] | None = None,
+    takes: Callable[..., tuple[Tensor, ...]] = _first,
+    gives: Callable[[Any], Any] = lambda outputs: outputs,
     any_size: bool = False,
 ) -> Part:
-    return Part(name, module, lambda m: m.get_submodule(feed) if feed else None, replace, any_size)
+    """A module of the model.
 
+    Args:
+        run: (model, inputs of the graph) -> outputs of the graph; by default the module.
+        gives: outputs of the graph -> what the module returns.
+    """
 
-def _replace_head(head_of: Callable[[Any], Any]) -> Callable[[Any, Run], None]:
     def replace(model: Any, run: Run) -> None:
-        # The graph computes the head too: extract_feat returns its outputs, and the head passes them on to decoding.
-        model.extract_feat = lambda x, *args, **kwargs: run(x)
-        head_of(model).forward = lambda outputs, *args, **kwargs: outputs
+        model.get_submodule(path).forward = lambda *args, **kwargs: gives(run(*takes(*args, **kwargs)))
 
-    return replace
+    flat = Flat(model, run or (lambda model, *inputs: model.get_submodule(path)(*inputs)))
+    return Part(name, flat, path, takes, replace, any_size)
 
 
 def _two_stage(model: Any) -> list[Part]:
-    roi = model.roi_head
-    if isinstance(getattr(roi, 'bbox_head', None), (nn.ModuleList, type(None))):
-        raise UserError(f'{type(model).__name__} cannot be exported: its box head is a cascade or missing')
+    def proposals(model: Any, x: Tensor) -> Any:
+        features = model.extract_feat(x)
+        return features, model.rpn_head(features)
 
-    def replace_dense(model: Any, run: Run) -> None:
+    def replace(model: Any, run: Run) -> None:
         kept: list[Any] = []
 
         def extract(x: Tensor) -> Any:
@@ -124,11 +163,52 @@ def _two_stage(model: Any) -> list[Part]:
         model.extract_feat = extract
         model.rpn_head.forward = lambda features: kept[0]
 
-    def replace_head(path: str) -> Callable[[Any, Run], None]:
-        return lambda model, run: setattr(model.get_submodule(path), 'forward', lambda x: run(x))
-
-    heads = [f'roi_head.{name}' for name in ('bbox_head', 'mask_head') if getattr(roi, name, None) is not None]
+    heads = [name for kind in ('bbox_head', 'mask_head') for name in heads_of(model.roi_head, kind)]
     return [
-        _part('proposals', Flat(model, _proposals), replace_dense, any_size=True),
-        *(_part(path.split('.')[1], Flat(model, _head(path)), replace_head(path), path) for path in heads),
+        Part('proposals', Flat(model, proposals), 'backbone', _first, replace, True),
+        *(_inner(model, name, f'roi_head.{name}') for name in heads),
     ]
+
+
+def _transformer(model: Any) -> list[Part]:
+    """Features, encoder, decoder and head of DETR. What tells positions, and which are padding, is made in torch."""
+
+    def replace(model: Any, run: Run) -> None:
+        model.extract_feat = lambda x: run(x)
+
+    def encode(model: Any, features: Tensor, positions: Tensor, mask: Tensor) -> Any:
+        return model.forward_encoder(feat=features, feat_mask=mask, feat_pos=positions)['memory']
+
+    def decode(model: Any, memory: Tensor, positions: Tensor, mask: Tensor) -> Any:
+        queries, _ = model.pre_decoder(memory)
+        return model.forward_decoder(**queries, memory_mask=mask, memory_pos=positions)['hidden_states'][-1]
+
+    def predict(model: Any, states: Tensor) -> Any:
+        return [each[0] for each in model.bbox_head(states[None])]
+
+    def of_encoder(query: Tensor, query_pos: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, ...]:
+        return query, query_pos, _added(key_padding_mask, query)
+
+    def of_decoder(key: Tensor, key_pos: Tensor, key_padding_mask: Tensor | None, **_: Any) -> tuple[Tensor, ...]:
+        return key, key_pos, _added(key_padding_mask, key)
+
+    return [
+        Part('features', Flat(model, lambda model, x: model.extract_feat(x)), 'backbone', _first, replace, True),
+        _inner(model, 'encoder', 'encoder', encode, of_encoder, any_size=True),
+        # The states of the last layer of the decoder alone are read, and layers come in front of the batch.
+        _inner(model, 'decoder', 'decoder', decode, of_decoder, lambda states: states[None], any_size=True),
+        _inner(
+            model,
+            'bbox_head',
+            'bbox_head',
+            predict,
+            lambda states: (states[-1],),
+            lambda outputs: [each[None] for each in outputs],
+        ),
+    ]
+
+
+def _added(mask: Tensor | None, x: Tensor) -> Tensor:
+    """What a mask of (N, L), True where x of (N, L, C) is padding, adds to the products of attention."""
+    zeros = x.new_zeros(x.shape[:2])
+    return zeros if mask is None else zeros.masked_fill(mask, -torch.inf)

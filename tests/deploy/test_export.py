@@ -226,7 +226,7 @@ def test_outputs_nest_as_they_like():
     outputs = flat(torch.zeros(1))
     assert len(outputs) == 3 and flat.structure == [0, [1, [2]]]
     check_nest(flat.structure)
-    assert nest(flat.structure, outputs) == (outputs[0], (outputs[1], (outputs[2],)))
+    assert nest(flat.structure, outputs) == [outputs[0], [outputs[1], [outputs[2]]]]
     with pytest.raises(UserError, match='its head returns dict'):
         Flat(Function(lambda m, x: {'out': x}))(torch.zeros(1))
     for bad in ('x', [0, None]):

@@ -172,11 +172,11 @@ def test_memory_grows_with_the_graph(tmp_path):
     assert small > 0 and large - small > 0.8 * many.nbytes  # the output; the input is there before
 
 
-def graph(text, regions=False, noted=None):
+def graph(text, inside=False, noted=None):
     model = parsed(text)
     if noted:
         onnx.helper.set_model_props(model, dict(shape=json.dumps(noted)))
-    return ExportedGraph('g', 'g.onnx', model, True, regions)
+    return ExportedGraph('g', 'g.onnx', model, True, inside)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,16 @@ def test_inputs_have_the_shape_that_the_graph_and_the_user_say(text, batch, size
     assert x.shape == shape and x.dtype == (np.uint8 if text == PICTURES else np.float32) and x.std() > 0
 
 
+def test_sequences_are_as_long_as_that_of_the_export():
+    text = OPSET + '(float[N,L,4] x, float[N,L] mask) => (float[N,L,4] y, float[N,L] z) { y = Relu(x) z = Relu(mask) }'
+    tokens = graph(text, inside=True, noted=[6, 4])
+    x, mask = inputs_for(tokens, 2, (64, 64), (8, 8))
+    assert x.shape == (2, 6, 4) and mask.shape == (2, 6)
+    assert not tokens.regions and graph(HEAD, inside=True).regions and not graph(HEAD).regions
+
+
 def test_regions_have_no_size_of_a_picture():
-    (x,) = inputs_for(graph(HEAD, regions=True), 7, (64, 64), (8, 8))
+    (x,) = inputs_for(graph(HEAD, inside=True), 7, (64, 64), (8, 8))
     assert x.shape == (7, 2, 4, 4)
     assert traced_size(graph(FLOAT_GRAPH, noted=[3, 8, 16]).model) == (8, 16)
     assert traced_size(graph(FLOAT_GRAPH).model) is traced_size(graph(FLOAT_GRAPH, noted='x').model) is None

@@ -257,11 +257,11 @@ def test_bundles_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
 
 REASONS = {
     'no head': ('cls', {}, 'a classifier with extract_feat and a head is expected'),
-    'DETR': ('det', dict(encoder=1, bbox_head=1), 'its encoder and decoder stand between the backbone and the head'),
-    'SOLO': ('det', dict(mask_head=1), 'its mask_head makes masks without regions'),
+    'Deformable DETR': ('det', dict(encoder=1, bbox_head=1), 'its encoder and decoder stand between the backbone and'),
+    'YOLACT': ('det', dict(bbox_head=1, mask_head=1), 'its mask_head reads what its bbox_head has found'),
     'Fast R-CNN': ('det', dict(roi_head=1), 'it has no rpn_head: its proposals come from elsewhere'),
-    'Cascade R-CNN': ('det', dict(roi_head=2, rpn_head=1), 'its box head is a cascade or missing'),
-    'OCRNet': ('seg', dict(decode_head=2), 'its decode_head is a cascade of 2 heads'),
+    'no box head': ('det', dict(roi_head=1, rpn_head=1), 'it has no box head'),
+    'PointRend': ('seg', dict(decode_head=2), 'Identity, a later head of its cascade, predicts in a way of its own'),
     'no decode head': ('seg', {}, 'it has no decode_head'),
     'anything': ('det', {}, 'it has no bbox_head'),
 }

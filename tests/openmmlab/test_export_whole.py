@@ -55,8 +55,8 @@ def trained(request, scenes_root, tmp_path_factory):
     found = []
     for part, exported in zip(parts, report.parts, strict=True):
         with torch.no_grad():
-            expected = [out.numpy() for out in part.module(inputs[part.name])]
-        found.append((part.name, exported.graph, inputs[part.name].numpy(), expected))
+            expected = [out.numpy() for out in part.module(*inputs[part.name])]
+        found.append((part.name, exported.graph, inputs[part.name][0].numpy(), expected))
     return found
 
 

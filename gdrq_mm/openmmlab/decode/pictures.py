@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from mmdet.models import DetDataPreprocessor
 from mmpretrain.models import ClsDataPreprocessor, ClsHead
 from mmseg.models import SegDataPreProcessor
+from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.segmentors import EncoderDecoder
 from torch import Tensor
 
+from ..parts import heads_of
 from .boxes import NotCovered, keeps_methods, name_of
 
 BEST = 5
@@ -75,14 +77,15 @@ class Scores(nn.Module):
 
 
 class LabelMap(nn.Module):
-    """(picture, logits of a decode head) -> (N, H, W) labels at the picture's size."""
+    """(picture, logits of a decode head, the last of a cascade) -> (N, H, W) labels at the picture's size."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        head = model.decode_head
+        *earlier, head = heads_of(model, 'decode_head').values()
         if not keeps_methods(model, EncoderDecoder, 'predict', 'inference', 'postprocess_result'):
             raise NotCovered(f'{name_of(model)} predicts in a way of its own')
-        if not keeps_methods(head, BaseDecodeHead, 'predict', 'predict_by_feat'):
+        predicts = keeps_methods(head, BaseCascadeDecodeHead if earlier else BaseDecodeHead, 'predict')
+        if not predicts or not keeps_methods(head, BaseDecodeHead, 'predict_by_feat'):
             raise NotCovered(f'{name_of(head)} predicts in a way of its own')
         if model.test_cfg.mode != 'whole':
             raise NotCovered(f'its test_cfg has mode={model.test_cfg.mode}')
