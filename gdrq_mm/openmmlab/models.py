@@ -124,12 +124,27 @@ def prepare_model(
 
 
 def use_memory_format(model: nn.Module, cfg: Config) -> None:
-    """Give a model the `memory_format` of its config, in place."""
+    """Give a model the `memory_format` of its config, in place.
+
+    mmcv's operators know contiguous tensors only: RoIAlign and RoIPool would pool other values, deformable convolutions
+    fail. They get contiguous inputs.
+    """
     memory_format = cfg.get('memory_format', 'contiguous')
     if memory_format not in ('contiguous', 'channels_last'):
         raise UserError(f'memory_format={memory_format!r} is not one of contiguous, channels_last')
     if memory_format == 'channels_last':
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in model.modules():
+            if type(module).__module__.startswith('mmcv.ops.'):
+                module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+                module.register_forward_pre_hook(_with_contiguous_inputs, with_kwargs=True)
+
+
+def _with_contiguous_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def contiguous(value: Any) -> Any:
+        return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+    return tuple(map(contiguous, args)), {key: contiguous(value) for key, value in kwargs.items()}
 
 
 def read_quantization(cfg: Config) -> Quantization | None:

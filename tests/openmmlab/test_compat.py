@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn as nn
+from mmcv.ops import DeformConv2d, RoIAlign
 from mmengine.config import Config, utils
 from mmengine.dist import init_dist
 from mmengine.hooks import CheckpointHook
@@ -20,6 +21,7 @@ from gdrq_mm.openmmlab.apis import init_model
 from gdrq_mm.openmmlab.cli import read_config
 from gdrq_mm.openmmlab.compat import ONEDL, PRIVATE, TOLD_BY, check_environment, mend_bases, mend_losses
 from gdrq_mm.openmmlab.data_only import data_only
+from gdrq_mm.openmmlab.models import use_memory_format
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import ENV, ROOT
 from tests.tools import Payload
@@ -231,3 +233,26 @@ def test_openvino_leaves_a_signal_stack(call, stack):
     pytest.importorskip('openvino')
     done = subprocess.run([sys.executable, '-c', STACK, call], env=ENV, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, stack), done.stderr
+
+
+class Operators(nn.Module):
+    """Two of mmcv's operators that take contiguous tensors only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pool, self.deform = RoIAlign((7, 7), 1.0, 0), DeformConv2d(4, 4, 3, padding=1)
+        self.x, self.offsets = torch.randn(2, 4, 16, 16), torch.randn(2, 18, 16, 16)
+        self.regions = torch.tensor([[0, 1, 1, 9, 9], [1, 2, 2, 12, 14.0]])
+
+    def forward(self, memory_format):
+        x, offsets = (value.to(memory_format=memory_format) for value in (self.x, self.offsets))
+        return self.pool(x, self.regions), self.deform(x, offset=offsets)
+
+
+def test_operators_of_mmcv_get_contiguous_tensors():
+    model = Operators()
+    expected = model(torch.contiguous_format)
+    assert not torch.allclose(model.pool(model.x.to(memory_format=torch.channels_last), model.regions), expected[0])
+    use_memory_format(model, Config(dict(memory_format='channels_last')))
+    torch.testing.assert_close(model(torch.channels_last), expected)

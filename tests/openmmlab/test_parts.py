@@ -182,7 +182,6 @@ def config_of(name):
     cfg = read_config(ROOT / f'configs/{"seg/fcn_r18" if segments else "det/yolox_nano"}_gdrq_w4a4_digits.py')
     cfg.model = ConfigDict(copy.deepcopy(MODELS[name]))
     cfg.quantization.activation.bits = 8
-    cfg.memory_format = 'contiguous'  # on a CPU mmcv pools regions of other features wrongly
     if not segments:
         cfg.test_dataloader.dataset.pipeline[1].scale = (SIZE, SIZE)
     return cfg
