@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from ..core.errors import UserError
 from .names import layer_of
-from .saturation import LAYERS, has_vnni, saturating, without_saturation
+from .saturation import LAYERS, has_vnni, saturating, share_weights, without_saturation
 
 
 class RuntimeFailed(RuntimeError):
@@ -67,25 +67,15 @@ class OnnxRuntime:
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         source = model if isinstance(model, bytes) else str(model)
-        precise = not has_vnni() and bool(saturating(_read(model)))
-        if precise:  # at some speed
-            options.add_session_config_entry('session.x64quantprecision', '1')
-        try:
-            self.session = self._open(source, options)
-        except RuntimeFailed:
-            if not precise:
-                raise
-            # onnxruntime 1.32 fails at weights that several layers share, as in an RPN
-            options.add_session_config_entry('session.x64quantprecision', '0')
-            self.session = self._open(without_saturation(_read(model)).SerializeToString(), options)
-        self.inputs = [value.name for value in self.session.get_inputs()]
-
-    @staticmethod
-    def _open(source: str | bytes, options: Any) -> Any:
-        import onnxruntime
-
+        if not has_vnni():
+            graph = _read(model)
+            if saturating(graph) and share_weights(graph):  # onnxruntime 1.32 fails at them with the option
+                source = without_saturation(graph).SerializeToString()
+            elif saturating(graph):
+                options.add_session_config_entry('session.x64quantprecision', '1')  # exact, at some speed
         with _failures_of_onnxruntime():
-            return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+            self.session = onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+        self.inputs = [value.name for value in self.session.get_inputs()]
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for inputs in the order of the graph."""

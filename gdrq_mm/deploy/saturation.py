@@ -42,6 +42,12 @@ def saturating(model: onnx.ModelProto) -> list[Any]:
     return [n for n in layers if 2 * math.prod(_largest_code(name, made, values) for name in n.input[:2]) > SUM_OF_TWO]
 
 
+def share_weights(model: onnx.ModelProto) -> bool:
+    """Whether several layers read the same weights, as those of an RPN do for its levels."""
+    weights = [node.input[1] for node in model.graph.node if node.op_type in LAYERS]
+    return len(set(weights)) < len(weights)
+
+
 def without_saturation(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a graph in which such layers are computed in float: exact for sums up to 2^24.
 
