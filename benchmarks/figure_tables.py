@@ -76,11 +76,11 @@ def inference() -> str:
     return markdown((*shared, *each, 'integer layers in ORT'), lines)
 
 
-def inference_ratios() -> str:
+def inference_ratios(file: str) -> str:
     """How many times faster than float in the same runtime, for every batch and number of threads."""
     rows = [
         r
-        for r in json.loads((FIGURES / 'inference.json').read_text())['rows']
+        for r in json.loads((FIGURES / f'{file}.json').read_text())['rows']
         if r['runtime'] != 'torch' and r['bits'] in ('W8A8', 'W4A4', 'W4A4, float additions')
     ]
     settings = sorted({(r['runtime'], r['batch'], r['threads']) for r in rows})
@@ -132,7 +132,9 @@ def fusions() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{name: partial(train_step, name) for name in ('train_step', 'train_step_1_thread')},
+    **{name: partial(train_step, name) for name in ('train_step', 'train_step_1_thread', 'train_step_avx2')},
+    'inference_ratios': partial(inference_ratios, 'inference'),
+    'inference_avx2': partial(inference_ratios, 'inference_avx2'),
     'kill': partial(campaign, 'kill', 'what'),
     'doors': partial(campaign, 'doors', 'option or config key'),
     'fuzz': partial(campaign, 'fuzz', 'input'),
@@ -144,7 +146,6 @@ TABLES: dict[str, Callable[[], str]] = {
             scaling,
             synchronization,
             inference,
-            inference_ratios,
             quantized_loss,
             fusions,
         )

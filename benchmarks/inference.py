@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 from mmcv.cnn import fuse_conv_bn
 from rich import box
 from rich.console import Console
@@ -76,7 +77,10 @@ def quant_model(title: str, setting: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     options = {f'quantization.{key}': value for key, value in setting.items()}
     model = init_model(ROOT / MODELS[title][0], None, 'cpu', options)
-    calibrate(model, [noise(title)], lambda picture: infer(model, picture))
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.running_mean.fill_(1e-6)  # else calibration takes statistics of the batch: a pooled picture has none
+    calibrate(model, [noise(title)], lambda picture: infer(model, picture), trains_next=False)
     return model
 
 
@@ -149,7 +153,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
                 progress.update(bar, description=f'{title}: exporting')
                 found = write_graphs(title, folder, args.settings)
                 files = {b: [folder / f'{b}.{p.name}.onnx' for p in found['parts']] for b in ('float', *args.settings)}
-                one = [[x.numpy()[:1]] for x in found['inputs'].values()]
+                one = [[x.numpy()[:1]] for (x,) in found['inputs'].values()]
                 memory = {(k, b): peak_memory(k, f, one, 1) for k in RUNTIMES for b, f in files.items()}
                 progress.advance(bar)
                 for batch in args.batches:

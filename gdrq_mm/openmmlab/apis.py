@@ -58,7 +58,7 @@ def init_model(
     """
     check_environment()
     if isinstance(config, Config):
-        cfg = config.copy()
+        cfg = copy.deepcopy(config)
         cfg.merge_from_dict(cfg_options or {})
     else:
         cfg = read_config(config, cfg_options)
@@ -68,7 +68,7 @@ def init_model(
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     with data_only(unsafe_load):
-        model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
+        model: Any = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))  # mmdet's heads write to it
     model.cfg = model._config = cfg
     if task == 'seg':  # what mmseg's inference_model reads
         cfg.test_pipeline = picture_pipeline(cfg)

@@ -1,5 +1,7 @@
 """gdrq_mm.openmmlab.apis, tools/infer.py: the same prediction outside the runner, and by the libraries' functions."""
 
+import copy
+
 import cv2
 import mmdet.apis
 import mmpretrain.apis
@@ -133,6 +135,14 @@ def test_a_model_without_a_checkpoint(trained):
 
 
 INFER = ROOT / 'tools/infer.py'
+
+
+@pytest.mark.parametrize('task', TASK_CONFIGS)
+def test_the_config_stays_what_it_is(task):
+    cfg = read_config(ROOT / 'configs' / TASK_CONFIGS[task])
+    before = copy.deepcopy(cfg.to_dict())
+    init_model(cfg)
+    assert cfg.to_dict() == before
 
 
 def test_the_tool_writes_a_picture(trained, tmp_path, run):
