@@ -67,11 +67,10 @@ class OnnxRuntime:
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         source = model if isinstance(model, bytes) else str(model)
-        if not has_vnni():
-            graph = _read(model)
-            if saturating(graph) and share_weights(graph):  # onnxruntime 1.32 fails at them with the option
+        if not has_vnni() and saturating(graph := _read(model)):
+            if share_weights(graph):  # onnxruntime 1.32 fails at them with the option
                 source = without_saturation(graph).SerializeToString()
-            elif saturating(graph):
+            else:
                 options.add_session_config_entry('session.x64quantprecision', '1')  # exact, at some speed
         with _failures_of_onnxruntime():
             self.session = onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])

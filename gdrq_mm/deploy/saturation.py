@@ -15,14 +15,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from .onnx_graph import makers
+from .onnx_graph import MOVES, makers
 
 LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 """Operators of layers, and of products of two activations."""
 SUM_OF_TWO = 2**15 - 1
 """The largest sum of two products of codes where they are added in 16 bits."""
-MOVES = ('Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose', 'SpaceToDepth', 'MaxPool', 'Resize', 'Concat')
-SAME_CODES = (*MOVES, 'Cast', 'Mul', 'Clip', 'DequantizeLinear')
+SAME_CODES = (*MOVES, 'SpaceToDepth', 'Resize', 'Cast', 'Mul', 'Clip', 'DequantizeLinear')
 """Operators behind which a tensor is made from the codes that they read."""
 
 

@@ -126,8 +126,8 @@ def prepare_model(
 def use_memory_format(model: nn.Module, cfg: Config) -> None:
     """Give a model the `memory_format` of its config, in place.
 
-    mmcv's operators know contiguous tensors only: RoIAlign and RoIPool would pool other values, deformable convolutions
-    fail. They get contiguous inputs.
+    mmcv's operators know contiguous tensors only: on a CPU RoIAlign would pool other values, deformable convolutions
+    would fail. They get contiguous inputs.
     """
     memory_format = cfg.get('memory_format', 'contiguous')
     if memory_format not in ('contiguous', 'channels_last'):

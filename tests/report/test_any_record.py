@@ -75,7 +75,7 @@ def outputs(records):
     return texts
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_change_of_a_record_is_shown_or_refused_in_one_line(base, data):
     records = copy.deepcopy(base)
@@ -93,7 +93,7 @@ def test_any_change_of_a_record_is_shown_or_refused_in_one_line(base, data):
             assert str(error)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(model=NAMES, data_set=NAMES, method=NAMES, option=NAMES)
 def test_names_are_in_every_output_as_they_are(base, model, data_set, method, option):
     records = copy.deepcopy(base)
@@ -120,7 +120,7 @@ def count_bars(row):
     return bars
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=st.lists(NUMBERS, min_size=3, max_size=3), sizes=st.lists(NUMBERS, min_size=3, max_size=3), iteration=NUMBERS
 )
@@ -146,7 +146,7 @@ SCALARS = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(SCALARS, min_size=1, max_size=3))
 def test_any_training_log_is_shown(base, logs):
     with tempfile.TemporaryDirectory() as folder:
