@@ -36,6 +36,17 @@ def train_step(file: str) -> str:
     return markdown(('model', 'precision', 'threads', 'memory format', 'float, ms', *names), rows)
 
 
+def hooks() -> str:
+    """What the hooks of this project cost each training step (benchmarks/hooks.py)."""
+    rows = []
+    for found in json.loads((FIGURES / 'hooks.json').read_text())['rows']:
+        step, ours = found['step_seconds'], {name: found['hooks'][name] for name in found['ours']}
+        dearest = max(ours, key=lambda name: ours[name])
+        cells = (f'{1000 * step:.0f}', f'{1000 * sum(ours.values()):.1f}', f'{100 * sum(ours.values()) / step:.2f}')
+        rows.append((Path(found['config']).stem, *cells, f'{dearest} {1000 * ours[dearest]:.1f}'))
+    return markdown(('config', 'step, ms', 'hooks, ms', '%', 'dearest, ms'), rows)
+
+
 def scaling() -> str:
     """A training step of one and of two processes."""
     found = json.loads((FIGURES / 'scaling.json').read_text())
@@ -132,7 +143,10 @@ def fusions() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{name: partial(train_step, name) for name in ('train_step', 'train_step_1_thread', 'train_step_avx2')},
+    **{
+        f'train_step{name}': partial(train_step, f'train_step{name}')
+        for name in ('', '_1_thread', '_avx2', '_compiled')
+    },
     'inference_ratios': partial(inference_ratios, 'inference'),
     'inference_avx2': partial(inference_ratios, 'inference_avx2'),
     'kill': partial(campaign, 'kill', 'what'),
@@ -143,6 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f.__name__: f
         for f in (
             cifar10_search,
+            hooks,
             scaling,
             synchronization,
             inference,
