@@ -84,8 +84,8 @@ def checkpoints_before(checkpoint: str, number: int) -> list[str]:
             found[int(count[1])] = str(other)
     if len(found) < number:
         raise UserError(
-            f'--last {number + 1}: {path.parent} has {len(found)} checkpoints before {path.name}; '
-            f'train with default_hooks.checkpoint.max_keep_ckpts={number + 1}'
+            f'--last {number + 1}: at most {len(found) + 1}, {path.parent} has {len(found)} checkpoints before '
+            f'{path.name}; a training keeps default_hooks.checkpoint.max_keep_ckpts'
         )
     return [found[count] for count in sorted(found, reverse=True)[:number]]
 

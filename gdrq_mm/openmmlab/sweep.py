@@ -27,6 +27,7 @@ import ast
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import shlex
 import sys
@@ -91,11 +92,9 @@ def read_sweep(path: str) -> list[Cell]:
         found = list(_wrong_keys(run, RUN_KEYS, place)) if isinstance(run, dict) else [f'{place} is not a dict']
         problems += found
         if whole and not found:
-            for cell in _cells(sweep, run, place):
-                if isinstance(cell, str):
-                    problems.append(cell)
-                else:
-                    cells.append(cell)
+            made = list(_cells(sweep, run, place))
+            cells += [cell for cell in made if isinstance(cell, Cell)]
+            problems += dict.fromkeys(cell for cell in made if isinstance(cell, str))
     names = [cell.name for cell in cells]
     problems += [f'two cells are called {name}' for name in sorted({n for n in names if names.count(n) > 1})]
     if problems:
@@ -180,6 +179,10 @@ def _cell(
         Quantization.from_dict(cfg.quantization)
     except UserError as error:
         return f'{place}: {error}'
+    last = 1 if method == 'ptq' else run.get('last', 1)
+    if last > (kept := _kept_checkpoints(cfg)):
+        run_place = place.split(':')[0]
+        return f'{run_place}.last={last} is not at most {kept}, the checkpoints that its training leaves'
     work = Path(sweep['work_dir']) / name
     checkpoint = f'{work}/calibrated.pth' if method == 'ptq' else None
     if method == 'ptq':
@@ -188,8 +191,20 @@ def _cell(
         first = [TOOLS / 'train.py', run['config'], '--resume', *(['--amp'] if run.get('amp') else [])]
     amp = bool(run.get('amp')) and method != 'ptq'
     whole = _whole(cfg, seed, amp, cfg.load_from)
-    last = 1 if method == 'ptq' else run.get('last', 1)
     return _made(sweep, name, first, run['config'], checkpoint, options, whole, last)
+
+
+def _kept_checkpoints(cfg: Config) -> float:
+    """How many numbered checkpoints a training leaves at most, by its config; inf where that does not say it."""
+    hook, loop = cfg.get('default_hooks', {}).get('checkpoint', {}), cfg.get('train_cfg') or {}
+    steps = loop.get('max_epochs' if hook.get('by_epoch', True) else 'max_iters')
+    if not isinstance(steps, int):
+        return math.inf
+    interval = 1 if hook.get('save_best') else hook.get('interval', -1)  # a best score is saved as well
+    saved = set(range(hook.get('save_begin') or interval, steps + 1, interval) if interval > 0 else ())
+    saved |= {steps} if hook.get('save_last', True) else set()
+    kept = hook.get('max_keep_ckpts', -1)
+    return min(len(saved), kept) if kept > 0 else len(saved)
 
 
 def _made(

@@ -200,7 +200,7 @@ def test_the_last_checkpoints_make_one_record(digits_root, tmp_path, run_in):
     assert found['metrics']['accuracy/top1'] == pytest.approx(sum(alone) / 2)
     assert [one['file'] for one in found['checkpoints']] == ['run/epoch_2.pth', 'run/epoch_1.pth']
     assert too_many.stderr.strip() == (
-        'error: --last 3: run has 1 checkpoints before epoch_2.pth; '
-        'train with default_hooks.checkpoint.max_keep_ckpts=3'
+        'error: --last 3: at most 2, run has 1 checkpoints before epoch_2.pth; '
+        'a training keeps default_hooks.checkpoint.max_keep_ckpts'
     )
     assert recipe_key(found) != recipe_key({**found, 'checkpoints': None})

@@ -13,6 +13,7 @@ import pytest
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.cli import add_config_arguments
+from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.openmmlab.sweep import _digest_of_file, _not_plain, read_sweep
 from gdrq_mm.openmmlab.sweep_cell import run_cell
 from gdrq_mm.report.compare import comparison_rows
@@ -188,7 +189,6 @@ def test_a_changed_cell_is_run_anew_with_its_values_and_the_old_record_is_kept_a
         dict(variants={'': {'quantization.weight.groups': 1}}),
         dict(seeds=[2]),
         dict(amp=True),
-        dict(last=2),
     ],
 )
 def test_a_cell_is_its_whole_configuration(folder, changes):
@@ -307,6 +307,7 @@ def test_all_errors_are_named_at_once_before_anything_runs(folder, sweep):
         (dict(config='float.py', options={'load_from': 'none.pth'}), 'none.pth of float.py does not exist'),
         (dict(methods=[]), 'methods is empty'),
         (dict(last=0), 'runs[0].last=0 is not at least 1'),
+        (dict(last=2), '1 errors in sweep.py:\n  runs[0].last=2 is not at most 1'),
         (dict(seeds=3), 'seeds=3 is not a list'),
         (dict(seeds=[0, 0]), 'two cells are called tiny-lsq-w4a4-seed0'),
     ],
@@ -315,6 +316,35 @@ def test_an_error_is_named_with_its_place(folder, changes, message):
     write_sweep(folder, **changes)
     with pytest.raises(UserError, match=re.escape(message)):
         read_sweep('sweep.py')
+
+
+ITERATIONS = dict(
+    train_cfg=dict(by_epoch=False, max_iters=9, val_interval=99),
+    param_scheduler=None,
+    log_processor=dict(by_epoch=False),
+)
+
+
+@pytest.mark.parametrize(
+    'settings, loop, left',
+    [
+        (dict(interval=2), {}, 2),  # after epochs 2 and 3
+        (dict(interval=2, save_last=False), {}, 1),
+        (dict(interval=1, max_keep_ckpts=2), {}, 2),
+        (dict(interval=3, save_begin=1, by_epoch=False), ITERATIONS, 4),  # after iterations 1, 4, 7 and 9
+    ],
+)
+def test_more_checkpoints_than_a_training_leaves_are_refused(folder, config, float_checkpoint, settings, loop, left):
+    options = {f'default_hooks.checkpoint.{key}': value for key, value in settings.items()}
+    cfg = config(load_from=float_checkpoint, **options, **loop)
+    cfg.dump(folder / 'quantized.py')
+    write_sweep(folder, methods=['lsq'], options=options, last=left)
+    assert f'--last {left}' in cell_of('lsq').command or left == 1
+    write_sweep(folder, methods=['lsq'], seeds=[0, 1], options=options, last=left + 1)
+    with pytest.raises(UserError, match=rf'1 errors in sweep.py:\n  runs\[0\].last={left + 1} is not at most {left}'):
+        read_sweep('sweep.py')
+    QuantRunner.from_cfg(cfg).train()
+    assert len(list((folder / 'run').glob('[ei]*.pth'))) == left
 
 
 def test_errors_of_every_run_are_named(folder):
