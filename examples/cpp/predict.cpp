@@ -96,39 +96,20 @@ std::vector<std::string> strings(const std::string& json) {
     return found;
 }
 
-// The largest absolute value of the integers that a tensor is made from, as far as the graph shows it; else that of 8 bits.
-float largest_code(const ov::Output<ov::Node>& value) {
-    static const std::set<std::string> same{"Convert", "Subtract", "Multiply",    "Reshape", "Transpose",
-                                            "MaxPool", "Maximum",  "Interpolate", "Pad"};
-    const auto node = value.get_node_shared_ptr();
-    const std::string kind = node->get_type_name();
-    const bool integral = value.get_element_type().is_integral();
-    float product = 1, least = 255, most = 0;
-    if (const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(node)) {
-        if (value.get_element_type().bitwidth() < 8) return 8;
-        for (const float code : constant->cast_vector<float>()) most = std::max(most, std::abs(code));
-        return integral ? most : 255;
-    }
-    const bool clip = kind == "Minimum" && integral, spread = kind == "Multiply" && integral;
-    if (!clip && !spread && kind != "Concat") return same.count(kind) ? largest_code(node->input_value(0)) : 255;
-    for (const auto& input : node->input_values()) {
-        const float code = largest_code(input);
-        product *= code, least = std::min(least, code), most = std::max(most, code);
-    }
-    return clip ? least : spread ? product : most;
-}
-
-// Without VNNI a CPU adds two products of codes in 16 bits. Layers that could saturate them are computed in float there: a
-// maximum keeps their input from becoming integers again.
-void without_saturation(const std::shared_ptr<ov::Model>& model) {
-    static const std::set<std::string> layers{"Convolution", "GroupConvolution", "ConvolutionBackpropData",
-                                              "GroupConvolutionBackpropData", "MatMul"};
-    for (const auto& node : model->get_ordered_ops()) {
-        if (!layers.count(node->get_type_name())) continue;
-        if (2 * largest_code(node->input_value(0)) * largest_code(node->input_value(1)) <= 32767) continue;
-        const auto least = ov::op::v0::Constant::create(ov::element::f32, {}, {std::numeric_limits<float>::lowest()});
-        node->input(0).replace_source_output(std::make_shared<ov::op::v1::Maximum>(node->input_value(0), least));
-    }
+// Without VNNI a CPU adds two products of codes in 16 bits. A maximum keeps the inputs of layers that could saturate them
+// from becoming integers again, so that these layers are computed in float.
+void without_saturation(const ov::Model& model, const std::vector<std::string>& inputs) {
+    const auto lowest = ov::op::v0::Constant::create(ov::element::f32, {}, {std::numeric_limits<float>::lowest()});
+    std::set<std::string> missing(inputs.begin(), inputs.end());
+    for (const auto& node : model.get_ordered_ops())
+        for (const auto& output : node->outputs())
+            for (const std::string& name : output.get_names()) {
+                if (!missing.erase(name)) continue;
+                const auto readers = output.get_target_inputs();
+                const auto maximum = std::make_shared<ov::op::v1::Maximum>(output, lowest);
+                for (ov::Input<ov::Node> reader : readers) reader.replace_source_output(maximum);
+            }
+    if (!missing.empty()) throw std::runtime_error("end2end.onnx has no tensor " + *missing.begin());
 }
 
 bool has_vnni() {
@@ -154,7 +135,7 @@ int predict(const std::string& folder, const std::string& path, double lowest) {
     const std::string graph = read(folder + "/end2end.onnx");
     ov::Core core;
     const std::shared_ptr<ov::Model> network = core.read_model(graph, ov::Tensor());
-    if (!has_vnni()) without_saturation(network);
+    if (!has_vnni()) without_saturation(*network, strings(value(whole, "saturating")));
     ov::preprocess::PrePostProcessor steps(network);
     ov::preprocess::InputInfo& image = steps.input("image");
     const ov::Shape shape{1, picture.height, picture.width, 3};

@@ -41,6 +41,11 @@ def saturating(model: onnx.ModelProto) -> list[Any]:
     return [n for n in layers if 2 * math.prod(_largest_code(name, made, values) for name in n.input[:2]) > SUM_OF_TWO]
 
 
+def saturating_inputs(model: onnx.ModelProto) -> list[str]:
+    """The tensors that these layers read: what a program in another language has to know of them."""
+    return list(dict.fromkeys(node.input[0] for node in saturating(model)))
+
+
 def share_weights(model: onnx.ModelProto) -> bool:
     """Whether several layers read the same weights, as those of an RPN do for its levels."""
     weights = [node.input[1] for node in model.graph.node if node.op_type in LAYERS]

@@ -19,6 +19,7 @@ from ..deploy.export import ExportedPart, ExportReport, check_complete, example_
 from ..deploy.flat import check_nest, nest
 from ..deploy.onnx_export import size_axes
 from ..deploy.runtime import open_runtime
+from ..deploy.saturation import saturating_inputs
 from ..report.record import versions
 from .deployed import EndToEnd, let_graph_predict, takes_rgb
 from .parts import Part, parts_of
@@ -98,6 +99,7 @@ def _entry(folder: Path, whole: EndToEnd | str) -> dict[str, Any]:
     if isinstance(whole, str):
         return dict(refused=whole)
     about = dict(size=whole.size, any_size=whole.any_size, channels=whole.channels, outputs=whole.outputs)
+    about['saturating'] = saturating_inputs(whole.graph)  # for CPUs without VNNI
     return dict(file=END2END, sha256=file_digest(str(folder / END2END)), layout='NHWC', **about)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -33,6 +34,14 @@ DETECTOR = f"""{HEAD} (float[N,3,5] dets, int64[N,3] labels)
  int64[2] axes = {{1, 2}}, int64[1] last = {{2}}, float full = {{255}}>
 {{ {MEANS} share = Div(means, full) score = Unsqueeze(share, last)
    dets = Concat<axis = 2>(boxes, score) labels = Identity(labels_of) }}"""
+LARGE = ', '.join(str(127 - 30 * label) for label in range(4) for _ in range(27))
+SATURATING = f"""{HEAD} (float[N,4] scores, float[N,3] topk_scores, int64[N,3] topk_labels)
+<int8[4,3,3,3] codes = {{{LARGE}}}, float full = {{255}}, float step = {{0.00390625}}, uint8 zero = {{0}},
+ float weight_step = {{0.001}}, int64[1] k = {{3}}>
+{{ f = Cast<to = 1>(image) share = Div(f, full) p = Transpose<perm = [0, 3, 1, 2]>(share)
+   q = QuantizeLinear(p, step, zero) x = DequantizeLinear(q, step, zero) w = DequantizeLinear(codes, weight_step)
+   c = Conv(x, w) means = GlobalAveragePool(c) y = Flatten(means)
+   scores = Softmax<axis = 1>(y) topk_scores, topk_labels = TopK(scores, k) }}"""
 CLASSES = ['zero', 'a "one"', 'two, too]', 'three']
 
 
@@ -46,14 +55,19 @@ def predict(tmp_path_factory):
     for command in (['cmake', '-S', ROOT / 'examples/cpp', '-B', build, where], ['cmake', '--build', build]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    return lambda *args: subprocess.run([build / 'predict', *args], capture_output=True, text=True)
+
+    def predict(*args, before=(), **variables):
+        command = [*before, build / 'predict', *args]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+
+    return predict
 
 
 @pytest.fixture
 def folder(tmp_path):
     def write(text, **end2end):
         onnx.save(onnx.parser.parse_model(text), tmp_path / 'end2end.onnx')
-        about = dict(file='end2end.onnx', size=[24, 40], any_size=False, channels='RGB')
+        about = dict(file='end2end.onnx', size=[24, 40], any_size=False, channels='RGB', saturating=[])
         about.update(end2end)
         parts = dict(model=dict(file='model.onnx', shape=[3, 8, 8], any_size=True))
         text = json.dumps(dict(export_version=2, parts=parts, end2end=about, classes=CLASSES), indent=1)
@@ -114,6 +128,28 @@ def test_a_detector_gives_boxes_in_the_picture(predict, folder, picture, any_siz
     assert scores[2] < 30 < scores[:2].min()
     assert_printed(predict(given, path), names[:2], numbers[:2], 0.8)
     assert_printed(predict(given, path, '0'), names, numbers, 0.8)
+
+
+@pytest.fixture
+def without_vnni(tmp_path):
+    """Arguments with which a program sees a CPU without VNNI, and OpenVINO uses one."""
+    (tmp_path / 'cpuinfo').write_text('flags: avx2\n')
+    before = ['unshare', '-rm', 'sh', '-c', f'mount --bind {tmp_path}/cpuinfo /proc/cpuinfo && exec "$@"', 'sh']
+    if subprocess.run([*before, 'true'], capture_output=True).returncode:
+        pytest.skip('without the right to mount /proc/cpuinfo stays as it is')
+    return dict(before=before, ONEDNN_MAX_CPU_ISA='AVX2')
+
+
+def test_layers_that_saturate_are_exact_without_vnni(predict, folder, tmp_path, without_vnni):
+    (tmp_path / 'picture.ppm').write_bytes(b'P6 40 24 255\n' + bytes([250] * 40 * 24 * 3))
+    scores = np.exp(0.001 * 27 * 251 / 256 * (127 - 30 * np.arange(4)))
+    best = (100 * scores / scores.sum())[:3, None]
+    done = predict(folder(SATURATING, saturating=['x']), tmp_path / 'picture.ppm', **without_vnni)
+    assert_printed(done, CLASSES[:3], best, 0.051)
+    done = predict(folder(SATURATING), tmp_path / 'picture.ppm', **without_vnni)
+    assert done.returncode == 0 and abs(float(re.search(r'[0-9.]+', done.stdout)[0]) - best[0]) > 5, 'it saturates'
+    done = predict(folder(SATURATING, saturating=['z']), tmp_path / 'picture.ppm', **without_vnni)
+    assert done.stderr == 'error: end2end.onnx has no tensor z\n'
 
 
 @pytest.mark.parametrize(

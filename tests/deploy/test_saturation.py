@@ -1,16 +1,18 @@
 """Layers of 8 bits are exact on every CPU; without VNNI integer kernels add two products in 16 bits."""
 
+import openvino
 import pytest
 import torch
 import torch.nn as nn
 
 from gdrq_mm.deploy import runtime
 from gdrq_mm.deploy.runtime import RUNTIMES, OpenVino
+from gdrq_mm.deploy.saturation import saturating_inputs
 from tests.deploy.builders import exported, prepared, wrong
 from tests.helpers import Function
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def large_sums():
     """Three layers of 8, 4 and 8 bits, whose weights and inputs are all near the end of their range."""
     torch.manual_seed(0)
@@ -37,3 +39,16 @@ def test_sums_beyond_16_bits(large_sums, vnni, monkeypatch):
     opened = OpenVino(graph.SerializeToString())
     opened([x.numpy()])
     assert opened.integer_layers() == (3 if runtime.has_vnni() else 1)
+
+
+def test_openvino_keeps_the_names_of_inputs_that_saturate(large_sums):
+    """A program in another language finds them by these names, as predict.cpp does."""
+    _, graph, *_ = large_sums
+    outputs = [
+        each for node in openvino.Core().read_model(graph.SerializeToString()).get_ops() for each in node.outputs()
+    ]
+    readers = {name: each.get_target_inputs() for each in outputs for name in each.get_names()}
+    found = saturating_inputs(graph)
+    assert len(found) == 2
+    for name in found:
+        assert [each.get_node().get_type_name() for each in readers[name]] == ['Convolution']

@@ -58,6 +58,7 @@ def test_the_verified_graphs_stay_as_they_are_but_for_names(whole):
     nodes = {node.name: node for node in graph.node}
     weights = {tensor.name: tensor for tensor in graph.initializer}
     assert len(nodes) == len(graph.node) and len(weights) == len(graph.initializer)
+    assert set(about['end2end']['saturating']) <= {name for node in graph.node for name in node.input}
     for number, (name, entry) in enumerate(about['parts'].items()):
         part = onnx.load(folder / entry['file']).graph
         prefix = f'{name}/' if number else ''
