@@ -21,24 +21,13 @@ from .core.errors import UserError, extras_named
 from .core.modules import quant_layers
 from .core.quantizers import Stage, learned_parameters
 from .core.reading import read_torch
-from .core.step import after_step, set_stage
+from .core.step import after_step as after_step  # offered as it is
+from .core.step import set_stage
 from .core.topology import Plan, record
 
 if TYPE_CHECKING:
     from .core.mixed.allocation import Allocation
     from .deploy.export import ExportReport
-
-__all__ = [
-    'after_step',
-    'allocate',
-    'calibrate',
-    'checkpoint',
-    'export',
-    'freeze',
-    'load',
-    'parameter_groups',
-    'quantize',
-]
 
 
 def quantize(

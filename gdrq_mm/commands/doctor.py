@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from rich.console import Console
 
 from .. import CONFIGS, __version__
-from ..core.errors import EXTRAS
+from ..core.errors import EXTRAS, ONNX_SINCE
 from ..report.record import ONEDL, UPSTREAM, git_revision, installed
 
 OPENMMLAB = dict(
@@ -27,8 +27,6 @@ OPENMMLAB = dict(
 """Module that is imported -> its package in the maintained line and in the upstream one."""
 TOOLS = 'uv pip install "setuptools<82" wheel packaging ninja psutil'
 BUILD = 'MMCV_WITH_OPS=1 uv pip install --no-build-isolation --no-binary {0} {0}'
-EXPORT_SINCE = (2, 8)
-"""The first version of torch whose exporter writes what the graphs are made of."""
 USES = {
     'quantize, calibrate and train in plain torch': (),
     'packed files': ('safetensors',),
@@ -166,7 +164,7 @@ def abilities(found: Diagnosis) -> list[tuple[str, str, str]]:
     for use, needs in USES.items():
         lacks = [name for name in needs if name not in found.packages or modules[name] in found.failures]
         mend = ' '.join(f"'gdrq-mm[{extra}]'" for extra in dict.fromkeys(extra_of[name] for name in lacks))
-        if 'onnxscript' in needs and not lacks and _number(found.packages.get('torch', '0')) < EXPORT_SINCE:
+        if 'onnxscript' in needs and not lacks and _number(found.packages.get('torch', '0')) < ONNX_SINCE:
             rows.append((use, 'needs torch 2.8; the same checkpoint exports in an environment that has it', ''))
             continue
         rows.append((use, f'needs {", ".join(lacks)}' if lacks else '', f'uv pip install {mend}' if lacks else ''))

@@ -13,10 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .errors import UserError
-
-ONNX = (2, 8)
-"""From here on torch exports integers: open axes by Dim.DYNAMIC are of 2.6, torch.onnx.ops of 2.8."""
+from .errors import ONNX_SINCE, UserError
 
 
 def version_of(text: str) -> tuple[int, ...]:
@@ -25,7 +22,7 @@ def version_of(text: str) -> tuple[int, ...]:
 
 
 TORCH = version_of(torch.__version__)
-EXPORTS = TORCH >= ONNX
+EXPORTS = TORCH >= ONNX_SINCE
 COMPILES = TORCH >= (2, 6)
 """Whether torch.compile traces quantized models; 2.1 does not, and set_stance is of 2.6."""
 

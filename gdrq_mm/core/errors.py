@@ -26,6 +26,8 @@ EXTRAS = {
     'report': {'matplotlib': 'matplotlib', 'jinja2': 'jinja2', 'pillow': 'PIL'},
 }
 """Extra of the package -> package -> module; pyproject.toml has the same."""
+ONNX_SINCE = (2, 8)
+"""The first torch that exports what our graphs are made of: Dim.DYNAMIC is of 2.6, torch.onnx.ops of 2.8."""
 
 
 class UserError(ValueError):
