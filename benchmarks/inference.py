@@ -23,15 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 from mmcv.cnn import fuse_conv_bn
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from shared import write_figure
+from shared import calibrated, write_figure
 
-from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.deploy.export import properties
 from gdrq_mm.deploy.measure import peak_memory, timed_rounds
 from gdrq_mm.deploy.merge import merge_model
@@ -72,18 +70,6 @@ def float_model(title: str) -> Any:
     return init_model(cfg, None, 'cpu')
 
 
-def quant_model(title: str, setting: dict[str, Any]) -> Any:
-    """The quantized model, calibrated on noise."""
-    torch.manual_seed(0)
-    options = {f'quantization.{key}': value for key, value in setting.items()}
-    model = init_model(ROOT / MODELS[title][0], None, 'cpu', options)
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.running_mean.fill_(1e-6)  # else calibration takes statistics of the batch: a pooled picture has none
-    calibrate(model, [noise(title)], lambda picture: infer(model, picture), trains_next=False)
-    return model
-
-
 def noise(title: str) -> np.ndarray:
     """A picture."""
     return np.random.default_rng(0).integers(0, 256, (*MODELS[title][1], 3), np.uint8)
@@ -93,7 +79,8 @@ def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any
     """Export a model with these settings as tools/export.py does, and in float; its parts and their example inputs."""
     kernels: dict[str, tuple[int, int]] = {}
     for name in settings:
-        quantized = quant_model(title, SETTINGS[name])
+        options = {f'quantization.{key}': value for key, value in SETTINGS[name].items()}
+        quantized = calibrated(ROOT / MODELS[title][0], noise(title), options)
         predict = functools.partial(infer, quantized, noise(title))
         report = export_graphs(quantized, merge_model(quantized, quantized.plan), predict, lambda _: None)
         for part in report.parts:

@@ -2,13 +2,12 @@
 
 import numpy as np
 import torch
-import torch.nn as nn
 
-from gdrq_mm.core.calibrate import calibrate
+from benchmarks.shared import calibrated
 from gdrq_mm.core.topology import record
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.packed import write_packed
-from gdrq_mm.openmmlab.apis import infer, init_model
+from gdrq_mm.openmmlab.apis import infer
 from gdrq_mm.openmmlab.bundle import export_graphs, write_bundle
 from gdrq_mm.openmmlab.cli import read_config
 from tests.helpers import ROOT
@@ -83,15 +82,3 @@ def export_whole(name, folder):
     write_bundle(folder / 'exported', model, checkpoint, report, end2end)
     assert reported == report.parts and [part.name for part in reported] == PARTS[name]
     return name, cfg, checkpoint, folder / 'exported', picture
-
-
-def calibrated(cfg, picture, bias=0.0):
-    torch.manual_seed(0)
-    model = init_model(cfg, None, 'cpu')
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            # Else calibration normalizes by the statistics of the batch: one pooled picture has none.
-            norm.running_mean.fill_(1e-6)
-            nn.init.normal_(norm.bias, std=bias)
-    calibrate(model, [picture], lambda picture: infer(model, picture), trains_next=False)
-    return model.eval()
