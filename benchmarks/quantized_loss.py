@@ -30,7 +30,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.core.quantizers.gdrq import ACTIVATION_K, WEIGHT_K, GDRQActivation
 from gdrq_mm.openmmlab.cli import check_writable, main
-from gdrq_mm.report.record import git_revision, versions
+from gdrq_mm.report.provenance import git_revision, versions
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

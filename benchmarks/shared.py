@@ -11,7 +11,7 @@ from rich.console import Console
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.apis import infer, init_model
-from gdrq_mm.report.record import provenance
+from gdrq_mm.report.provenance import provenance
 
 
 def write_figure(path: Path, found: dict[str, Any], console: Console | None = None) -> None:

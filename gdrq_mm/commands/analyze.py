@@ -20,7 +20,7 @@ from ..openmmlab.models import bare_model
 from ..openmmlab.tasks import task_of
 from ..openmmlab.weights import check_fits, state_of
 from ..report.analysis import analysis_dict, analysis_table, cost_picture, weight_sheet
-from ..report.record import git_revision, hardware, versions
+from ..report.provenance import git_revision, hardware, versions
 
 
 def parse_args() -> argparse.Namespace:

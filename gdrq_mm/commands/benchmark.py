@@ -34,7 +34,7 @@ from ..deploy.runtime import (
     layers,
     open_runtime,
 )
-from ..report.record import provenance
+from ..report.provenance import provenance
 
 EXPORTED, FLOAT = 'exported', 'float32'
 

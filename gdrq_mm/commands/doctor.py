@@ -19,7 +19,7 @@ from rich.console import Console
 
 from .. import CONFIGS, __version__
 from ..core.errors import EXTRAS, ONNX_SINCE
-from ..report.record import ONEDL, UPSTREAM, git_revision, installed
+from ..report.provenance import ONEDL, UPSTREAM, git_revision, installed
 
 OPENMMLAB = dict(
     zip(('mmengine.runner', 'mmcv.ops', 'mmdet.models', 'mmseg.models', 'mmpretrain.models'), zip(ONEDL, UPSTREAM))

@@ -20,7 +20,7 @@ from ..deploy.flat import check_nest, nest
 from ..deploy.onnx_export import size_axes
 from ..deploy.runtime import open_runtime
 from ..deploy.saturation import saturating_inputs
-from ..report.record import versions
+from ..report.provenance import versions
 from .deployed import EndToEnd, let_graph_predict, takes_rgb
 from .parts import Part, parts_of
 from .tasks import TASKS, task_of

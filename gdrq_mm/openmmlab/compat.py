@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import CONFIGS
 from ..core.errors import UserError
-from ..report.record import ONEDL, UPSTREAM, installed
+from ..report.provenance import ONEDL, UPSTREAM, installed
 
 PRIVATE = {
     'mmengine.runner.Runner': (

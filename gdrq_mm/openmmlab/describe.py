@@ -22,7 +22,8 @@ from ..core.convert import Report
 from ..core.files import file_digest
 from ..core.quantizers import Quantizer, Stage
 from ..report.layers import totals
-from ..report.record import VERSION, git_revision, hardware, plain, versions
+from ..report.provenance import git_revision, hardware, versions
+from ..report.record import VERSION, plain
 from .recipe import settings_of
 from .tasks import dataset_of, task_of, type_name
 

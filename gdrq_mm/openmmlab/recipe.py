@@ -10,7 +10,8 @@ import torch
 from mmengine.config import Config
 
 from ..core.config import FLOAT_BITS, Quantization
-from ..report.record import plain, versions
+from ..report.provenance import versions
+from ..report.record import plain
 from .models import quantization_of
 
 TRAINED = ('train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'custom_hooks', 'sync_bn')

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from gdrq_mm.core.files import write_whole
-from gdrq_mm.report.record import provenance
+from gdrq_mm.report.provenance import provenance
 
 FIGURES = Path(__file__).resolve().parents[2] / 'docs/figures'
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.describe import make_record, model_name
-from gdrq_mm.report import record as record_module
+from gdrq_mm.report import provenance
 from gdrq_mm.report.compare import comparison_rows
 from gdrq_mm.report.formats import comparison_markdown, comparison_table
 from gdrq_mm.report.record import read_record, write_record
@@ -52,7 +52,7 @@ def test_only_the_projects_own_checkout_is_named(tmp_path):
     nothing = dict(commit=None, dirty=None)
 
     def git_revision(folder):
-        return record_module.git_revision(folder / 'gdrq_mm')
+        return provenance.git_revision(folder / 'gdrq_mm')
 
     ours = '[project]\nname = "gdrq-mm"\n'
     (tmp_path / 'pyproject.toml').write_text(ours)
