@@ -69,11 +69,16 @@ def main() -> None:
     if args.list:
         for cell in chosen:
             state = 'finished' if cell.name in finished else 'not run'
-            if cell.name not in finished and cell.record.exists():
+            if cell.name not in finished and cell.missing:
+                state = f'cannot run, {cell.missing}'
+            elif cell.name not in finished and cell.record.exists():
                 state = f'not run with these settings; {cell.record} is of other ones and will be kept aside'
             console.print(f'{cell.name}: {state}', highlight=False, markup=False, soft_wrap=True)
         return
     todo = [cell for cell in chosen if cell.name not in finished]
+    missing = dict.fromkeys(cell.missing for cell in todo if cell.missing)
+    if missing:
+        raise UserError(f'{len(missing)} errors in {args.file}:\n  ' + '\n  '.join(missing))
     console.print(f'{len(chosen)} cells, {len(finished)} finished, {len(todo)} to run')
     if args.slurm:
         check_writable(Path(args.slurm).parent)

@@ -139,15 +139,18 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
     if not cfg.get('load_from'):
         yield f'{place}: {run["config"]} has no load_from: a quantized run starts from a float checkpoint'
         return
+    missing = ''
     if '://' not in cfg.load_from and not Path(cfg.load_from).is_file():
-        yield f'{place}: the float checkpoint {cfg.load_from} of {run["config"]} does not exist'
+        missing = f'{place}: the float checkpoint {cfg.load_from} of {run["config"]} does not exist'
     if before is not None:
-        name = f'{run["name"]}-float'
-        yield _made(sweep, name, [], run['float_config'], cfg.load_from, {}, _whole(before, None, False, cfg.load_from))
+        name, whole = f'{run["name"]}-float', _whole(before, None, False, cfg.load_from)
+        cell = _made(sweep, name, [], run['float_config'], cfg.load_from, {}, whole)
+        yield dataclasses.replace(cell, missing=missing)
     variants = run.get('variants', {'': {}})
     for bits, method, variant, seed in itertools.product(run['bits'], run['methods'], variants, run['seeds']):
         name = '-'.join(filter(None, [run['name'], str(method), variant, str(bits), f'seed{seed}']))
-        yield _cell(sweep, run, name, method, bits, variants[variant], seed, f'{place}: {name}')
+        made = _cell(sweep, run, name, method, bits, variants[variant], seed, f'{place}: {name}')
+        yield made if isinstance(made, str) else dataclasses.replace(made, missing=missing)
 
 
 def _cell(

@@ -33,6 +33,8 @@ class Cell:
     log: Path
     settings: Mapping[str, Any]
     """The whole configuration as plain data, see :func:`_whole`; the record holds its digest."""
+    missing: str = ''
+    """Why it cannot run yet: its float checkpoint is not there."""
 
     @property
     def work_dir(self) -> Path:

@@ -304,7 +304,6 @@ def test_all_errors_are_named_at_once_before_anything_runs(folder, sweep):
     [
         (dict(config='none.py'), 'config none.py does not exist'),
         (dict(float_config='none.py'), 'config none.py does not exist'),
-        (dict(config='float.py', options={'load_from': 'none.pth'}), 'none.pth of float.py does not exist'),
         (dict(methods=[]), 'methods is empty'),
         (dict(last=0), 'runs[0].last=0 is not at least 1'),
         (dict(last=2), '1 errors in sweep.py:\n  runs[0].last=2 is not at most 1'),
@@ -316,6 +315,22 @@ def test_an_error_is_named_with_its_place(folder, changes, message):
     write_sweep(folder, **changes)
     with pytest.raises(UserError, match=re.escape(message)):
         read_sweep('sweep.py')
+
+
+def test_a_missing_float_checkpoint_stops_the_cells_that_start_from_it(folder, sweep):
+    config = (folder / 'quantized.py').read_text()
+    load_from = re.search("load_from = '(.*)'", config)[1]
+    (folder / 'later.py').write_text(config.replace(load_from, 'none.pth'))
+    with open('sweep.py', 'a') as file:
+        file.write("runs += [dict(name='later', config='later.py', methods=['lsq'], bits=['w4a4'], seeds=[1])]\n")
+    line = 'runs[1]: the float checkpoint none.pth of later.py does not exist'
+    for arguments in ([], ['--only', 'later']):
+        done = sweep(*arguments)
+        assert done.returncode == 1 and f'1 errors in sweep.py:\n  {line}' in done.stderr
+    assert not (folder / 'records').exists()
+    done = sweep('--only', 'tiny-float')
+    assert done.returncode == 0 and (folder / 'records/tiny-float.json').exists(), done.stderr
+    assert f'later-lsq-w4a4-seed1: cannot run, {line}' in sweep('--list').stdout
 
 
 ITERATIONS = dict(
