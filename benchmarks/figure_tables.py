@@ -47,6 +47,21 @@ def hooks() -> str:
     return markdown(('config', 'step, ms', 'hooks, ms', '%', 'dearest, ms'), rows)
 
 
+def flips() -> str:
+    """What random changes of single codes do to a detector's metric (benchmarks/flips.py)."""
+    found = json.loads((FIGURES / 'flips.json').read_text())
+    rates: dict[float, list[dict]] = {}
+    for row in found['rows']:
+        rates.setdefault(row['rate'], []).append(row)
+    rows = []
+    for each in rates.values():
+        changed = sorted(row['flipped'] for row in each)
+        span = f'{changed[0]:,}' if len(changed) == 1 else f'{changed[0]:,} to {changed[-1]:,}'
+        of = f' of {each[0]["codes"] / 1e6:,.0f} million' if 'codes' in each[0] else ''
+        rows.append((span + of, ', '.join(f'{100 * row["metrics"][found["metric"]]:.1f}' for row in each)))
+    return markdown(('codes changed by one step', 'box AP in torch'), rows)
+
+
 def scaling() -> str:
     """A training step of one and of two processes."""
     found = json.loads((FIGURES / 'scaling.json').read_text())
@@ -157,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f.__name__: f
         for f in (
             cifar10_search,
+            flips,
             hooks,
             scaling,
             synchronization,
