@@ -8,7 +8,8 @@ from tests.runs import At, train
 
 
 def test_channels_last_trains_the_same_model(make, tmp_path):
-    """Thresholds and the first loss are the same.
+    """Thresholds and the first loss are the same, but for the order of sums; input channels in a wrong order move the
+    loss by 2.8 %.
 
     Behind the first step nothing is to be compared: sums in another order flip a few codes, and in a network that has
     not been trained a flip changes the gradients by half. So does a change of the weights by 1e-7.
