@@ -52,6 +52,13 @@ is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', torch
 """Whether torch.compile traces; public from 2.3 on."""
 
 
+def autocast_to_half() -> bool:
+    """Whether a CPU computes in float16 now; by torch.get_autocast_dtype from 2.4 on."""
+    if not hasattr(torch, 'get_autocast_dtype'):
+        return torch.is_autocast_cpu_enabled() and torch.get_autocast_cpu_dtype() == torch.float16
+    return torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.float16
+
+
 def after_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
     """Call a hook when a module has put itself into a state dict: register_state_dict_post_hook, public from 2.5 on."""
     getattr(module, 'register_state_dict_post_hook', module._register_state_dict_hook)(hook)

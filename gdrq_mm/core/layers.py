@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -118,6 +119,12 @@ class QuantLayer(ModeOfModel):
         """Bits of the weight and of the input; 32 is float."""
         weight, activation = self.weight_quant, self.input_quant
         return weight.bits_in_use if weight else FLOAT_BITS, activation.bits_in_use if activation else FLOAT_BITS
+
+    @property
+    def learns(self) -> bool:
+        """Whether its weight takes a gradient."""
+        with torch.enable_grad():  # else rows of a packed weight take none
+            return self.weight.requires_grad
 
     def filters(self) -> Tensor:
         """The weight as filters, (C_out, ...)."""

@@ -68,7 +68,7 @@ def settle_in(model: nn.Module) -> None:
         if layer.weight_quant is not None:
             layer.weight_quant.name = name
         for quantizer in (layer.weight_quant, layer.own_input_quant):
-            if quantizer is not None and not layer.weight.requires_grad:
+            if quantizer is not None and not layer.learns:
                 quantizer.requires_grad_(False)
 
 

@@ -56,7 +56,8 @@ class Oscillations:
         oscillations.step(progress=(iteration + 1) / iterations)
 
     Raises:
-        UserError: a limit or the momentum is not in (0, 1], or the model has no weights that it could watch.
+        UserError: a limit or the momentum is not in (0, 1], the model has no weights that it could watch, or limits are
+            given and a method (dorefa, balanced) would move weights that are held to other codes.
     """
 
     def __init__(self, model: nn.Module, limits: tuple[float, float] | None = (0.1, 0.01), momentum: float = 0.01):
@@ -67,10 +68,15 @@ class Oscillations:
         self.layers = {
             name: layer
             for name, layer in quant_layers(model).items()
-            if layer.weight_quant is not None and not layer.weight_quant.uneven and layer.weight.requires_grad
+            if layer.weight_quant is not None and not layer.weight_quant.uneven and layer.learns
         }
         if not self.layers:
             raise UserError('oscillation: no layer has weights that are trained and rounded to even steps')
+        moving = next((n for n, layer in self.layers.items() if not layer.weight_quant.keeps), None)
+        if limits is not None and moving is not None:
+            raise UserError(
+                f'oscillation: the weights of layer {moving} cannot be held at their codes; limits=None counts alone'
+            )
         self.states: dict[str, _State] = {}
 
     def limit(self, progress: float) -> float:

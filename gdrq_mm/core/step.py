@@ -26,7 +26,7 @@ def after_step(model: nn.Module, step: int | None = None, progress: float | None
         if isinstance(layer, QuantLayer) and layer.weight_quant is not None and layer.weight_quant.calibrated:
             layer.weight_quant.progress = progress
             projected = layer.weight_quant.after_step(layer.filters(), step)
-            if projected is not None:
+            if projected is not None and layer.learns:  # a frozen weight would shrink, step by step
                 layer.weight.copy_(layer.set_filters(projected))
     activations = [module for module in modules if isinstance(module, ActivationQuantizer)]
     move_thresholds([quantizer for quantizer in activations if moves(quantizer)])  # type: ignore[misc]

@@ -56,6 +56,7 @@ def test_what_can_go_is_seen_here():
     """The oldest torch is 2.1. Where that moves, what newer torch has should not stand in compat.py any more."""
     for newer, there in (
         ((2, 3), hasattr(torch.compiler, 'is_compiling')),
+        ((2, 4), hasattr(torch, 'get_autocast_dtype')),
         ((2, 6), hasattr(torch.nn.utils, 'get_total_norm')),
         ((2, 6), hasattr(torch.compiler, 'set_stance')),
         ((2, 8), hasattr(torch.onnx, 'ops')),

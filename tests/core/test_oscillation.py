@@ -13,6 +13,8 @@ from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.oscillation import Oscillations
+from gdrq_mm.core.quantizers import WEIGHT_METHODS
+from tests.core.builders import few_bits, weight_quantizer
 
 MIDDLE = 1
 """Name of the middle one of three layers: it has the low bits."""
@@ -121,6 +123,26 @@ def test_a_frozen_weight_keeps_its_code_while_the_threshold_follows():
             layer.weight.mul_(1.3)
         oscillations.step()
         assert layer.weight_quant.codes(layer.filters())[0, 0] == state.codes[0, 0]
+
+
+@pytest.mark.parametrize('method', ['dorefa', 'pact', 'balanced'])
+def test_weights_that_would_not_keep_their_codes_are_counted_alone(method):
+    model = model_of(method, 4)
+    with pytest.raises(UserError, match=f'layer {MIDDLE} cannot be held at their codes; limits=None'):
+        Oscillations(model)
+    Oscillations(model, limits=None).step()
+
+
+@pytest.mark.parametrize('method', WEIGHT_METHODS)
+def test_whether_a_weight_keeps_its_code(method):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 16, 3, 3)
+    quantizer = weight_quantizer(method, weight, few_bits(method))
+    if not quantizer.uneven:
+        codes, held = quantizer.round(weight, quantizer.step(weight)), torch.rand(weight.shape) < 0.1
+        moved = torch.where(held, codes * quantizer.step(weight), weight)
+        again = quantizer.round(moved, quantizer.step(moved))
+        assert torch.equal(again[held], codes[held]) == quantizer.keeps
 
 
 def test_it_goes_on_where_its_state_was_taken():

@@ -92,10 +92,10 @@ def straight_through(surrogate: Tensor, value: Tensor) -> Tensor:
 
 def codes_of(weights: Sequence[Tensor], how: Sequence[Uniform], operators: Any) -> list[Codes]:
     """The codes of weights, (C, ...) each, in one pass over all of them."""
-    steps = [each.step.flatten() for each in how]
+    steps = torch.cat([each.step.flatten() for each in how])
     ranges = zip(*[(each.lo, each.hi, each.apart) for each in how])
-    found = operators.codes_of_weights(weights, torch.cat(steps), *map(list, ranges))
-    return [Codes(*each) for each in zip(found, steps, how)]
+    found = operators.codes_of_weights(weights, steps, *map(list, ranges))
+    return [Codes(*each) for each in zip(found, steps.split([len(w) for w in weights]), how)]
 
 
 def restored(quantized: Codes) -> Tensor:

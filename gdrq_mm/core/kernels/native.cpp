@@ -571,11 +571,12 @@ Tensor sums_of_filters(at::TensorList weights) {
   return out;
 }
 
-// Codes of all weights as bytes, code - lo, in the layout of the weight; `steps` has a step for each filter.
+// Codes of all weights as bytes, code - lo, in the layout of the weight; `steps` has a step for each filter. No byte
+// stands for NaN: the step of a filter with such a weight becomes NaN, so that what it computes is.
 std::vector<Tensor> codes_of_weights(
-    at::TensorList weights, const Tensor& steps, at::IntArrayRef lo, at::IntArrayRef hi, at::IntArrayRef apart) {
+    at::TensorList weights, Tensor steps, at::IntArrayRef lo, at::IntArrayRef hi, at::IntArrayRef apart) {
   std::vector<Tensor> out;
-  const float* step = steps.const_data_ptr<float>();
+  float* step = steps.mutable_data_ptr<float>();
   for (size_t k = 0; k < weights.size(); k++) {
     const Tensor& w = weights[k];
     out.push_back(like(w, at::kByte));
@@ -584,15 +585,20 @@ std::vector<Tensor> codes_of_weights(
     const float* from = w.const_data_ptr<float>();
     in_rows(rows, inner, [&](int64_t r) {
       Range range(step[r], lo[k], hi[k]);
+      int none = 0;
       auto code = [&](auto code_of) {
-#pragma omp simd
-        for (int64_t i = r * inner; i < (r + 1) * inner; i++)
+#pragma omp simd reduction(| : none)
+        for (int64_t i = r * inner; i < (r + 1) * inner; i++) {
           to[i] = uint8_t(int(code_of(from[i])) - int(range.lo));
+          none |= from[i] != from[i];
+        }
       };
       if (apart[k] == 2)
         code([&](float w) { return range.odd_code(w); });
       else
         code([&](float w) { return range.code(w); });
+      if (none)
+        step[r] = NAN;
     });
     step += rows;
   }
@@ -656,5 +662,5 @@ TORCH_LIBRARY(gdrq_mm, m) {
   m.def("learned_step(Tensor x, Tensor step, int lo, int hi, float scale, bool within) -> Tensor", &learned_step);
   m.def("weight_of_codes(Tensor codes, Tensor steps, int lo) -> Tensor", &weight_of_codes);
   m.def("sums_of_filters(Tensor[] weights) -> Tensor", &sums_of_filters);
-  m.def("codes_of_weights(Tensor[] weights, Tensor steps, int[] lo, int[] hi, int[] apart) -> Tensor[]", &codes_of_weights);
+  m.def("codes_of_weights(Tensor[] weights, Tensor(a!) steps, int[] lo, int[] hi, int[] apart) -> Tensor[]", &codes_of_weights);
 }

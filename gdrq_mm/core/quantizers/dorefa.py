@@ -28,6 +28,7 @@ class DoReFaWeight(WeightQuantizer):
     """Weights by Eq. 9, with the maximum of each group."""
 
     allowed_bits = range(2, 8)
+    keeps = False
 
     def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None) -> None:
         super().__init__(bits, shape, groups)

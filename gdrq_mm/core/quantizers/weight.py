@@ -12,7 +12,7 @@ from .. import functional as F
 from ..compat import is_compiling
 from ..errors import UserError
 from ..kernels import Codes, Uniform, fake_quantize, nearest_codes, restored
-from .base import Quantizer, Stage, in_backward, uncalibrated
+from .base import Quantizer, Stage, uncalibrated
 
 
 class WeightQuantizer(Quantizer):
@@ -29,6 +29,9 @@ class WeightQuantizer(Quantizer):
     default_groups: int | str = 1
     """Groups where the config names none: those of the paper."""
 
+    keeps: bool = True
+    """Whether a weight that is a code times the step has this code."""
+
     progress: float | None = None
     """Fraction of the training that is done, told before each `after_step`; None where nobody tells it."""
     sizes: Tensor
@@ -38,7 +41,7 @@ class WeightQuantizer(Quantizer):
         super().__init__(bits, **options)
         self.shape = tuple(shape)
         self.prepared: Codes | None = None
-        """The filters as prepare.py has quantized them for the last forward of the model; see `codes_in_use`."""
+        """The filters as prepare.py has quantized them for this forward of the model; see `codes_in_use`."""
         groups = self.default_groups if groups is None else groups
         count = shape[0] if groups == 'channel' else min(int(groups), shape[0])
         lo, hi = self.code_range()
@@ -87,12 +90,10 @@ class WeightQuantizer(Quantizer):
         return fake_quantize(weight, self.uniform(step))
 
     def codes_in_use(self) -> Codes | None:
-        """The filters as they are quantized already: in a forward of the model, and in a backward pass, where a
-        checkpointed segment runs a second time. None where torch.compile traces: there they would be constants."""
-        if is_compiling():
-            return None
+        """The filters as they are quantized already, in a forward of the model. None elsewhere, and where torch.compile
+        traces: there they would be constants."""
         runs = any(getattr(model, 'in_forward', False) for model in self.root)
-        return self.prepared if runs or in_backward() else None
+        return self.prepared if runs and not is_compiling() else None
 
     def is_uniform(self) -> bool:
         """Whether the filters are rounded now, and as in :meth:`quantize` of this class."""
@@ -136,7 +137,7 @@ class WeightQuantizer(Quantizer):
         with torch.autocast(weight.device.type, enabled=False):
             if self.stage == Stage.RESHAPE:
                 return self.unused(self.reshape(weight, self.spread(self.in_use(self.current_threshold(weight)))))
-            return self.quantize(weight, self.step(weight))
+            return self.quantize(weight, self.step(weight)).to(weight.dtype)  # thresholds are float32
 
     def extra_repr(self) -> str:
         return f'bits={self.bits}, groups={self.groups}'
