@@ -40,7 +40,7 @@ def calibrate(
 
     Args:
         batches: a few, such as the first ones of the training data.
-        predict: runs one batch; None: `model(batch)`.
+        predict: runs one batch; None: `model(batch)`. If it fails, no quantizer remembers anything of it.
         training: `predict` computes a loss. Modules with children are then in training mode: some models compute a loss
             in that mode only.
         trains_next: the model is trained with these thresholds.
@@ -51,13 +51,10 @@ def calibrate(
         thresholds that fit wrong statistics would clip almost everything, or nothing. Those that training leaves alone
         (`norm_eval`) are not judged and keep their statistics.
     """
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            module.set_state(stage=Stage.OBSERVE)
     for layer in quant_layers(model).values():
         layer.seen = False
     predict, batches = predict or model, iter(batches)
-    with uncompiled(), _quiet(model, training) as judged:
+    with _observing(model), uncompiled(), _quiet(model, training) as judged:
         first = list(islice(batches, 1))
         again = copy.deepcopy(first) if judged else []  # a model may change what it is given
         with _judging(judged) as verdicts:
@@ -73,8 +70,24 @@ def calibrate(
                 predict(batch)
         for batch in batches:
             predict(batch)
-    _start_thresholds(model)
+        _start_thresholds(model)
     return [name for name, module in model.named_modules() if module in wrong]
+
+
+@contextmanager
+def _observing(model: nn.Module) -> Iterator[None]:
+    """All quantizers observe. If something fails, they forget what they saw, and are in the stages of before."""
+    stages = {module: module.stage for module in model.modules() if isinstance(module, Quantizer)}
+    for quantizer in stages:
+        quantizer.set_state(stage=Stage.OBSERVE)
+    try:
+        yield
+    except BaseException:
+        for quantizer, stage in stages.items():
+            quantizer.set_state(stage=stage)
+        for observer in activation_quantizers(model).values():
+            observer.forget()
+        raise
 
 
 @contextmanager
@@ -90,16 +103,17 @@ def _quiet(model: nn.Module, training: bool) -> Iterator[list[Any]]:
         model.train()
         tracked: list[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and _has_state(m)]
         fresh = [norm for norm in tracked if _is_fresh(norm)]
-        before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in tracked]
+        before = [(norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)]) for norm in tracked]
         mute_leaves(model) if training else model.eval()
         for norm in fresh:
             norm.training, norm.momentum = True, 0.0
         try:
             yield [norm for norm in tracked if norm not in fresh]
         finally:
-            for norm, (momentum, count) in zip(tracked, before):
+            for norm, (momentum, buffers) in zip(tracked, before):
                 norm.momentum = momentum
-                norm.num_batches_tracked.copy_(count)
+                for buffer, value in zip(norm.buffers(recurse=False), buffers):
+                    buffer.copy_(value)  # 0 times a NaN of the batch is no 0
 
 
 def _has_state(norm: Any) -> bool:
@@ -118,8 +132,8 @@ def _judging(norms: list[Any]) -> Iterator[dict[Any, list[bool]]]:
     """
     found: dict[Any, list[bool]] = {norm: [] for norm in norms}
 
-    def judge(norm: Any, args: Any, out: Tensor) -> Tensor | None:
-        x = args[0].float()
+    def judge(norm: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
+        x = (*args, *kwargs.values())[0].float()
         if x.numel() < FEWEST * x.shape[1]:
             return None
         variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
@@ -130,7 +144,7 @@ def _judging(norms: list[Any]) -> Iterator[dict[Any, list[bool]]]:
             return None
         return nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps).to(out.dtype)
 
-    with hooked(norm.register_forward_hook(judge) for norm in norms):
+    with hooked(norm.register_forward_hook(judge, with_kwargs=True) for norm in norms):
         yield found
 
 

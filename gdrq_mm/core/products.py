@@ -104,8 +104,8 @@ def multiply(func: Any, args: Any, kwargs: Mapping[str, Any], pair: Pair) -> Any
     if kind == 'baddbmm':
         factors = pair(given.pop('batch1'), given.pop('batch2'), '', False)
         return torch.baddbmm(given.pop('input'), *factors, **given)
-    factors = pair(given['input'], given['mat2' if kind == 'bmm' else 'other'], '', False)
-    return (torch.bmm if kind == 'bmm' else torch.matmul)(*factors)
+    factors = pair(given.pop('input'), given.pop('mat2' if kind == 'bmm' else 'other'), '', False)
+    return (torch.bmm if kind == 'bmm' else torch.matmul)(*factors, **given)
 
 
 def _attention(
@@ -119,7 +119,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """nn.functional.scaled_dot_product_attention in two products and a softmax."""
+    """nn.functional.scaled_dot_product_attention in two products and a softmax; 0 where a mask leaves no key."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
     query = query * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
@@ -130,7 +130,11 @@ def _attention(
     if attn_mask is not None:
         allowed = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
-    weights = nn.functional.dropout(scores.softmax(-1), dropout_p)
+        alone = scores.amax(-1, keepdim=True) == -torch.inf  # softmax would make NaN
+        weights = scores.masked_fill(alone, 0).softmax(-1).masked_fill(alone, 0)
+    else:
+        weights = scores.softmax(-1)
+    weights = nn.functional.dropout(weights, dropout_p)
     weights, value = pair(weights, value, '', True)
     return weights @ value
 

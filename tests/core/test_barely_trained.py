@@ -11,7 +11,7 @@ from gdrq_mm.core.modules import activation_quantizers
 from gdrq_mm.core.quantizers import Stage
 from gdrq_mm.core.step import set_stage
 from gdrq_mm.core.topology import record
-from tests.helpers import Block, Net
+from tests.helpers import Block, Function, Net, conv
 
 
 class NormEval(Net):
@@ -81,3 +81,13 @@ def test_sound_statistics_and_those_that_training_uses_are_kept(iterations, mode
     calls = []
     model.register_forward_pre_hook(lambda *args: calls.append(1))
     assert calibrate(model, [x, x]) == [] and len(calls) == 2
+
+
+def test_norms_may_be_called_by_keyword():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    model = Function(lambda m, x: m.last(input=m.norm(input=m.first(input=x))), first=conv(), norm=norm, last=conv())
+    x = torch.randn(32, 4, 8, 8)
+    model(x)
+    quantize_model(model, Quantization.from_dict({}), record(model, lambda: model(x)))
+    assert calibrate(model, [0.01 * x]) == ['norm']

@@ -89,6 +89,38 @@ def test_attention_in_one_function_is_written_out(options):
     assert (weights.kind, weights.threshold <= 1) == ('unsigned', True) and one is not other
 
 
+@pytest.mark.parametrize('kind', ['bool', 'float'])
+def test_a_query_to_which_a_mask_leaves_no_key_gets_zeros(kind):
+    """As from torch 2.5 on, forward and backward."""
+    mask = torch.ones(5, 5, dtype=torch.bool).tril(-1)
+    if kind == 'float':
+        mask = torch.zeros(5, 5).masked_fill(~mask, -torch.inf)
+
+    def forward(m, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    model, x = Between(forward), torch.randn(2, 5, 6)
+    calibrated(model, x)
+    y = model.first(x).detach().requires_grad_()
+    out = model.train().between(y)
+    out.sum().backward()
+    assert not out[:, 0].any() and out[:, 1:].any() and bool(torch.isfinite(y.grad).all())
+
+
+@pytest.mark.parametrize('function', [torch.bmm, torch.matmul])
+def test_a_product_into_a_tensor(function):
+    def forward(m, x):
+        out = torch.full((2, 5, 5), 7.0)
+        function(x, x.mT, out=out)
+        return out @ x
+
+    model, x = Between(forward), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        expected = model(x)
+        calibrated(model, x)
+        torch.testing.assert_close(model(x), expected, atol=0.1, rtol=0.1)
+
+
 def test_quantizers_belong_to_the_module_whose_forward_multiplies():
     """Modules inside of each other that multiply, one of them by a parameter alone, each with its own count."""
     weighted = Function(lambda m, x: x @ m.weight)
