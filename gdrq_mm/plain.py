@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .core.calibrate import calibrate as _calibrate
 from .core.calibrate import wrong_statistics
-from .core.config import Quantization
+from .core.config import Quantization, Schedule, settings_of
 from .core.convert import Report, quantize_model
 from .core.errors import UserError, extras_named
 from .core.modules import quant_layers
@@ -39,7 +38,8 @@ def quantize(
 ) -> Report:
     """Replace the layers of a float model by quantized ones, in place.
 
-    Call it before the optimizer is made and before the model is wrapped (DistributedDataParallel, torch.compile).
+    Call it after BN is made synchronized, before the optimizer is made and before the model is wrapped
+    (DistributedDataParallel, torch.compile).
     Parameters stay the same objects, and names in the state dict stay the same.
 
     Args:
@@ -59,16 +59,19 @@ def quantize(
     """
     if quant_layers(model):
         raise UserError('the model is quantized already')
-    settings = _settings(config)
+    settings = settings_of(config)
     quantization = Quantization.from_dict(settings)
+    if quantization.schedule != Schedule():
+        raise UserError(
+            'schedule is for configs of OpenMMLab; in a loop of your own gq.freeze(model) lets thresholds stand still, '
+            'and gdrq_mm.core.step.set_stage(model, stage) sets any stage'
+        )
     if quantization.control or quantization.distill is not None:
         raise UserError(
             'control and distill are for configs of OpenMMLab; in a loop of your own train the float model, or add '
             'gdrq_mm.core.distill.Distillation to the loss'
         )
-    report = quantize_model(model, quantization, record(model, lambda: _run(model, example), last=last))
-    model.to(next(model.parameters()).device)  # quantizers are made on the CPU
-    _remember(model, settings, report.plan)
+    report = _quantized(model, settings, record(model, lambda: _run(model, example), last=last))
     if show:
         from .report.layers import layer_table
 
@@ -115,7 +118,7 @@ def allocate(
         raise UserError('allocate: a budget in ms needs times of layers; tools/allocate.py measures them')
     copied = copy.deepcopy(model)
     report = quantize(copied, config, example, last, show=False)
-    quantization = Quantization.from_dict(_settings(config))
+    quantization = Quantization.from_dict(settings_of(config))
     device = next(copied.parameters()).device
     used = [_moved(batch, device) for batch in islice(batches, quantization.calibration_batches)]
     _calibrate(copied, used, lambda batch: loss(copied, batch), trains_next=False)
@@ -204,7 +207,7 @@ def checkpoint(model: nn.Module) -> dict[str, Any]:
         UserError: the model is not quantized.
     """
     settings, plan = _remembered(model)
-    return dict(state_dict=dict(_bare(model).state_dict()), meta=dict(quantization=settings, plan=plan.to_dict()))
+    return dict(state_dict=_bare(model).state_dict(), meta=dict(quantization=settings, plan=plan.to_dict()))
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -231,11 +234,10 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         state = content['state_dict']
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path} is no checkpoint of gdrq_mm.checkpoint: {error}') from None
-    quantize_model(model, Quantization.from_dict(settings), plan)
-    _remember(model, settings, plan)
+    _quantized(model, settings, plan)
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f'checkpoint {path} does not fit the model: {reason}') from None
     return model
@@ -262,25 +264,17 @@ def export(model: nn.Module, example: Tensor, out: str | Path) -> ExportReport:
         return write(_bare(model), plan, example, Path(out))
 
 
-def _settings(config: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The `quantization` dict; a name such as 'lsq_w2a4' is that of a base config."""
-    if not isinstance(config, str):
-        return dict(config)
-    match = re.fullmatch(r'(?:(\w+)_)?w(\d+)a(\d+)', config.lower())
-    if match is None:
-        raise UserError(f"quantize: config={config!r} is not of the form 'w4a4' or 'lsq_w2a4', nor a dict")
-    method, weight, activation = match[1] or 'gdrq', int(match[2]), int(match[3])
-    return dict(method=method, weight=dict(bits=weight), activation=dict(bits=activation))
-
-
 def _first(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _moved(batch: Any, device: Any) -> Any:
     """A batch with its tensors on a device."""
+    if type(batch) is dict:
+        return {key: _moved(each, device) for key, each in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(each, device) for each in batch)
+        parts = [_moved(each, device) for each in batch]
+        return type(batch)(*parts) if hasattr(batch, '_fields') else type(batch)(parts)  # a namedtuple, or others
     return batch.to(device) if isinstance(batch, Tensor) else batch
 
 
@@ -298,8 +292,12 @@ def _bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _remember(model: nn.Module, settings: dict[str, Any], plan: Plan) -> None:
+def _quantized(model: nn.Module, settings: dict[str, Any], plan: Plan) -> Report:
+    """Quantize a model, which remembers how."""
+    report = quantize_model(model, Quantization.from_dict(settings), plan)
+    model.to(next(model.parameters()).device)  # quantizers are made on the CPU
     model.quantization = settings, plan  # type: ignore[assignment]
+    return report
 
 
 def _remembered(model: nn.Module) -> tuple[dict[str, Any], Plan]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -240,6 +241,21 @@ def unused_options(cfg: Mapping[str, Any]) -> list[str]:
         for key in cfg.get(name) or {}
         if key in side.methods and key != side.method
     ]
+
+
+def settings_of(config: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A `quantization` dict; a name such as 'lsq_w2a4' is that of a base config.
+
+    Raises:
+        UserError: it is another name.
+    """
+    if not isinstance(config, str):
+        return dict(config)
+    match = re.fullmatch(r'(?:(\w+)_)?w(\d+)a(\d+)', config.lower())
+    if match is None:
+        raise UserError(f"quantize: config={config!r} is not of the form 'w4a4' or 'lsq_w2a4', nor a dict")
+    method, weight, activation = match[1] or 'gdrq', int(match[2]), int(match[3])
+    return dict(method=method, weight=dict(bits=weight), activation=dict(bits=activation))
 
 
 def check_method(name: Any, methods: Iterable[str], path: str, layer: str = '') -> None:

@@ -1,6 +1,7 @@
 """gdrq_mm.plain: the functions for a plain torch loop."""
 
 import copy
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -186,3 +187,96 @@ def test_a_wrapped_model_is_trained_and_saved_by_its_own_names():
     wrapped = nn.DataParallel(copy.deepcopy(model))
     assert train(model, 3) == train(wrapped, 3)
     assert same(dict(gq.checkpoint(model)['state_dict']), dict(gq.checkpoint(wrapped)['state_dict']))
+
+
+class Batch(NamedTuple):
+    x: Any
+    y: Any
+
+
+@pytest.mark.parametrize('kind', [Batch, dict], ids=['namedtuple', 'dict'])
+def test_batches_may_have_names(kind):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x, y):
+            return self.net(x)
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(**batch) if kind is dict else model(*batch), torch.arange(4))
+
+    batch = kind(x=images(), y=torch.arange(4))
+    example, model = dict(x=images(), y=0), Named()
+    gq.quantize(model, 'w4a4', example=example, show=False)
+    gq.calibrate(model, [(batch, 'name')])
+    assert all(q.calibrated for q in activation_quantizers(model).values())
+    found = gq.allocate(Named(), 'w4a4', example, [batch], loss, budget=dict(bitops=0.05), show=False)
+    gq.quantize(model := Named(), found.config('w4a4'), example=example, show=False)
+    bits = {layer.name: layer.bits for layer in found.layers}
+    assert {name: layer.bits for name, layer in quant_layers(model).items()} == bits and len(set(bits.values())) > 1
+
+
+@pytest.mark.parametrize('bad', [torch.full((4, 3, 8, 8), torch.nan), 'no picture'])
+def test_a_calibration_that_failed_leaves_nothing_behind(bad):
+    model = network()
+    gq.quantize(model, 'w4a4', example=images(), show=False)
+    before = copy.deepcopy(model)
+    with pytest.raises((UserError, AttributeError, TypeError)):
+        gq.calibrate(model, [100 * images(), bad])
+    x = images()
+    stages = [each.stage for each in activation_quantizers(model).values()]
+    assert stages == [Stage.QUANTIZE] * len(stages) and same(dict(model.state_dict()), dict(before.state_dict()))
+    for each in (model, before):
+        gq.calibrate(each, [x])
+    assert same(dict(model.state_dict()), dict(before.state_dict()))
+
+
+def test_a_state_of_other_bits_is_refused():
+    model, other = quantized('w4a4'), quantized('w2a4')
+    before = {name: (q.bits, q.lo, q.hi) for name, q in quantizers(other).items()}
+    with pytest.raises(RuntimeError, match=r'3\.conv1\.weight_quant has 4 bits in the checkpoint, and 2 in the model'):
+        other.load_state_dict(model.state_dict())
+    assert {name: (q.bits, q.lo, q.hi) for name, q in quantizers(other).items()} == before
+
+
+def quantizers(model):
+    return {name: module for name, module in model.named_modules() if hasattr(module, 'bits_in_use')}
+
+
+def test_a_checkpoint_keeps_the_versions_of_modules(tmp_path):
+    """A module may read states of another version in another way, as MNASNet of torchvision."""
+
+    class Versioned(nn.Conv2d):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, metadata, *others):
+            assert metadata['version'] == 2
+            super()._load_from_state_dict(state, prefix, metadata, *others)
+
+    def build():
+        return nn.Sequential(conv(3, 4), Versioned(4, 4, 1), conv(4, 4))
+
+    model = build()
+    gq.quantize(model, 'w4a4', example=images(), show=False)
+    torch.save(gq.checkpoint(model), tmp_path / 'model.pth')
+    again = gq.load(build(), tmp_path / 'model.pth')
+    assert same(dict(model.state_dict()), dict(again.state_dict()))
+
+
+def test_what_only_a_config_of_openmmlab_has_is_refused():
+    for name, value in (('schedule', dict(freeze=0.9)), ('distill', dict()), ('control', True)):
+        with pytest.raises(UserError, match=f'{name}.* configs of OpenMMLab'):
+            gq.quantize(network(), {name: value}, example=images())
+    gq.quantize(network(), dict(schedule=dict(reshape=0.0)), example=images(), show=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_model_is_loaded_on_its_device(tmp_path):
+    model = quantized('lsq_w4a4')
+    torch.save(gq.checkpoint(model), tmp_path / 'model.pth')
+    again, x = gq.load(network().cuda(), tmp_path / 'model.pth'), images()
+    assert {tensor.device.type for tensor in (*again.parameters(), *again.buffers())} == {'cuda'}
+    torch.testing.assert_close(again.eval()(x.cuda()).cpu(), model.eval()(x), atol=1e-2, rtol=1e-2)
+    gq.calibrate(again, [dict(input=x)])

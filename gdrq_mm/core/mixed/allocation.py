@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from ..config import Quantization
+from ..config import Quantization, settings_of
 from ..convert import Report
 from .budgets import Costs, choices_of_layers
 from .choices import Candidates, Choice, choices_of
@@ -53,8 +53,9 @@ class Allocation:
                 found[name][choice.side] = dict(bits=self.best.bits[choice.name])
         return {name: sides for name, sides in found.items() if sides}
 
-    def config(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
-        """A `quantization` dict with these bits; what it says itself of a layer stays."""
+    def config(self, config: str | Mapping[str, Any]) -> dict[str, Any]:
+        """A `quantization` dict with these bits, or that of a name such as 'w4a4'; what it says of a layer stays."""
+        quantization = settings_of(config)
         overrides = dict(quantization.get('overrides') or {})
         for name, sides in self.overrides.items():
             own = overrides.get(name, {})

@@ -191,15 +191,19 @@ class Quantizer(ModeOfModel, nn.Module):
         return F.learned_step_quantize(x, step, self.lo, self.hi, scale, inside)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: list[str]
     ) -> None:
         known = len(missing)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         if prefix + 'state' not in state_dict:  # a float checkpoint: thresholds start from calibration
             del missing[known:]
         else:
-            stage, calibrated, lo, hi, _ = self.state.tolist()
-            self.set_state(stage=Stage(stage), calibrated=bool(calibrated), lo=lo, hi=hi)
+            stage, calibrated, lo, hi, bits = self.state.tolist()
+            if bits == self.bits:
+                self.set_state(stage=Stage(stage), calibrated=bool(calibrated), lo=lo, hi=hi)
+            else:
+                others[-1].append(f'{prefix[:-1]} has {bits} bits in the checkpoint, and {self.bits} in the model.')
+                self.set_state()
 
 
 def in_backward() -> bool:
