@@ -147,7 +147,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any],
             loaders give (images, labels).
 
     Raises:
-        UserError: the model is not quantized.
+        UserError: the model is not quantized, no batch came, or an input is not finite.
     """
     settings, _ = _remembered(model)
     device = next(model.parameters()).device

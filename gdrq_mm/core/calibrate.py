@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .errors import UserError
 from .modules import activation_quantizers, hooked, modes_kept, mute_leaves, quant_layers, uncompiled
 from .quantizers import ActivationQuantizer, Quantizer, Stage
 from .ranks import all_gather, all_reduce, world_size
@@ -44,6 +45,9 @@ def calibrate(
         training: `predict` computes a loss. Modules with children are then in training mode: some models compute a loss
             in that mode only.
         trains_next: the model is trained with these thresholds.
+
+    Raises:
+        UserError: no batch reached a layer, in any process; or an input is not finite.
 
     Returns:
         Names of the batch normalizations whose running statistics are grossly wrong, as after a few iterations of
@@ -185,6 +189,8 @@ def _start_thresholds(model: nn.Module) -> None:
             quantizer.set_state(stage=Stage.QUANTIZE if quantizer.calibrated else Stage.FLOAT)
     seen = torch.tensor([layer.seen for layer in layers.values()], dtype=torch.int32)
     all_reduce(seen, 'max')
+    if layers and not bool(seen.any()):
+        raise UserError('calibration: no batch reached a layer; is the loader an iterator that was used before?')
     for layer, reached in zip(layers.values(), seen.tolist()):
         if layer.weight_quant is not None:
             if reached:

@@ -47,20 +47,24 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
         for quantizer in following:
             quantizer.sums.zero_()
         count = 0
-        for batch in batches:
-            if count == 0:
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.training, norm.momentum = True, None  # an average of all batches alike
-            predict(batch)
-            count += 1
-        for norm, momentum in momenta:
-            norm.momentum = momentum
-    if count:
-        _average(norms)
-        move_thresholds(following, momentum=1.0)
-    if frozen:
-        set_stage(model, Stage.FREEZE)
+        try:
+            for batch in batches:
+                if count == 0:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.training, norm.momentum = True, None  # an average of all batches alike
+                predict(batch)
+                count += 1
+            if count:
+                _average(norms)
+                move_thresholds(following, momentum=1.0)
+        finally:
+            for norm, momentum in momenta:
+                norm.momentum = momentum
+            for quantizer in following:
+                quantizer.sums.zero_()
+            if frozen:
+                set_stage(model, Stage.FREEZE)
     return count
 
 

@@ -233,6 +233,17 @@ def test_a_calibration_that_failed_leaves_nothing_behind(bad):
     assert same(dict(model.state_dict()), dict(before.state_dict()))
 
 
+def test_a_calibration_without_a_batch_is_an_error():
+    """Else every layer would stay float, and nobody would know."""
+    model = quantized()
+    batches = iter([images()])
+    gq.calibrate(model, batches)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match='no batch reached a layer'):
+        gq.calibrate(model, batches)
+    assert same(dict(model.state_dict()), dict(before))
+
+
 def test_a_state_of_other_bits_is_refused():
     model, other = quantized('w4a4'), quantized('w2a4')
     before = {name: (q.bits, q.lo, q.hi) for name, q in quantizers(other).items()}

@@ -68,6 +68,18 @@ def test_weights_and_stages_stay_and_nothing_waits_for_the_next_step(model, stag
     assert all(q.sums.tolist() == [0, 0] for q in activation_quantizers(model).values())
 
 
+@pytest.mark.parametrize('stage', [Stage.QUANTIZE, Stage.FREEZE])
+def test_after_a_batch_that_fails_training_goes_on_as_before(model, stage):
+    started(model)
+    set_stage(model, stage)
+    momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    with pytest.raises(AttributeError):
+        reestimate(model, [*batches(1), 'no picture'], predict=lambda batch: model(batch.clone()))
+    assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
+    assert {q.stage for q in activation_quantizers(model).values()} == {stage}
+    assert all(q.sums.tolist() == [0, 0] for q in activation_quantizers(model).values())
+
+
 def test_no_batch_changes_nothing(model):
     started(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
