@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 from torch import Tensor
 
+from .core.attention import names_written_out
 from .core.calibrate import calibrate as _calibrate
 from .core.calibrate import wrong_statistics
-from .core.config import Quantization, Schedule, settings_of
+from .core.config import FLOAT_BITS, Quantization, Schedule, settings_of
 from .core.convert import Report, quantize_model
 from .core.errors import UserError, extras_named
 from .core.modules import quant_layers
@@ -23,6 +24,7 @@ from .core.reading import read_torch
 from .core.step import after_step as after_step  # offered as it is
 from .core.step import set_stage
 from .core.topology import Plan, record
+from .core.typed import near
 
 if TYPE_CHECKING:
     from .core.mixed.allocation import Allocation
@@ -33,7 +35,7 @@ def quantize(
     model: nn.Module,
     config: str | Mapping[str, Any],
     example: Any,
-    last: Iterable[str] = (),
+    last: str | Iterable[str] = (),
     show: bool = True,
 ) -> Report:
     """Replace the layers of a float model by quantized ones, in place.
@@ -71,6 +73,10 @@ def quantize(
             'control and distill are for configs of OpenMMLab; in a loop of your own train the float model, or add '
             'gdrq_mm.core.distill.Distillation to the loss'
         )
+    last, known = [last] if isinstance(last, str) else list(last), names_written_out(model)
+    for name in last:
+        if name not in known:
+            raise UserError(f'quantize: last={name!r} is no layer of the model{near(name, known)}')
     report = _quantized(model, settings, record(model, lambda: _run(model, example), last=last))
     if show:
         from .report.layers import layer_table
@@ -87,7 +93,7 @@ def allocate(
     loss: Callable[[nn.Module, Any], Tensor],
     budget: Mapping[str, float],
     bits: Sequence[int] | None = None,
-    last: Iterable[str] = (),
+    last: str | Iterable[str] = (),
     show: bool = True,
 ) -> Allocation:
     """Choose bits for each layer of a trained float model, within a budget; the model stays as it is.
@@ -113,7 +119,7 @@ def allocate(
     from .core.mixed.sensitivity import loss_sensitivity
     from .report.layers import totals
 
-    limits, last = read_budgets(budget), list(last)
+    limits = read_budgets(budget)
     if 'ms' in limits:
         raise UserError('allocate: a budget in ms needs times of layers; tools/allocate.py measures them')
     copied = copy.deepcopy(model)
@@ -149,7 +155,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any],
     Raises:
         UserError: the model is not quantized, no batch came, or an input is not finite.
     """
-    settings, _ = _remembered(model)
+    settings, plan = _remembered(model)
     device = next(model.parameters()).device
 
     def run(batch: Any) -> None:
@@ -157,6 +163,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any],
 
     count = Quantization.from_dict(settings).calibration_batches
     wrong = _calibrate(model, islice(batches, count), predict or run)
+    layers = quant_layers(_bare(model))
+    if missed := [name for name in layers if name in plan.calls and FLOAT_BITS in _bits_in_use(layers[name])]:
+        warnings.warn(
+            f'no batch reached {", ".join(missed)}, which the example of quantize did: they stay float. A model that '
+            'keeps a layer in a plain list or a closure calls the float layer of before',
+            stacklevel=2,
+        )
     if wrong:
         warnings.warn(wrong_statistics(wrong, by_batch=True), stacklevel=2)
 
@@ -262,6 +275,11 @@ def export(model: nn.Module, example: Tensor, out: str | Path) -> ExportReport:
         from .deploy.export import export as write
 
         return write(_bare(model), plan, example, Path(out))
+
+
+def _bits_in_use(layer: Any) -> list[int]:
+    """Bits in use of the quantizers that a layer has."""
+    return [quant.bits_in_use for quant in (layer.weight_quant, layer.input_quant) if quant is not None]
 
 
 def _first(batch: Any) -> Any:

@@ -244,6 +244,31 @@ def test_a_calibration_without_a_batch_is_an_error():
     assert same(dict(model.state_dict()), dict(before))
 
 
+def test_the_last_layers_are_names_of_the_model():
+    report = gq.quantize(network(), 'w4a4', example=images(), last='3.conv1', show=False)
+    assert {name for name, edge in report.edges.items() if edge == 'last'} == {'3.conv1'}
+    with pytest.raises(UserError, match=r"last='4\.conf2' is no layer of the model; did you mean '4\.conv2'"):
+        gq.quantize(network(), 'w4a4', example=images(), last=['4.conf2'])
+
+
+def test_a_layer_that_the_model_keeps_aside_too_is_told():
+    """It is called as it was before."""
+
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = conv(3, 4), conv(4, 4), conv(4, 4)
+            self.plain = [self.b]
+
+        def forward(self, x):
+            return self.c(self.plain[0](self.a(x)))
+
+    model = Aside()
+    gq.quantize(model, 'w4a4', example=images(), show=False)
+    with pytest.warns(UserWarning, match='no batch reached b, which the example of quantize did'):
+        gq.calibrate(model, [images()])
+
+
 def test_a_state_of_other_bits_is_refused():
     model, other = quantized('w4a4'), quantized('w2a4')
     before = {name: (q.bits, q.lo, q.hi) for name, q in quantizers(other).items()}
