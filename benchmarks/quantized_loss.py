@@ -144,7 +144,7 @@ def activation_row(kind: str, name: str, x: Tensor, bits: int) -> dict[str, Any]
     default = ACTIVATION_K[kind][bits]
     return dict(
         range=kind,
-        decided=F.decide_range(float(x.min()), float(x.max())),
+        decided=F.decide_range(float(x.min()), float(x.max()), float(x[x != 0].abs().mean())),
         distribution=name,
         bits=bits,
         k=k,

@@ -44,16 +44,17 @@ def step_size(threshold: Tensor, lo: int, hi: int) -> Tensor:
     return threshold / max(-lo, hi)
 
 
-def decide_range(low: float, high: float) -> str:
-    """The range of an activation with these extremes (rule: ours).
+def decide_range(low: float, high: float, mean: float) -> str:
+    """The range of an activation with these extremes and this mean(|x|) (rule: ours).
 
     No negative value: 'unsigned' (ReLU). Zeros only: 'signed' (a residual branch that starts at zero).
-    A short negative tail, at least -0.3 and at most half of the maximum:
-    'zero_point' (SiLU ends at -0.278, GELU at -0.170). Otherwise 'signed'.
+    A short negative tail, at most half of the maximum and at most 0.4 or three times the mean: 'zero_point'. SiLU ends at
+    -0.28 and Hardswish at -0.38, sums of them at two or more times that; LeakyReLU shrinks what is negative.
+    Otherwise 'signed': the tail of a normal distribution is five or more times its mean.
     """
     if low >= 0:
         return 'unsigned' if high > 0 else 'signed'
-    return 'zero_point' if low >= -0.3 and -low <= high / 2 else 'signed'
+    return 'zero_point' if -low <= high / 2 and -low <= max(0.4, 3 * mean) else 'signed'
 
 
 def zero_point_of(threshold: float, low: float, bits: int) -> int:

@@ -29,8 +29,10 @@ def nonzero_mean(x):
 INPUTS = {
     'relu': (torch.relu, 'unsigned'),
     'gaussian': (lambda x: x, 'signed'),
-    'leaky_relu': (lambda x: nn.functional.leaky_relu(3 * x, 0.1), 'signed'),
+    'leaky_relu': (lambda x: nn.functional.leaky_relu(3 * x, 0.1), 'zero_point'),
     'silu': (nn.functional.silu, 'zero_point'),
+    'sum_of_silu': (lambda x: nn.functional.silu(5 * x) + nn.functional.silu(-5 * x.flip(0)), 'zero_point'),
+    'hardswish': (lambda x: nn.functional.hardswish(3 * x), 'zero_point'),
     'gelu': (nn.functional.gelu, 'zero_point'),
 }
 
@@ -39,6 +41,11 @@ INPUTS = {
 def test_calibration_decides_the_range(name):
     function, kind = INPUTS[name]
     assert activation_quantizer('gdrq', function(torch.randn(4, 8, 16, 16))).kind == kind
+
+
+def test_a_few_large_values_do_not_make_a_tail_short():
+    x = torch.randn(4, 8, 16, 16)
+    assert activation_quantizer('gdrq', torch.where(x > 3, 100.0, x)).kind == 'signed'
 
 
 @pytest.mark.parametrize('kind', ['unsigned', 'signed', 'zero_point'])

@@ -86,7 +86,7 @@ class ActivationQuantizer(Quantizer):
             raise UserError(f'{layer_called(self.name)} has inputs in calibration that are not finite')
         means, low = (total / count, total / max(nonzero, 1)), min(-negative, 0.0)
         seen = Statistics(*(self.threshold.new_tensor(v) for v in (*means, low, max(high, 0.0))))
-        self.set_range(F.decide_range(-negative, high) if self.range == 'auto' else self.range)
+        self.set_range(F.decide_range(-negative, high, means[1]) if self.range == 'auto' else self.range)
         start = self.start_threshold(seen)
         if self.kind == 'zero_point':
             # T may depend on hi, hence on the zero point, which depends on T: the first one that fits its own T
