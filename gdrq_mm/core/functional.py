@@ -48,8 +48,8 @@ def decide_range(low: float, high: float, mean: float) -> str:
     """The range of an activation with these extremes and this mean(|x|) (rule: ours).
 
     No negative value: 'unsigned' (ReLU). Zeros only: 'signed' (a residual branch that starts at zero).
-    A short negative tail, at most half of the maximum and at most 0.4 or three times the mean: 'zero_point'. SiLU ends at
-    -0.28 and Hardswish at -0.38, sums of them at two or more times that; LeakyReLU shrinks what is negative.
+    A short negative tail, at most half of the maximum and at most 0.4 or three times the mean: 'zero_point'. SiLU ends
+    at -0.28, Hardswish at -0.38, sums of them at two or more times that; LeakyReLU shrinks what is negative.
     Otherwise 'signed': the tail of a normal distribution is five or more times its mean.
     """
     if low >= 0:
