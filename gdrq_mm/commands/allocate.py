@@ -92,7 +92,7 @@ def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple
 def main() -> None:
     args = parse_args()
     limits = read_budgets(args.budget)
-    cfg = load_config(args)
+    cfg = load_config(args, ('train_dataloader', 'test_dataloader'))
     base = check_target(args.out, args.config)
     if args.amp:
         if args.by != 'search':

@@ -14,7 +14,7 @@ from ..core.errors import UserError
 from ..core.files import check_writable, file_digest, write_whole
 from ..openmmlab.analysis import analyze, load, prepare, weights_of
 from ..openmmlab.checkpoints import read_checkpoint
-from ..openmmlab.cli import add_config_arguments, build_runner, load_config
+from ..openmmlab.cli import add_config_arguments, build_runner, check_data, load_config
 from ..openmmlab.describe import model_name
 from ..openmmlab.models import bare_model
 from ..openmmlab.tasks import task_of
@@ -53,10 +53,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, ('test_dataloader',))
     out = Path(args.out or Path(cfg.work_dir) / 'analysis')
     check_writable(out)
     calibrate = prepare(cfg, args.checkpoint, args.unsafe_load)
+    if calibrate:
+        check_data(cfg, ('train_dataloader',))
     runner = build_runner(cfg, args)
     load(runner, calibrate)
     model, start = bare_model(runner.model), None

@@ -15,7 +15,7 @@ def main() -> None:
     add_config_arguments(parser)
     parser.add_argument('--out', help='quantized checkpoint to write (default: WORK_DIR/calibrated.pth)')
     args = parser.parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, ('train_dataloader', 'test_dataloader'))
     out = Path(args.out or Path(cfg.work_dir) / 'calibrated.pth')
     if out.is_dir():
         raise UserError(f'--out {out} is a folder')

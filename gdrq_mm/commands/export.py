@@ -62,12 +62,12 @@ def first_picture(cfg: Config, unsafe: bool = False) -> str:
         UserError: the data are not there.
     """
     try:
-        check_data(cfg)
-        loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
-        if not loader:
+        name = next((name for name in ('test_dataloader', 'val_dataloader') if cfg.get(name)), None)
+        if name is None:
             raise UserError('the config has no test_dataloader')
+        check_data(cfg, [name])
         with data_only(unsafe):
-            dataset = DATASETS.build({**loader.dataset, 'lazy_init': False})
+            dataset = DATASETS.build({**cfg[name].dataset, 'lazy_init': False})
         path = dataset.get_data_info(0).get('img_path') if len(dataset) else None
     except (UserError, OSError) as error:
         raise UserError(f'{error}; or give a picture with --image') from None

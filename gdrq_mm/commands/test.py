@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, ('test_dataloader',))
     name = f'record_{args.backend}.json' if args.backend else 'record.json'
     record = Path(args.record or Path(cfg.work_dir) / name)
     check_writable(record.parent)

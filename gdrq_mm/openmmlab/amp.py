@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
 from ..core.errors import UserError
+from .mistakes import registered
 from .tasks import task_of
 
 
@@ -35,6 +37,17 @@ class CPUAmpOptimWrapper(OptimWrapper):
             yield
 
 
+def check_amp(kind: Any) -> None:
+    """Raise UserError for an AmpOptimWrapper without an accelerator, which mmengine only asserts.
+
+    Args:
+        kind: the `type` of an `optim_wrapper`.
+    """
+    found = registered(kind, OPTIM_WRAPPERS)
+    if isinstance(found, type) and issubclass(found, AmpOptimWrapper) and get_device() == 'cpu':
+        raise UserError(f'optim_wrapper.type={found.__name__!r} needs a GPU; --amp trains in bfloat16 without one')
+
+
 def use_amp(cfg: Config) -> None:
     """Let a config train in mixed precision: float16 on a GPU, bfloat16 without one.
 
@@ -50,3 +63,5 @@ def use_amp(cfg: Config) -> None:
         raise UserError("--amp needs a GPU for detection: mmcv's NMS on a CPU knows float32 only")
     else:
         cfg.optim_wrapper.type = 'gdrq_mm.openmmlab.amp.CPUAmpOptimWrapper'
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):  # of AmpOptimWrapper alone
+            cfg.optim_wrapper.pop(key, None)

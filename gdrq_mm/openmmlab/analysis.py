@@ -54,6 +54,8 @@ def prepare(cfg: Config, checkpoint: str, unsafe: bool = False) -> bool:
     """
     if 'quantization' not in cfg:
         raise UserError('the config has no quantization: there is nothing to analyze')
+    if not cfg.get('test_dataloader'):
+        raise UserError('the config has no test_dataloader: there is nothing to run it on')
     content = read_checkpoint(checkpoint, unsafe)
     is_float = len(without_quantizers(content)['state_dict']) == len(state_of(content))
     if is_float:

@@ -22,9 +22,10 @@ from .checkpoints import read_checkpoint
 from .cli import read_config
 from .compat import check_environment
 from .data_only import data_only
+from .mistakes import registered
 from .models import drop_pretrained, prepare_model, quantization_of, read_quantization
 from .pictures import batch_of, picture_pipeline, read_image
-from .tasks import dataset_of, task_of
+from .tasks import metainfo_of, task_of, visualizer_of
 from .weights import dataset_meta_of, load_weights, plan_of
 
 NOISE = (240, 320)
@@ -89,7 +90,7 @@ def init_model(
             load_weights(model, content, str(checkpoint), quantization_of(cfg))
             model.dataset_meta = model._dataset_meta = dataset_meta_of(content, str(checkpoint))
     if not model.dataset_meta.get('classes'):
-        model.dataset_meta.update(dataset_of(cfg.get('test_dataloader') or {}).get('metainfo') or {})
+        model.dataset_meta.update(metainfo_of(cfg))
     return model.to(device or get_device())
 
 
@@ -128,9 +129,7 @@ def draw(model: Any, image: str | Path | np.ndarray, prediction: Any, score_thr:
     pixels = read_image(image)
     factor = max(1, round(LEGIBLE / min(pixels.shape[:2])))
     pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)[..., ::-1].copy()
-    visualizer = VISUALIZERS.build({**model.cfg.visualizer, 'name': 'infer', 'vis_backends': None})
-    visualizer.dataset_meta = model.dataset_meta
-    task = task_of(model.cfg)
+    task, visualizer = task_of(model.cfg), _visualizer(model)
     if task == 'cls':
         visualizer.visualize_cls(pixels, prediction, classes=model.dataset_meta.get('classes'), draw_gt=False)
     elif task == 'det':
@@ -143,6 +142,26 @@ def draw(model: Any, image: str | Path | np.ndarray, prediction: Any, score_thr:
     else:
         prediction = prediction.cpu().clone()
         labels = prediction.pred_sem_seg.data
+        visualizer.dataset_meta = _with_colors(model.dataset_meta, int(labels.max()) + 1)
         prediction.pred_sem_seg = PixelData(data=labels.repeat_interleave(factor, -1).repeat_interleave(factor, -2))
         visualizer.add_datasample('', pixels, prediction, draw_gt=False, with_labels=False)
     return visualizer.get_image()
+
+
+def _visualizer(model: Any) -> Any:
+    """The visualizer of a model's config. Not by its registry, which would return that of an earlier model."""
+    options = dict(visualizer_of(model.cfg))
+    scope = options.pop('_scope_', None) or model.cfg.default_scope
+    visualizer_class = registered(options.pop('type'), VISUALIZERS, scope)
+    visualizer = visualizer_class(**{**options, 'name': 'infer', 'vis_backends': None})
+    visualizer.dataset_meta = model.dataset_meta
+    return visualizer
+
+
+def _with_colors(meta: dict[str, Any], number: int) -> dict[str, Any]:
+    """What is known of a data set, with names and colors for `number` classes where it has none: mmseg needs them."""
+    classes = meta.get('classes') or [str(label) for label in range(number)]
+    palette = meta.get('palette') or []
+    if len(palette) < len(classes):
+        palette = np.random.default_rng(0).integers(0, 256, (len(classes), 3)).tolist()
+    return {**meta, 'classes': classes, 'palette': palette}

@@ -8,7 +8,7 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,11 +87,18 @@ class ConfigValues(argparse.Action):
         setattr(namespace, self.dest, found)
 
 
-def load_config(args: argparse.Namespace) -> Config:
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def load_config(args: argparse.Namespace, loaders: Iterable[str] = LOADERS) -> Config:
     """The config of the command line, with its options merged in.
 
+    Args:
+        loaders: those whose data the command reads; a machine need not have the others.
+
     Raises:
-        UserError: the file does not exist or cannot be parsed, or the work directory cannot be written.
+        UserError: the file does not exist or cannot be parsed, its data are not there, or the work directory cannot be
+            written.
     """
     variable, starter = LAUNCHERS.get(args.launcher, ('', ''))
     if variable and variable not in os.environ:
@@ -102,7 +109,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if not isinstance(cfg.work_dir, str):
         raise UserError(f'work_dir={cfg.work_dir!r} is not a path')
-    check_data(cfg)
+    check_data(cfg, loaders)
     check_writable(Path(cfg.work_dir))
     return cfg
 
@@ -146,9 +153,21 @@ def _in_package(config: str) -> Path:
     return path
 
 
+TOGETHER = (
+    ('train_dataloader', 'train_cfg', 'optim_wrapper'),
+    ('val_dataloader', 'val_cfg', 'val_evaluator'),
+    ('test_dataloader', 'test_cfg', 'test_evaluator'),
+)
+"""Settings of which mmengine wants all or none."""
+
+
 def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
     """The runner that the config asks for."""
     check_environment()
+    for names in TOGETHER:
+        missing = [name for name in names if cfg.get(name) is None]
+        if missing and len(missing) < len(names):
+            raise UserError(f'the config has no {" and no ".join(missing)}: {", ".join(names)} belong together')
     name = cfg.get('runner_type', 'gdrq_mm.openmmlab.QuantRunner')
     runner_class: Any = RUNNERS.get(name) if isinstance(name, str) else name
     if not isinstance(runner_class, type):
@@ -169,7 +188,13 @@ def build_runner(cfg: Config, args: argparse.Namespace) -> Runner:
 
 
 def prepare_test(cfg: Config, checkpoint: str) -> None:
-    """Leave only what a test of `checkpoint` needs: mmengine refuses a training loop without its optimizer."""
+    """Leave only what a test of `checkpoint` needs: mmengine refuses a training loop without its optimizer.
+
+    Raises:
+        UserError: the config has no test data.
+    """
+    if not cfg.get('test_dataloader'):
+        raise UserError('the config has no test_dataloader: there is nothing to test')
     cfg.load_from, cfg.resume = checkpoint, False
     for name in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'auto_scale_lr', 'param_scheduler'):
         cfg[name] = None
@@ -177,9 +202,13 @@ def prepare_test(cfg: Config, checkpoint: str) -> None:
         cfg[name] = None
 
 
-def check_data(cfg: Config) -> None:
-    """Say which command prepares the data that is missing."""
-    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+def check_data(cfg: Config, loaders: Iterable[str] = LOADERS) -> None:
+    """Say which command prepares the data that is missing.
+
+    Args:
+        loaders: names of the data loaders to look at.
+    """
+    for name in loaders:
         loader = cfg.get(name) or {}
         if not isinstance(loader, dict):
             raise UserError(f'{name}={loader!r} is not a dict')
@@ -194,7 +223,7 @@ def _data_roots(dataset: Any, path: str) -> Iterator[str]:
     """Those of a data set's config, and of the data sets that it wraps."""
     if not isinstance(dataset, dict):
         raise UserError(f'{path}={dataset!r} is not a dict')
-    if dataset.get('data_root'):
+    if dataset.get('data_root') and not _is_elsewhere(dataset):
         yield str(dataset['data_root'])
     inner = dataset.get('datasets') or []
     if not isinstance(inner, (list, tuple)):
@@ -203,6 +232,13 @@ def _data_roots(dataset: Any, path: str) -> Iterator[str]:
         yield from _data_roots(dataset['dataset'], f'{path}.dataset')
     for number, each in enumerate(inner):
         yield from _data_roots(each, f'{path}.datasets[{number}]')
+
+
+def _is_elsewhere(dataset: dict[str, Any]) -> bool:
+    """Whether mmengine reads the files of a data set by a storage backend, to which a path means what it likes."""
+    pipeline = dataset.get('pipeline')
+    parts = [dataset, *(pipeline if isinstance(pipeline, list) else ())]
+    return any(isinstance(each, dict) and bool(each.get('backend_args')) for each in parts)
 
 
 PREPARED = {

@@ -7,6 +7,7 @@ import inspect
 import re
 import traceback
 from types import FrameType
+from typing import Any
 
 import torch.nn as nn
 from mmengine.registry import Registry, build_from_cfg
@@ -66,6 +67,19 @@ def not_found(kind: str, registry: Registry) -> str:
     near = difflib.get_close_matches(kind, _names(registry), n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ' (a class of your own is imported by custom_imports)'
     return f'{kind!r} is not in the registry {registry.scope}::{registry.name}{hint}'
+
+
+def registered(kind: Any, registry: Registry, scope: str | None = None) -> Any:
+    """What a `type` stands for: itself if it is no name, else what a registry of mmengine has; None if it has nothing.
+
+    Args:
+        scope: the library whose registry is looked into first, as mmengine does where it builds something; by default
+            that of the config in use.
+    """
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(scope) as of_library:
+        return of_library.get(kind)
 
 
 def _names(registry: Registry) -> list[str]:

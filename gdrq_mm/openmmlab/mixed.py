@@ -169,6 +169,8 @@ def written_settings(cfg: Config, options: Mapping[str, Any], checkpoint: str) -
 def check_target(out: Path, config: str) -> str:
     """The path of the user's config as seen from the folder of `out`, a config that is to be written.
 
+    `PACKAGE::PATH` is the same from everywhere.
+
     Raises:
         UserError: it exists, is no .py file, or its folder cannot be written.
     """
@@ -178,4 +180,4 @@ def check_target(out: Path, config: str) -> str:
         raise UserError(f'--out {out} exists')
     if not os.access(out.absolute().parent, os.W_OK):
         raise UserError(f'--out {out} cannot be written: its folder does not exist or is not writable')
-    return os.path.relpath(Path(config).absolute(), out.absolute().parent)
+    return config if '::' in config else os.path.relpath(Path(config).absolute(), out.absolute().parent)

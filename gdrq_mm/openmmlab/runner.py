@@ -11,13 +11,14 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import OPTIMIZERS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 from torch.utils.data import DataLoader
 
 from ..core.compat import COMPILES
 from ..core.config import Quantization, unused_options
 from ..core.errors import UserError
 from ..report.layers import layer_table
+from .amp import check_amp
 from .checkpoint_runner import CheckpointRunner
 from .compat import init_without_gpu
 from .data_only import data_only
@@ -26,7 +27,7 @@ from .distill import name_teacher
 from .distributed import synchronized, wrapper_config
 from .hooks import CalibrationHook, hooks_of, with_whole_checkpoints
 from .loading import check_loader, checked_reading, loader_of, trials_of
-from .mistakes import not_found
+from .mistakes import not_found, registered
 from .models import bare_model, drop_pretrained, prepare_model, read_quantization
 from .rates import set_rates
 from .seeding import SeedHook, seed_dataloader
@@ -48,13 +49,16 @@ class QuantRunner(CheckpointRunner):
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> Runner:
-        """Build a runner; a pretrained init that `load_from` replaces is dropped, so it is not downloaded."""
+        """Build a runner; a pretrained init that a checkpoint replaces is dropped, so it is not downloaded.
+
+        `resume = True` in a config may find no checkpoint: then the training begins, and needs what it starts from.
+        """
         read_quantization(cfg)
         if not cfg.get('resume'):
             name_teacher(cfg)
         if not isinstance(cfg.get('auto_scale_lr') or {}, dict):
             raise UserError(f'auto_scale_lr={cfg.auto_scale_lr!r} is not a dict')
-        if cfg.get('load_from') or cfg.get('resume'):
+        if cfg.get('load_from') or (cfg.get('resume') and find_latest_checkpoint(cfg.work_dir)):
             drop_pretrained(cfg.model)
         return super().from_cfg(cfg)
 
@@ -101,8 +105,10 @@ class QuantRunner(CheckpointRunner):
         """The optimizer; what quantizers learn takes weight decay and learning rate of its layer as its method says."""
         optimizer = optim_wrapper.get('optimizer') if isinstance(optim_wrapper, dict) else None
         kind = optimizer.get('type') if isinstance(optimizer, dict) else None
-        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:  # mmengine calls the None
+        if isinstance(kind, str) and registered(kind, OPTIMIZERS) is None:  # mmengine calls the None
             raise UserError(f'optim_wrapper.optimizer: {not_found(kind, OPTIMIZERS)}')
+        if isinstance(optim_wrapper, dict):
+            check_amp(optim_wrapper.get('type'))
         built = super().build_optim_wrapper(optim_wrapper)
         if built is not optim_wrapper:  # mmengine asks again for one that is built already
             set_rates(built, bare_model(self.model))

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
 
 from ..core.errors import UserError
+from .mistakes import registered
 
 TASKS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg'}
 """Default scope of a config -> task."""
+
+DRAWING = {
+    'cls': ('VisualizationHook', 'UniversalVisualizer'),
+    'det': ('DetVisualizationHook', 'DetLocalVisualizer'),
+    'seg': ('SegVisualizationHook', 'SegLocalVisualizer'),
+}
+"""Task -> the hook that draws predictions, and the visualizer by which it does."""
 
 
 def task_of(cfg: Config) -> str:
@@ -64,6 +75,14 @@ def _leaves(dataset: Any) -> Iterator[Any]:
         yield dataset
 
 
+def metainfo_of(cfg: Config) -> dict[str, Any]:
+    """What the data set to test or to validate with says of itself, such as `classes`: its class, then the config."""
+    loader = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
+    dataset = next(_leaves(loader.get('dataset') or {}))
+    found = registered(dataset.get('type'), DATASETS, cfg.default_scope)
+    return {**(getattr(found, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
+
+
 def type_name(part: Any) -> str:
     """The name of what a part of a config is, without its scope or module; a pure Python config has the class."""
     kind = part.get('type', '') if isinstance(part, Mapping) else type(part)
@@ -81,7 +100,7 @@ def use_tta(cfg: Config) -> None:
     dataset = datasets[0]
     if not isinstance(dataset.get('pipeline'), list):
         raise UserError(f'--tta: the pipeline of the test data is {dataset.get("pipeline")!r}, not a list')
-    if task == 'cls' and cfg.default_hooks.get('visualization', {}).get('enable'):
+    if task == 'cls' and _drawing_hook(cfg).get('enable'):
         raise UserError(
             "--tta cannot be combined with --show or --show-dir: mmpretrain's hook draws single inputs only"
         )
@@ -104,9 +123,8 @@ def use_tta(cfg: Config) -> None:
 
 def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: float) -> None:
     """Switch on the library's visualization hook, which draws predictions in a window or into a folder."""
-    task = task_of(cfg)
-    name = {'cls': 'VisualizationHook', 'det': 'DetVisualizationHook', 'seg': 'SegVisualizationHook'}[task]
-    hook = cfg.default_hooks.setdefault('visualization', ConfigDict(type=name))
+    task, hook = task_of(cfg), _drawing_hook(cfg)
+    cfg.visualizer = visualizer_of(cfg)
     hook.show, hook.wait_time = show, wait_time
     if task == 'cls':
         hook.enable, hook.out_dir, hook.interval = True, folder, 1
@@ -119,16 +137,46 @@ def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: flo
         hook.draw, hook.interval = True, 1
         if folder is not None:
             cfg.visualizer.save_dir = folder
+    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'visualization': hook}
+
+
+def _drawing_hook(cfg: Config) -> ConfigDict:
+    """The config of the hook that draws predictions."""
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    return hook or ConfigDict(type=DRAWING[task_of(cfg)][0])
+
+
+def visualizer_of(cfg: Config) -> ConfigDict:
+    """The visualizer of a config; where it has none, that of the library, which writes files."""
+    backends = [dict(type='LocalVisBackend')]
+    return cfg.get('visualizer') or ConfigDict(type=DRAWING[task_of(cfg)][1], vis_backends=backends)
 
 
 def dump_before_build(cfg: Config, out: str) -> None:
     """`--out` for segmentation: let mmseg's metric write its predictions as PNGs of class indices into a folder."""
     if task_of(cfg) == 'seg':
-        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-        for evaluator in evaluators:
+        found = cfg.test_evaluator.get('metrics') if isinstance(cfg.test_evaluator, dict) else None
+        evaluators = found or cfg.test_evaluator
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
             evaluator.update(output_dir=out, keep_results=True)
     elif not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out} does not end in .pkl or .pickle')
+
+
+class _DumpHook(Hook):
+    """Writes all predictions of a test; an evaluator of several data sets asks its own metrics only."""
+
+    def __init__(self, dump: DumpResults) -> None:
+        self.dump = dump
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        samples = [each.to_dict() if isinstance(each, BaseDataElement) else each for each in outputs or ()]
+        self.dump.process(data_batch, samples)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self.dump.evaluate(len(runner.test_loop.dataloader.dataset))  # type: ignore[union-attr]
 
 
 def dump_after_build(cfg: Config, runner: Runner, out: str) -> None:
@@ -137,6 +185,6 @@ def dump_after_build(cfg: Config, runner: Runner, out: str) -> None:
     if task == 'det':
         from mmdet.evaluation import DumpDetResults
 
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=out))
+        runner.register_hook(_DumpHook(DumpDetResults(out_file_path=out)))
     elif task == 'cls':
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=out))
+        runner.register_hook(_DumpHook(DumpResults(out_file_path=out)))

@@ -42,13 +42,16 @@ def meta_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dataset_meta_of(checkpoint: Mapping[str, Any], filename: str) -> dict[str, Any]:
-    """What a checkpoint knows of its data set, such as `classes`; old ones spell the keys in capitals.
+    """What a checkpoint knows of its data set, such as `classes`.
+
+    Old ones spell the keys in capitals; those before mmengine have them in `meta` itself.
 
     Raises:
         UserError: it is not a dict, or its classes are not a list.
     """
-    meta = meta_of(checkpoint).get('dataset_meta')
-    meta = {} if meta is None else meta
+    whole = meta_of(checkpoint)
+    meta = whole.get('dataset_meta')
+    meta = {key: whole[key] for key in ('CLASSES', 'PALETTE') if key in whole} if meta is None else meta
     if not isinstance(meta, dict) or not all(isinstance(key, str) for key in meta):
         _refuse_entry(filename, 'dataset_meta', meta)
     found = {key.lower(): value for key, value in meta.items()}

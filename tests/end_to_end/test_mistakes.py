@@ -91,6 +91,8 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('quantisation.weight.bits=5', ['quantisation', "did you mean 'quantization'"]),
         ('load_form=epoch_1.pth', ['load_form', "did you mean 'load_from'"]),
         ('memory_format=channel_last', ['memory_format', 'channel_last', 'channels_last']),
+        ('val_evaluator=None', ['the config has no val_evaluator: val_dataloader, val_cfg, val_evaluator']),
+        ('optim_wrapper.type=AmpOptimWrapper', ["optim_wrapper.type='AmpOptimWrapper' needs a GPU", '--amp']),
     ],
 )
 def test_a_wrong_option(home, error_of, option, fragments):
@@ -114,6 +116,7 @@ def test_a_wrong_option(home, error_of, option, fragments):
             ['x.pth', '--tta', '--cfg-options', 'test_dataloader.dataset.pipeline=3'],
             ['--tta: the pipeline of the test data is 3'],
         ),
+        (TEST, ['x.pth', '--tta', '--cfg-options', 'test_dataloader=None'], ['the config has no test_dataloader']),
     ],
 )
 def test_a_config_that_an_option_cannot_change(home, error_of, tool, options, fragments):

@@ -197,8 +197,11 @@ def test_a_pretrained_init_that_load_from_replaces_is_not_downloaded(home, tmp_p
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.train_dataloader.dataset.indices = cfg.train_dataloader.batch_size = 8
     cfg.load_from = None
-    with pytest.raises(OSError, match='refused'):  # without load_from it is needed
-        QuantRunner.from_cfg(copy.deepcopy(cfg)).train()
+    for resume in (False, True):  # without load_from it is needed; a checkpoint to resume may not be there yet
+        cfg.resume = resume
+        with pytest.raises(OSError, match='refused'):
+            QuantRunner.from_cfg(copy.deepcopy(cfg)).train()
+    cfg.resume = False
     cfg.load_from = str(tmp_path / 'float.pth')
     runner = QuantRunner.from_cfg(cfg)
     runner.train()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
 
 from ...core.config import Quantization
+from ..mistakes import registered
 from .calibration import CalibrationHook
 from .checkpoint import WholeCheckpointHook
 from .distill import DistillHook
@@ -57,6 +59,6 @@ def hooks_of(quantization: Quantization | None) -> list[Hook]:
 def with_whole_checkpoints(default_hooks: Any) -> Any:
     """The `default_hooks` of a config with WholeCheckpointHook where they have mmengine's CheckpointHook."""
     hook = (default_hooks or {}).get('checkpoint', dict(type='CheckpointHook', interval=1))
-    if not isinstance(hook, dict) or hook.get('type') not in ('CheckpointHook', CheckpointHook):
+    if not isinstance(hook, dict) or registered(hook.get('type'), HOOKS) is not CheckpointHook:
         return default_hooks
     return {**(default_hooks or {}), 'checkpoint': {**hook, 'type': WholeCheckpointHook}}
