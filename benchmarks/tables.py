@@ -20,7 +20,7 @@ from figure_tables import FIGURES
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.cli import main
-from gdrq_mm.report.compare import PUBLISHED, comparison_rows
+from gdrq_mm.report.compare import NOT_RUN, PUBLISHED, comparison_rows
 from gdrq_mm.report.identity import backend_of, bits_of, method_of
 from gdrq_mm.report.metrics import main_metric
 from gdrq_mm.report.record import read_record
@@ -103,6 +103,7 @@ def by_bits(records: Records) -> str:
     found: dict[tuple[str, ...], Row] = {}
     bits = sorted({row['bits'] for row in rows}, reverse=True)
     for row in rows:
+        row['float'] = row['float'].replace(NOT_RUN, '')  # a training that starts from a control has no float model
         cells = found.setdefault(tuple(row[c] for c in common), {c: row[c] for c in common})
         cells[row['bits']], cells[f'{row["bits"]} drop'] = row['quantized'], row['drop']
         cells[f'{row["bits"]} drop, trained on'] = row['drop, trained on']
@@ -238,7 +239,22 @@ def recipe() -> str:
 
 def tasks() -> str:
     """Detection and segmentation by one recipe (benchmarks/tasks.py)."""
-    return by_bits(read('tasks/*.json'))
+    return by_bits(read('tasks/*.json', r'.*(float|w[42]a4-seed\d)'))
+
+
+def task_parts() -> str:
+    """What 4-bit weights and 4-bit activations cost the YOLOX, each alone."""
+    return by_bits(read('tasks/yolox-*.json', r'yolox-(float|gdrq-(control-w4a4|w(4|32)a(4|32))-seed0)'))
+
+
+def continued() -> str:
+    """The classifier in few bits at the end of its training (benchmarks/continued.py)."""
+    return by_bits(read('continued/*.json'))
+
+
+def longer() -> str:
+    """The classifier, trained with its quantizers as long as in float (benchmarks/recipe.py)."""
+    return by_bits(read('recipe/cifar10_12e-*.json'))
 
 
 def per_level() -> str:
@@ -269,7 +285,10 @@ TABLES: dict[str, Callable[[], str]] = {
             deployable,
             per_level,
             recipe,
+            longer,
+            continued,
             tasks,
+            task_parts,
         )
     },
 }
