@@ -68,10 +68,12 @@ def main() -> None:
     console = Console()
     if args.list:
         for cell in chosen:
-            state = 'finished' if cell.name in finished else 'not run'
-            if cell.name not in finished and cell.missing:
+            state = 'not run'
+            if cell.name in finished:
+                state = 'finished'
+            elif cell.missing:
                 state = f'cannot run, {cell.missing}'
-            elif cell.name not in finished and cell.record.exists():
+            elif cell.record.exists():
                 state = f'not run with these settings; {cell.record} is of other ones and will be kept aside'
             console.print(f'{cell.name}: {state}', highlight=False, markup=False, soft_wrap=True)
         return

@@ -45,7 +45,7 @@ def step_size(threshold: Tensor, lo: int, hi: int) -> Tensor:
 
 
 def decide_range(low: float, high: float, mean: float) -> str:
-    """The range of an activation with these extremes and this mean(|x|) (rule: ours).
+    """The range of an activation with these extremes and this mean(|x|) of the values that are not zero (rule: ours).
 
     No negative value: 'unsigned' (ReLU). Zeros only: 'signed' (a residual branch that starts at zero).
     A short negative tail, at most half of the maximum and at most 0.4 or three times the mean: 'zero_point'. SiLU ends
