@@ -84,9 +84,9 @@ def synchronization() -> str:
     return markdown(('processes', 'ring, ms', 'tree, ms', '1 % of a step of, in s'), [measured, *paper])
 
 
-def inference() -> str:
+def inference(file: str) -> str:
     """Speed, size and memory of exported models: batch 1, 2 threads; both runtimes side by side."""
-    found = json.loads((FIGURES / 'inference.json').read_text())['rows']
+    found = json.loads((FIGURES / f'{file}.json').read_text())['rows']
     rows = {(r['model'], r['bits'], r['runtime']): r for r in found if (r['batch'], r['threads']) == (1, 2)}
     lines = []
     for model, bits in dict.fromkeys((model, bits) for model, bits, _ in rows):
@@ -162,6 +162,8 @@ TABLES: dict[str, Callable[[], str]] = {
         f'train_step{name}': partial(train_step, f'train_step{name}')
         for name in ('', '_1_thread', '_avx2', '_compiled')
     },
+    'inference': partial(inference, 'inference'),
+    'inference_full_size': partial(inference, 'inference_full_size'),
     'inference_ratios': partial(inference_ratios, 'inference'),
     'inference_avx2': partial(inference_ratios, 'inference_avx2'),
     'kill': partial(campaign, 'kill', 'what'),
@@ -176,7 +178,6 @@ TABLES: dict[str, Callable[[], str]] = {
             hooks,
             scaling,
             synchronization,
-            inference,
             quantized_loss,
             fusions,
         )

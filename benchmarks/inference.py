@@ -42,14 +42,25 @@ from gdrq_mm.openmmlab.parts import parts_of
 from gdrq_mm.openmmlab.tasks import task_of
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = {
+SMALL = {
     'ResNet-18': ('configs/cls/resnet18_gdrq_w4a4.py', (224, 224)),
     'ResNet-50': ('configs/cls/resnet50_gdrq_w4a4.py', (224, 224)),
     'PSPNet R18': ('configs/seg/pspnet_r18_gdrq_w4a4_camvid.py', (180, 240)),
     'YOLOX': ('configs/det/yolox_nano_gdrq_w4a4_bccd.py', (480, 640)),
     'Faster R-CNN R18': ('configs/det/faster_rcnn_r18_gdrq_w4a4_bccd.py', (480, 640)),
 }
+FULL_SIZE = {
+    'YOLOX-s': ('configs/det/yolox_s_gdrq_w4a4.py', (640, 640)),
+    'RetinaNet R50': ('configs/det/retinanet_gdrq_w4a4.py', (800, 1333)),
+    'Faster R-CNN R50': ('configs/det/faster_rcnn_gdrq_w4a4.py', (800, 1333)),
+    'PSPNet R50': ('configs/seg/pspnet_gdrq_w4a4.py', (512, 1024)),
+    'DeiT-small': ('configs/cls/deit_small_gdrq_w4a4.py', (224, 224)),
+    'Swin-tiny': ('configs/cls/swin_tiny_gdrq_w4a4.py', (224, 224)),
+}
+MODELS = SMALL | FULL_SIZE
 """Title -> config, and size of a picture."""
+OPTIONS = {'PSPNet R50': {'test_dataloader.dataset.pipeline.1.scale': (1024, 512)}}
+"""Title -> settings: Cityscapes has pictures of 1024 x 2048 pixels, training crops 512 x 1024."""
 SETTINGS: dict[str, dict[str, Any]] = {
     'W8A8': {'weight.bits': 8, 'activation.bits': 8},
     'W4A4': {'weight.bits': 4, 'activation.bits': 4},
@@ -64,8 +75,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def float_model(title: str) -> Any:
     """The model of the config without quantization, random weights."""
     torch.manual_seed(0)
-    config, _ = MODELS[title]
-    cfg = read_config(ROOT / config)
+    cfg = read_config(ROOT / MODELS[title][0], OPTIONS.get(title))
     cfg.pop('quantization')
     return init_model(cfg, None, 'cpu')
 
@@ -79,7 +89,7 @@ def write_graphs(title: str, folder: Path, settings: list[str]) -> dict[str, Any
     """Export a model with these settings as tools/export.py does, and in float; its parts and their example inputs."""
     kernels: dict[str, tuple[int, int]] = {}
     for name in settings:
-        options = {f'quantization.{key}': value for key, value in SETTINGS[name].items()}
+        options = OPTIONS.get(title, {}) | {f'quantization.{key}': value for key, value in SETTINGS[name].items()}
         quantized = calibrated(ROOT / MODELS[title][0], noise(title), options)
         predict = functools.partial(infer, quantized, noise(title))
         report = export_graphs(quantized, merge_model(quantized, quantized.plan), predict, lambda _: None)
@@ -187,7 +197,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', choices=list(MODELS), default=list(MODELS), help='default: all')
+    parser.add_argument('--models', nargs='+', choices=list(MODELS), default=list(SMALL), help='default: %(default)s')
     parser.add_argument('--settings', nargs='+', choices=list(SETTINGS), default=list(SETTINGS), help='default: all')
     parser.add_argument('--batches', nargs='+', type=int, default=[1, 8], help='default: %(default)s')
     parser.add_argument('--threads', nargs='+', type=int, default=[1, 2], help='default: %(default)s')

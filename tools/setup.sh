@@ -19,18 +19,18 @@ case $stack in
   *) echo "STACK=$stack: choose onedl or upstream." >&2; exit 1 ;;
 esac
 
-fits() {  # a Python that runs, of a version this stack is tested with
+fits() {  # fits PYTHON VERSIONS: it runs and is of one of them
   local found
-  found=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) && [[ " $pythons " = *" $found "* ]]
+  found=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) && [[ " $2 " = *" $found "* ]]
 }
 if [ -z "${PYTHON:-}" ]; then
   for version in $pythons; do
     for PYTHON in "python$version" python3 python "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
-      fits "$PYTHON" && break 2
+      fits "$PYTHON" "$version" && break 2
     done
   done
 fi
-fits "$PYTHON" || {
+fits "$PYTHON" "$pythons" || {
   echo "Python ${pythons// / or } is needed, but $PYTHON is $("$PYTHON" --version 2>&1). Set PYTHON=/path/to/python." >&2
   exit 1
 }
