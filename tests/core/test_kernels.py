@@ -293,6 +293,51 @@ def test_others_may_read_the_output_of_relu(reference):
     assert all(map(same_bits, ours, theirs))
 
 
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize(
+    'look', ['hook before', 'hook after', 'retain before', 'retain', 'ask', 'read before', 'change after', 'twice']
+)
+def test_the_gradient_of_a_relu_is_seen_by_whoever_looks(look, inplace):
+    """The quantizer puts a function of its own in place of the backward pass of the ReLU in front."""
+    seen = []
+
+    def compute(x):
+        made = x.mul(2)
+        y = torch.relu_(made) if inplace else torch.relu(made)
+        before = y.sin() if look == 'read before' else 0
+        if look == 'hook before':
+            y.register_hook(lambda grad: grad * 3)
+        if look == 'retain before':
+            y.retain_grad()
+        out = kernels.fake_quantize(y, Uniform(torch.tensor(0.1), 0, 15)) + before
+        if look == 'hook after':
+            y.register_hook(lambda grad: grad * 3)
+        if look == 'retain':
+            y.retain_grad()
+        if look.startswith('retain'):
+            out.sum().backward(retain_graph=True)
+            seen.append(y.grad)
+        if look == 'ask':
+            seen.append(torch.autograd.grad(out.square().sum() + y.sum(), y, retain_graph=True)[0])
+        if look == 'change after':
+            y = y.mul(1).add_(1)
+        if look == 'twice':
+            seen.append(torch.autograd.grad(out.sum(), x, retain_graph=True)[0])
+        return out + y.cos()
+
+    ours, theirs = both(compute, torch.randn(2, 8, 9, 9))
+    assert all(map(same_bits, ours, theirs))
+    assert len(seen) in (0, 2) and all(same_bits(seen[0], each) for each in seen)
+
+
+def test_a_second_backward_pass_needs_the_graph():
+    y = torch.randn(2, 3, requires_grad=True).mul(1).relu()
+    out = kernels.fake_quantize(y, Uniform(torch.tensor(0.1), 0, 15)).sum()
+    out.backward()
+    with pytest.raises(RuntimeError, match='backward through the graph a second time'):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize('module', [nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.Sigmoid(), nn.ReLU(), nn.Identity()])
 def test_an_output_is_overwritten_only_where_its_maker_does_without_it(module):
     how = Uniform(torch.tensor(0.05), -127, 127)

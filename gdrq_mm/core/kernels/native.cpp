@@ -147,14 +147,14 @@ void restore_values(const uint8_t* codes, T* out, int64_t n, float step, int lo,
 }
 
 // In integers: compilers do not vectorize a choice between structs, and are 70 times slower at bfloat16 without that.
-template <typename T>
+template <uint8_t FLAG, typename T>
 void mask_values(const T* grad, const uint8_t* codes, T* out, int64_t n) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
   auto* from = reinterpret_cast<const Bits*>(grad);
   auto* to = reinterpret_cast<Bits*>(out);
 #pragma omp simd
   for (int64_t i = 0; i < n; i++)
-    to[i] = from[i] & Bits(-((codes[i] / INSIDE) & 1));
+    to[i] = from[i] & Bits(-((codes[i] / FLAG) & 1));
 }
 
 template <typename G>
@@ -192,7 +192,7 @@ Tensor like(const Tensor& x, at::ScalarType type) { // with its strides
 
 // The same in memory that is used again: fresh pages cost more than what is computed in them. For what nobody keeps.
 Tensor scratch(int place, const Tensor& x, at::ScalarType type) {
-  static thread_local Tensor memory[3];
+  static thread_local Tensor memory[2];
   Tensor& m = memory[place];
   int64_t bytes = x.numel() * int64_t(c10::elementSize(type));
   if (!m.defined() || m.numel() < bytes)
@@ -301,13 +301,14 @@ bool ours(const Tensor& grad) {
       grad.is_non_overlapping_and_dense();
 }
 
+template <uint8_t FLAG>
 Tensor mask(Tensor grad, const Tensor& codes) {
   bool writable = ours(grad) || grad.strides() != codes.strides();
   Tensor from = laid_out(grad, codes), out = writable ? from : at::empty_like(from);
   with_type(from.scalar_type(), [&](auto t) {
     using T = decltype(t);
     in_pieces(from.numel(), [&](int64_t, int64_t i, int64_t size) {
-      mask_values(data<T>(from) + i, codes.const_data_ptr<uint8_t>() + i, mutable_data<T>(out) + i, size);
+      mask_values<FLAG>(data<T>(from) + i, codes.const_data_ptr<uint8_t>() + i, mutable_data<T>(out) + i, size);
     });
   });
   return out;
@@ -337,40 +338,55 @@ void no_second_derivative() {
 
 // ---- ReLU: its backward pass reads the byte that is saved anyway -----------------------------------------------------
 
-struct PositiveBit : torch::autograd::SavedVariableHooks {
+// Stands in the graph in place of a ReLU's backward pass, which would read the output that the ReLU saved in float.
+struct PositiveMask : torch::autograd::Node {
   Tensor codes;
-  at::ScalarType type;
 
-  PositiveBit(Tensor codes, at::ScalarType type) : codes(std::move(codes)), type(type) {}
+  variable_list apply(variable_list&& grads) override {
+    no_second_derivative();
+    Tensor grad = std::move(grads[0]);
+    if (!grad.defined())
+      return {grad};
+    TORCH_CHECK(codes.defined(), "Trying to backward through the graph a second time: pass retain_graph=True");
+    return {mask<POSITIVE>(std::move(grad), codes)};
+  }
 
-  void call_pack_hook(const Tensor&) override {}
+  void release_variables() override {
+    codes.reset();
+  }
 
-  Tensor call_unpack_hook() override { // 1 where ReLU's output is positive
-    Tensor out = scratch(2, codes, type);
-    with_type(type, [&](auto t) {
-      auto* to = mutable_data<decltype(t)>(out);
-      auto* from = codes.const_data_ptr<uint8_t>();
-      in_pieces(codes.numel(), [&](int64_t, int64_t i, int64_t size) {
-#pragma omp simd
-        for (int64_t j = i; j < i + size; j++)
-          store(to + j, float(from[j] >> 7));
-      });
-    });
-    return out;
+  std::string name() const override {
+    return "ReluBackward of gdrq_mm";
   }
 };
 
-// If x is the output of a ReLU, which saves it: let it save the bytes in its place. Whether it does.
-bool share_with_relu(const Tensor& x, const Tensor& codes) {
+template <typename T>
+auto new_node() { // torch keeps nodes in an intrusive_ptr now, in a shared_ptr before
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>)
+    return c10::make_intrusive<T>();
+  else
+    return std::make_shared<T>();
+}
+
+using Relu = decltype(new_node<PositiveMask>());
+
+// If x is the output of a ReLU, a new function of x for those who read it from now on, which waits for the bytes.
+Relu in_place_of_relu(const Tensor& x) {
   auto function = x.grad_fn();
   auto* relu = dynamic_cast<torch::autograd::generated::ReluBackward0*>(function.get());
-  if (!relu || relu->result_.has_hooks())
-    return false;
+  if (!relu || relu->result_.has_hooks() || x.is_view())
+    return Relu();
+  if (!(relu->pre_hooks().empty() && relu->post_hooks().empty() && relu->tensor_pre_hooks().empty() &&
+        relu->retains_grad_hooks().empty())) // somebody looks at gradients here
+    return Relu();
   Tensor saved = relu->result_.unpack(function); // raises, as ReLU would, if x was changed since
   if (!saved.defined() || saved.const_data_ptr() != x.const_data_ptr() || saved.strides() != x.strides())
-    return false;
-  relu->result_.register_hooks(std::make_unique<PositiveBit>(codes, x.scalar_type()));
-  return true;
+    return Relu();
+  auto node = new_node<PositiveMask>();
+  node->set_next_edges(torch::autograd::edge_list(relu->next_edges()));
+  node->add_input_metadata(x);
+  torch::autograd::impl::set_gradient_edge(x, torch::autograd::Edge(node, 0));
+  return node;
 }
 
 // Whether the function that made x does without x in its backward pass.
@@ -385,19 +401,22 @@ bool is_free(const Tensor& x) {
 // ---- fake_quantize ------------------------------------------------------------------------------------------------
 
 struct FakeQuantize : Function<FakeQuantize> {
+  static bool saves(const Tensor& x, bool masked, bool grads) {
+    return masked && grads && x.requires_grad();
+  }
+
   static Tensor forward(
       AutogradContext* ctx, const Tensor& input, float step, int64_t lo, int64_t hi, bool masked, Codes sums,
-      bool nonzero, bool overwrite, bool grads) {
+      bool nonzero, bool overwrite, bool grads, Relu relu) {
     Tensor x = dense(input);
-    bool save = masked && grads && input.requires_grad();
+    bool save = saves(input, masked, grads);
     overwrite = overwrite && save && x.is_same(input) && is_free(x);
     Tensor to = overwrite ? x : at::empty_like(x);
     auto [out, codes] = quantize(x, to, step, lo, hi, save, sums, nonzero);
-    if (save) {
+    if (save)
       ctx->save_for_backward({*codes});
-      if (!overwrite)
-        share_with_relu(input, *codes);
-    }
+    if (relu)
+      relu->codes = *codes;
     if (overwrite)
       ctx->mark_dirty({out});
     ctx->saved_data["masked"] = masked;
@@ -408,8 +427,8 @@ struct FakeQuantize : Function<FakeQuantize> {
     no_second_derivative();
     Tensor none, grad = std::move(grads[0]);
     if (grad.defined() && ctx->saved_data["masked"].toBool())
-      grad = mask(std::move(grad), ctx->get_saved_variables()[0]);
-    return {grad, none, none, none, none, none, none, none, none};
+      grad = mask<INSIDE>(std::move(grad), ctx->get_saved_variables()[0]);
+    return {grad, none, none, none, none, none, none, none, none, none};
   }
 };
 
@@ -446,22 +465,26 @@ std::tuple<Tensor, Tensor, Tensor> compute_backward(
 }
 
 struct Layer : Function<Layer> {
+  static bool saves(const Tensor& x, const Tensor& weight, int64_t lo, int64_t hi, bool masked, bool grads) {
+    return grads && ((masked && x.requires_grad()) || (weight.requires_grad() && packs(lo, hi)));
+  }
+
   static Tensor forward(
       AutogradContext* ctx, const Tensor& input, float d, int64_t lo, int64_t hi, bool masked, Codes sums,
       bool nonzero, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi,
-      bool wmasked, int64_t wapart, Codes bias, Geometry geometry, at::ScalarType type, bool grads) {
+      bool wmasked, int64_t wapart, Codes bias, Geometry geometry, at::ScalarType type, bool grads,
+      Relu relu) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor x = dense(input);
-    bool learns = weight.requires_grad();
-    bool save = grads && ((masked && input.requires_grad()) || (learns && packs(lo, hi)));
+    bool learns = weight.requires_grad(), save = saves(input, weight, lo, hi, masked, grads);
     bool packed = save && packs(lo, hi), keep = grads && learns && !packed; // keep the quantized input itself
     auto [xq, bytes] = quantize(x, keep ? like(x, type) : scratch(0, x, type), d, lo, hi, save, sums, nonzero);
+    if (relu)
+      relu->codes = *bytes;
     Codes b = bias ? Codes(bias->to(type)) : Codes();
     Tensor out = compute(xq, restore_weight(codes, steps, wlo, scratch(1, codes, type)), b, geometry);
     if (!grads)
       return out;
-    if (bytes && input.requires_grad())
-      share_with_relu(input, *bytes);
     ctx->save_for_backward(
         {bytes ? *bytes : Tensor(), keep ? xq : Tensor(), weight, codes, steps});
     auto& saved = ctx->saved_data;
@@ -476,7 +499,7 @@ struct Layer : Function<Layer> {
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     no_second_derivative();
     auto& saved = ctx->saved_data;
-    variable_list out(18);
+    variable_list out(19);
     if (!grads[0].defined())
       return out;
     auto kept = ctx->get_saved_variables();
@@ -493,7 +516,7 @@ struct Layer : Function<Layer> {
     auto [gx, gw, gb] = compute_backward(grads[0], xq, wq, g, wanted);
     xq.reset(), wq.reset(), grads.clear();
     if (wanted[0])
-      out[0] = (saved["masked"].toBool() ? mask(std::move(gx), bytes) : gx).to(saved["in"].toScalarType());
+      out[0] = (saved["masked"].toBool() ? mask<INSIDE>(std::move(gx), bytes) : gx).to(saved["in"].toScalarType());
     if (wanted[1])
       out[7] = saved["wmasked"].toBool()
           ? mask_weight(
@@ -615,17 +638,24 @@ float divided(const Tensor& threshold, int64_t top) {
   return threshold.item<float>() / float(top);
 }
 
+Tensor fake_quantized(
+    const Tensor& x, float step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero, bool overwrite) {
+  bool grads = at::GradMode::is_enabled();
+  auto relu = FakeQuantize::saves(x, masked, grads) ? in_place_of_relu(x) : Relu();
+  return FakeQuantize::apply(x, step, lo, hi, masked, sums, nonzero, overwrite, grads, relu);
+}
+
 Tensor fake_quantize(
     const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
     int64_t top) {
-  return FakeQuantize::apply(x, divided(step, top), lo, hi, masked, sums, nonzero, false, at::GradMode::is_enabled());
+  return fake_quantized(x, divided(step, top), lo, hi, masked, sums, nonzero, false);
 }
 
 // The same; the result may lie in the memory of x, which nobody else reads.
 Tensor fake_quantize_(
     const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
     int64_t top) {
-  return FakeQuantize::apply(x, divided(step, top), lo, hi, masked, sums, nonzero, true, at::GradMode::is_enabled());
+  return fake_quantized(x, divided(step, top), lo, hi, masked, sums, nonzero, true);
 }
 
 Tensor layer(
@@ -633,10 +663,11 @@ Tensor layer(
     int64_t top, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi, bool wmasked,
     int64_t wapart, const Codes& bias, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), groups};
-  auto type = type_in_use(x);
+  bool grads = at::GradMode::is_enabled();
+  auto relu = x.requires_grad() && Layer::saves(x, weight, lo, hi, masked, grads) ? in_place_of_relu(x) : Relu();
   return Layer::apply(
-      x, divided(step, top), lo, hi, masked, sums, nonzero, weight, codes, steps, wlo, whi, wmasked, wapart, bias, geometry, type,
-      at::GradMode::is_enabled());
+      x, divided(step, top), lo, hi, masked, sums, nonzero, weight, codes, steps, wlo, whi, wmasked, wapart, bias, geometry,
+      type_in_use(x), grads, relu);
 }
 
 Tensor learned_step(const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, double scale, bool within) {
