@@ -293,6 +293,21 @@ def test_others_may_read_the_output_of_relu(reference):
     assert all(map(same_bits, ours, theirs))
 
 
+@pytest.mark.parametrize('outside', [[], [40_000], [0, 32_767, 98_304], [32_768, 65_535]])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_piece_without_values_outside_of_the_range_needs_no_mask(outside, dtype):
+    """A gradient that nobody else holds is masked in place, in pieces of 32768 values."""
+    x = torch.rand(3 * 32_768 + 1).to(dtype)
+    x[outside] = 2
+
+    def compute(x):
+        return kernels.fake_quantize(x.mul(1), Uniform(torch.tensor(0.01), 0, 127)).mul(3)
+
+    ours, theirs = both(compute, x)
+    assert all(map(same_bits, ours, theirs))
+    assert (ours[1] == 0).sum() == len(outside)
+
+
 @pytest.mark.parametrize('inplace', [False, True])
 @pytest.mark.parametrize(
     'look', ['hook before', 'hook after', 'retain before', 'retain', 'ask', 'read before', 'change after', 'twice']

@@ -15,6 +15,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -28,12 +29,12 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 4
-using Codes = c10::optional<Tensor>;
+using MaybeTensor = c10::optional<Tensor>;
 at::ScalarType type_in_use(const Tensor& x) { // that of autocast, where it is on
   return at::autocast::is_cpu_enabled() ? at::autocast::get_autocast_cpu_dtype() : x.scalar_type();
 }
 #else
-using Codes = std::optional<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
 at::ScalarType type_in_use(const Tensor& x) {
   return at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
 }
@@ -111,6 +112,7 @@ struct Range {
 struct Sum {
   double total = 0;
   int64_t count = 0;
+  bool outside = false; // whether a value is outside of the range
 };
 
 enum Save { NOTHING, FLAGS, CODES };
@@ -118,16 +120,17 @@ enum Save { NOTHING, FLAGS, CODES };
 template <Save SAVE, bool ADD, bool COUNT, typename In, typename Out>
 Sum quantize_values(const In* x, Out* out, uint8_t* codes, int64_t n, Range range) {
   double total = 0;
-  int count = 0;
+  int count = 0, beyond = 0;
   const int lowest = int(range.lo);
   const float low = range.lo * range.step, high = range.hi * range.step;
-#pragma omp simd reduction(+ : total, count)
+#pragma omp simd reduction(+ : total, count) reduction(| : beyond)
   for (int64_t i = 0; i < n; i++) {
     float v = wide(x[i]), q = range.code(v);
     store(out + i, q * range.step);
     if (SAVE != NOTHING) {
-      int byte = SAVE == CODES ? int(q) - lowest : 0;
-      byte |= (v < low) | (v > high) ? 0 : INSIDE;
+      int byte = SAVE == CODES ? int(q) - lowest : 0, outside = (v < low) | (v > high);
+      beyond |= outside;
+      byte |= outside ? 0 : INSIDE;
       byte |= v > 0 ? POSITIVE : 0;
       codes[i] = uint8_t(byte);
     }
@@ -136,7 +139,7 @@ Sum quantize_values(const In* x, Out* out, uint8_t* codes, int64_t n, Range rang
     if (COUNT)
       count += v != 0;
   }
-  return {total, COUNT ? count : n};
+  return {total, COUNT ? count : n, beyond != 0};
 }
 
 template <typename T>
@@ -227,9 +230,14 @@ bool packs(int64_t lo, int64_t hi) {
   return hi - lo < 64;
 }
 
+struct Quantized {
+  Tensor values;
+  Tensor codes, outside; // if they are saved: a byte a value; a byte a piece that says whether a value of it is outside
+};
+
 // Quantized values of one step, in `out`; bytes and the sum of |x| where they are wanted.
-std::pair<Tensor, Codes> quantize(
-    const Tensor& x, Tensor out, float step, int64_t lo, int64_t hi, bool save, Codes sums, bool nonzero) {
+Quantized quantize(
+    const Tensor& x, Tensor out, float step, int64_t lo, int64_t hi, bool save, MaybeTensor sums, bool nonzero) {
   Tensor codes = save ? like(x, at::kByte) : Tensor();
   Range range(step, lo, hi);
   int64_t n = x.numel();
@@ -261,6 +269,11 @@ std::pair<Tensor, Codes> quantize(
         with(std::integral_constant<Save, FLAGS>());
     });
   });
+  Tensor outside;
+  if (save) {
+    outside = at::empty({int64_t(parts.size())}, at::kByte);
+    std::transform(parts.begin(), parts.end(), outside.mutable_data_ptr<uint8_t>(), [](auto& part) { return part.outside; });
+  }
   if (sums) {
     Sum all;
     for (auto& part : parts)
@@ -268,7 +281,7 @@ std::pair<Tensor, Codes> quantize(
     double* to = sums->mutable_data_ptr<double>();
     to[0] += all.total, to[1] += double(all.count);
   }
-  return {out, save ? Codes(codes) : Codes()};
+  return {out, codes, outside};
 }
 
 Tensor restore(const Tensor& codes, float step, int64_t lo, at::ScalarType type) {
@@ -301,14 +314,17 @@ bool ours(const Tensor& grad) {
       grad.is_non_overlapping_and_dense();
 }
 
+// `pieces`: which pieces have values without the flag; by default all may.
 template <uint8_t FLAG>
-Tensor mask(Tensor grad, const Tensor& codes) {
+Tensor mask(Tensor grad, const Tensor& codes, const Tensor& pieces = {}) {
   bool writable = ours(grad) || grad.strides() != codes.strides();
   Tensor from = laid_out(grad, codes), out = writable ? from : at::empty_like(from);
+  const uint8_t* some = writable && pieces.defined() ? pieces.const_data_ptr<uint8_t>() : nullptr;
   with_type(from.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    in_pieces(from.numel(), [&](int64_t, int64_t i, int64_t size) {
-      mask_values<FLAG>(data<T>(from) + i, codes.const_data_ptr<uint8_t>() + i, mutable_data<T>(out) + i, size);
+    in_pieces(from.numel(), [&](int64_t p, int64_t i, int64_t size) {
+      if (!some || some[p])
+        mask_values<FLAG>(data<T>(from) + i, codes.const_data_ptr<uint8_t>() + i, mutable_data<T>(out) + i, size);
     });
   });
   return out;
@@ -406,17 +422,17 @@ struct FakeQuantize : Function<FakeQuantize> {
   }
 
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& input, float step, int64_t lo, int64_t hi, bool masked, Codes sums,
+      AutogradContext* ctx, const Tensor& input, float step, int64_t lo, int64_t hi, bool masked, MaybeTensor sums,
       bool nonzero, bool overwrite, bool grads, Relu relu) {
     Tensor x = dense(input);
     bool save = saves(input, masked, grads);
     overwrite = overwrite && save && x.is_same(input) && is_free(x);
     Tensor to = overwrite ? x : at::empty_like(x);
-    auto [out, codes] = quantize(x, to, step, lo, hi, save, sums, nonzero);
+    auto [out, codes, outside] = quantize(x, to, step, lo, hi, save, sums, nonzero);
     if (save)
-      ctx->save_for_backward({*codes});
+      ctx->save_for_backward({codes, outside});
     if (relu)
-      relu->codes = *codes;
+      relu->codes = codes;
     if (overwrite)
       ctx->mark_dirty({out});
     ctx->saved_data["masked"] = masked;
@@ -426,8 +442,10 @@ struct FakeQuantize : Function<FakeQuantize> {
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     no_second_derivative();
     Tensor none, grad = std::move(grads[0]);
-    if (grad.defined() && ctx->saved_data["masked"].toBool())
-      grad = mask<INSIDE>(std::move(grad), ctx->get_saved_variables()[0]);
+    if (grad.defined() && ctx->saved_data["masked"].toBool()) {
+      auto kept = ctx->get_saved_variables();
+      grad = mask<INSIDE>(std::move(grad), kept[0], kept[1]);
+    }
     return {grad, none, none, none, none, none, none, none, none, none};
   }
 };
@@ -439,7 +457,7 @@ struct Geometry { // of a convolution; none for a linear layer
   int64_t groups;
 };
 
-Tensor compute(const Tensor& x, const Tensor& weight, const Codes& bias, const Geometry& g) {
+Tensor compute(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Geometry& g) {
   if (g.stride.empty())
     return at::linear(x, weight, bias);
   std::vector<int64_t> none(g.stride.size(), 0);
@@ -470,23 +488,22 @@ struct Layer : Function<Layer> {
   }
 
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& input, float d, int64_t lo, int64_t hi, bool masked, Codes sums,
+      AutogradContext* ctx, const Tensor& input, float d, int64_t lo, int64_t hi, bool masked, MaybeTensor sums,
       bool nonzero, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi,
-      bool wmasked, int64_t wapart, Codes bias, Geometry geometry, at::ScalarType type, bool grads,
+      bool wmasked, int64_t wapart, MaybeTensor bias, Geometry geometry, at::ScalarType type, bool grads,
       Relu relu) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor x = dense(input);
     bool learns = weight.requires_grad(), save = saves(input, weight, lo, hi, masked, grads);
     bool packed = save && packs(lo, hi), keep = grads && learns && !packed; // keep the quantized input itself
-    auto [xq, bytes] = quantize(x, keep ? like(x, type) : scratch(0, x, type), d, lo, hi, save, sums, nonzero);
+    auto [xq, bytes, outside] = quantize(x, keep ? like(x, type) : scratch(0, x, type), d, lo, hi, save, sums, nonzero);
     if (relu)
-      relu->codes = *bytes;
-    Codes b = bias ? Codes(bias->to(type)) : Codes();
+      relu->codes = bytes;
+    MaybeTensor b = bias ? MaybeTensor(bias->to(type)) : MaybeTensor();
     Tensor out = compute(xq, restore_weight(codes, steps, wlo, scratch(1, codes, type)), b, geometry);
     if (!grads)
       return out;
-    ctx->save_for_backward(
-        {bytes ? *bytes : Tensor(), keep ? xq : Tensor(), weight, codes, steps});
+    ctx->save_for_backward({bytes, keep ? xq : Tensor(), weight, codes, steps, outside});
     auto& saved = ctx->saved_data;
     saved["step"] = double(d), saved["lo"] = lo, saved["masked"] = masked, saved["wmasked"] = wmasked;
     saved["wlo"] = wlo, saved["whi"] = whi, saved["wapart"] = wapart, saved["groups"] = geometry.groups, saved["type"] = type;
@@ -503,7 +520,7 @@ struct Layer : Function<Layer> {
     if (!grads[0].defined())
       return out;
     auto kept = ctx->get_saved_variables();
-    Tensor bytes = kept[0], xq = kept[1], weight = kept[2], codes = kept[3], steps = kept[4];
+    Tensor bytes = kept[0], xq = kept[1], weight = kept[2], codes = kept[3], steps = kept[4], outside = kept[5];
     auto type = saved["type"].toScalarType();
     auto flags = saved["wanted"].toBoolList();
     std::array<bool, 3> wanted{flags[0], flags[1], flags[2]};
@@ -516,7 +533,7 @@ struct Layer : Function<Layer> {
     auto [gx, gw, gb] = compute_backward(grads[0], xq, wq, g, wanted);
     xq.reset(), wq.reset(), grads.clear();
     if (wanted[0])
-      out[0] = (saved["masked"].toBool() ? mask<INSIDE>(std::move(gx), bytes) : gx).to(saved["in"].toScalarType());
+      out[0] = (saved["masked"].toBool() ? mask<INSIDE>(std::move(gx), bytes, outside) : gx).to(saved["in"].toScalarType());
     if (wanted[1])
       out[7] = saved["wmasked"].toBool()
           ? mask_weight(
@@ -534,7 +551,7 @@ struct LearnedStep : Function<LearnedStep> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& input, const Tensor& step, int64_t lo, int64_t hi, double scale, bool within) {
     Tensor x = dense(input);
-    auto [out, none] = quantize(x, at::empty_like(x), step.item<float>(), lo, hi, false, Codes(), false);
+    Tensor out = quantize(x, at::empty_like(x), step.item<float>(), lo, hi, false, MaybeTensor(), false).values;
     ctx->save_for_backward({x, step});
     auto& saved = ctx->saved_data;
     saved["lo"] = lo, saved["hi"] = hi, saved["scale"] = scale, saved["within"] = within;
@@ -594,7 +611,7 @@ Tensor sums_of_filters(at::TensorList weights) {
   return out;
 }
 
-// Codes of all weights as bytes, code - lo, in the layout of the weight; `steps` has a step for each filter. No byte
+// MaybeTensor of all weights as bytes, code - lo, in the layout of the weight; `steps` has a step for each filter. No byte
 // stands for NaN: the step of a filter with such a weight becomes NaN, so that what it computes is.
 std::vector<Tensor> codes_of_weights(
     at::TensorList weights, Tensor steps, at::IntArrayRef lo, at::IntArrayRef hi, at::IntArrayRef apart) {
@@ -639,29 +656,29 @@ float divided(const Tensor& threshold, int64_t top) {
 }
 
 Tensor fake_quantized(
-    const Tensor& x, float step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero, bool overwrite) {
+    const Tensor& x, float step, int64_t lo, int64_t hi, bool masked, const MaybeTensor& sums, bool nonzero, bool overwrite) {
   bool grads = at::GradMode::is_enabled();
   auto relu = FakeQuantize::saves(x, masked, grads) ? in_place_of_relu(x) : Relu();
   return FakeQuantize::apply(x, step, lo, hi, masked, sums, nonzero, overwrite, grads, relu);
 }
 
 Tensor fake_quantize(
-    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
+    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const MaybeTensor& sums, bool nonzero,
     int64_t top) {
   return fake_quantized(x, divided(step, top), lo, hi, masked, sums, nonzero, false);
 }
 
 // The same; the result may lie in the memory of x, which nobody else reads.
 Tensor fake_quantize_(
-    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
+    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const MaybeTensor& sums, bool nonzero,
     int64_t top) {
   return fake_quantized(x, divided(step, top), lo, hi, masked, sums, nonzero, true);
 }
 
 Tensor layer(
-    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const Codes& sums, bool nonzero,
+    const Tensor& x, const Tensor& step, int64_t lo, int64_t hi, bool masked, const MaybeTensor& sums, bool nonzero,
     int64_t top, const Tensor& weight, const Tensor& codes, const Tensor& steps, int64_t wlo, int64_t whi, bool wmasked,
-    int64_t wapart, const Codes& bias, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+    int64_t wapart, const MaybeTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), groups};
   bool grads = at::GradMode::is_enabled();
   auto relu = x.requires_grad() && Layer::saves(x, weight, lo, hi, masked, grads) ? in_place_of_relu(x) : Relu();
