@@ -160,7 +160,7 @@ def fusions() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f'train_step{name}': partial(train_step, f'train_step{name}')
-        for name in ('', '_1_thread', '_avx2', '_compiled')
+        for name in ('', '_bf16', '_1_thread', '_avx2', '_compiled')
     },
     'inference': partial(inference, 'inference'),
     'inference_full_size': partial(inference, 'inference_full_size'),
