@@ -308,25 +308,35 @@ def test_a_piece_without_values_outside_of_the_range_needs_no_mask(outside, dtyp
     assert (ours[1] == 0).sum() == len(outside)
 
 
+LOOKS = 'nobody, hook before, hook after, retain before, retain, ask, read before, change after, read after, twice'
+
+
+@pytest.mark.parametrize('look', LOOKS.split(', '))
 @pytest.mark.parametrize('inplace', [False, True])
-@pytest.mark.parametrize(
-    'look', ['hook before', 'hook after', 'retain before', 'retain', 'ask', 'read before', 'change after', 'twice']
-)
-def test_the_gradient_of_a_relu_is_seen_by_whoever_looks(look, inplace):
-    """The quantizer puts a function of its own in place of the backward pass of the ReLU in front."""
-    seen = []
+@pytest.mark.parametrize('reader', ['quantizer', 'layer'])
+def test_the_gradient_of_a_relu_is_seen_by_whoever_looks(look, inplace, reader):
+    """Its reader puts a function of its own in place of the backward pass of the ReLU in front."""
+    seen, layer = [], chain(weight=dict(bits=4), activation=dict(bits=4))[0][2]
+
+    def read(y):
+        return layer(y) if reader == 'layer' else kernels.fake_quantize(y, Uniform(torch.tensor(0.1), 0, 15))
+
+    def watch(grad):
+        seen.append(grad.clone())
+        return grad * 3
 
     def compute(x):
         made = x.mul(2)
         y = torch.relu_(made) if inplace else torch.relu(made)
-        before = y.sin() if look == 'read before' else 0
+        del made
+        other = y.sin() if look == 'read before' else 0
         if look == 'hook before':
-            y.register_hook(lambda grad: grad * 3)
+            y.register_hook(watch)
         if look == 'retain before':
             y.retain_grad()
-        out = kernels.fake_quantize(y, Uniform(torch.tensor(0.1), 0, 15)) + before
+        out = read(y)
         if look == 'hook after':
-            y.register_hook(lambda grad: grad * 3)
+            y.register_hook(watch)
         if look == 'retain':
             y.retain_grad()
         if look.startswith('retain'):
@@ -335,10 +345,13 @@ def test_the_gradient_of_a_relu_is_seen_by_whoever_looks(look, inplace):
         if look == 'ask':
             seen.append(torch.autograd.grad(out.square().sum() + y.sum(), y, retain_graph=True)[0])
         if look == 'change after':
-            y = y.mul(1).add_(1)
+            other = y.mul(1).add_(1)
+        if look == 'read after':
+            other = y.cos()
+        del y
         if look == 'twice':
             seen.append(torch.autograd.grad(out.sum(), x, retain_graph=True)[0])
-        return out + y.cos()
+        return out + other
 
     ours, theirs = both(compute, torch.randn(2, 8, 9, 9))
     assert all(map(same_bits, ours, theirs))

@@ -115,7 +115,7 @@ struct Sum {
   bool outside = false; // whether a value is outside of the range
 };
 
-enum Save { NOTHING, FLAGS, CODES };
+enum Save { NOTHING, BITS, CODES };
 
 template <Save SAVE, bool ADD, bool COUNT, typename In, typename Out>
 Sum quantize_values(const In* x, Out* out, uint8_t* codes, int64_t n, Range range) {
@@ -150,14 +150,14 @@ void restore_values(const uint8_t* codes, T* out, int64_t n, float step, int lo,
 }
 
 // In integers: compilers do not vectorize a choice between structs, and are 70 times slower at bfloat16 without that.
-template <uint8_t FLAG, typename T>
+template <uint8_t FLAGS, typename T>
 void mask_values(const T* grad, const uint8_t* codes, T* out, int64_t n) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
   auto* from = reinterpret_cast<const Bits*>(grad);
   auto* to = reinterpret_cast<Bits*>(out);
 #pragma omp simd
   for (int64_t i = 0; i < n; i++)
-    to[i] = from[i] & Bits(-((codes[i] / FLAG) & 1));
+    to[i] = from[i] & Bits(-int((codes[i] & FLAGS) == FLAGS));
 }
 
 template <typename G>
@@ -266,7 +266,7 @@ Quantized quantize(
       else if (packs(lo, hi))
         with(std::integral_constant<Save, CODES>());
       else
-        with(std::integral_constant<Save, FLAGS>());
+        with(std::integral_constant<Save, BITS>());
     });
   });
   Tensor outside;
@@ -314,8 +314,8 @@ bool ours(const Tensor& grad) {
       grad.is_non_overlapping_and_dense();
 }
 
-// `pieces`: which pieces have values without the flag; by default all may.
-template <uint8_t FLAG>
+// `pieces`: which pieces have values without the flags; by default all may.
+template <uint8_t FLAGS>
 Tensor mask(Tensor grad, const Tensor& codes, const Tensor& pieces = {}) {
   bool writable = ours(grad) || grad.strides() != codes.strides();
   Tensor from = laid_out(grad, codes), out = writable ? from : at::empty_like(from);
@@ -324,7 +324,7 @@ Tensor mask(Tensor grad, const Tensor& codes, const Tensor& pieces = {}) {
     using T = decltype(t);
     in_pieces(from.numel(), [&](int64_t p, int64_t i, int64_t size) {
       if (!some || some[p])
-        mask_values<FLAG>(data<T>(from) + i, codes.const_data_ptr<uint8_t>() + i, mutable_data<T>(out) + i, size);
+        mask_values<FLAGS>(data<T>(from) + i, codes.const_data_ptr<uint8_t>() + i, mutable_data<T>(out) + i, size);
     });
   });
   return out;
@@ -354,14 +354,46 @@ void no_second_derivative() {
 
 // ---- ReLU: its backward pass reads the byte that is saved anyway -----------------------------------------------------
 
+// How many functions and tensors hold a node. torch keeps nodes in an intrusive_ptr now, in a shared_ptr before.
+template <typename T>
+int64_t readers(T* node) {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>)
+    return int64_t(c10::raw::intrusive_ptr::use_count(node));
+  else
+    return node->shared_from_this().use_count() - 1;
+}
+
+template <typename T, typename... Args>
+auto new_node(const Args&... args) {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>)
+    return c10::make_intrusive<T>(args...);
+  else
+    return std::make_shared<T>(args...);
+}
+
+// Whether nobody looks at gradients that reach this node, or leave it.
+bool is_unseen(torch::autograd::Node& node) {
+  return node.pre_hooks().empty() && node.post_hooks().empty() && node.tensor_pre_hooks().empty() &&
+      node.retains_grad_hooks().empty();
+}
+
 // Stands in the graph in place of a ReLU's backward pass, which would read the output that the ReLU saved in float.
 struct PositiveMask : torch::autograd::Node {
   Tensor codes;
+  c10::weak_intrusive_ptr<c10::TensorImpl> output; // of the ReLU
+  bool masked = false; // whether a layer, the only one who reads the output, does it together with its own mask
+
+  explicit PositiveMask(const Tensor& x) : output(x.getIntrusivePtr()) {}
+
+  // Whether one reader is left, and nobody can look at the gradient between it and this node, now or later.
+  bool has_one_reader() {
+    return output.expired() && readers(this) == 1 && is_unseen(*this);
+  }
 
   variable_list apply(variable_list&& grads) override {
     no_second_derivative();
     Tensor grad = std::move(grads[0]);
-    if (!grad.defined())
+    if (!grad.defined() || masked)
       return {grad};
     TORCH_CHECK(codes.defined(), "Trying to backward through the graph a second time: pass retain_graph=True");
     return {mask<POSITIVE>(std::move(grad), codes)};
@@ -376,29 +408,18 @@ struct PositiveMask : torch::autograd::Node {
   }
 };
 
-template <typename T>
-auto new_node() { // torch keeps nodes in an intrusive_ptr now, in a shared_ptr before
-  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>)
-    return c10::make_intrusive<T>();
-  else
-    return std::make_shared<T>();
-}
-
-using Relu = decltype(new_node<PositiveMask>());
+using Relu = decltype(new_node<PositiveMask>(Tensor()));
 
 // If x is the output of a ReLU, a new function of x for those who read it from now on, which waits for the bytes.
 Relu in_place_of_relu(const Tensor& x) {
   auto function = x.grad_fn();
   auto* relu = dynamic_cast<torch::autograd::generated::ReluBackward0*>(function.get());
-  if (!relu || relu->result_.has_hooks() || x.is_view())
-    return Relu();
-  if (!(relu->pre_hooks().empty() && relu->post_hooks().empty() && relu->tensor_pre_hooks().empty() &&
-        relu->retains_grad_hooks().empty())) // somebody looks at gradients here
+  if (!relu || relu->result_.has_hooks() || x.is_view() || !is_unseen(*relu))
     return Relu();
   Tensor saved = relu->result_.unpack(function); // raises, as ReLU would, if x was changed since
   if (!saved.defined() || saved.const_data_ptr() != x.const_data_ptr() || saved.strides() != x.strides())
     return Relu();
-  auto node = new_node<PositiveMask>();
+  auto node = new_node<PositiveMask>(x);
   node->set_next_edges(torch::autograd::edge_list(relu->next_edges()));
   node->add_input_metadata(x);
   torch::autograd::impl::set_gradient_edge(x, torch::autograd::Edge(node, 0));
@@ -505,6 +526,7 @@ struct Layer : Function<Layer> {
       return out;
     ctx->save_for_backward({bytes, keep ? xq : Tensor(), weight, codes, steps, outside});
     auto& saved = ctx->saved_data;
+    saved["relu"] = reinterpret_cast<int64_t>(relu.get()); // alive as long as this node is, which has an edge to it
     saved["step"] = double(d), saved["lo"] = lo, saved["masked"] = masked, saved["wmasked"] = wmasked;
     saved["wlo"] = wlo, saved["whi"] = whi, saved["wapart"] = wapart, saved["groups"] = geometry.groups, saved["type"] = type;
     saved["stride"] = geometry.stride, saved["padding"] = geometry.padding, saved["dilation"] = geometry.dilation;
@@ -532,8 +554,16 @@ struct Layer : Function<Layer> {
     Tensor wq = restore_weight(codes, steps, saved["wlo"].toInt(), scratch(1, codes, type));
     auto [gx, gw, gb] = compute_backward(grads[0], xq, wq, g, wanted);
     xq.reset(), wq.reset(), grads.clear();
-    if (wanted[0])
-      out[0] = (saved["masked"].toBool() ? mask<INSIDE>(std::move(gx), bytes, outside) : gx).to(saved["in"].toScalarType());
+    if (wanted[0]) {
+      auto* relu = reinterpret_cast<PositiveMask*>(saved["relu"].toInt());
+      if (saved["masked"].toBool() && relu && relu->has_one_reader()) {
+        gx = mask<INSIDE | POSITIVE>(std::move(gx), bytes);
+        relu->masked = true;
+      } else if (saved["masked"].toBool()) {
+        gx = mask<INSIDE>(std::move(gx), bytes, outside);
+      }
+      out[0] = gx.to(saved["in"].toScalarType());
+    }
     if (wanted[1])
       out[7] = saved["wmasked"].toBool()
           ? mask_weight(
