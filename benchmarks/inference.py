@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,8 @@ def contestants(
     return runs
 
 
-def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """A row for each model, batch, threads, runtime and bits."""
-    rows: list[dict[str, Any]] = []
+def measure(args: argparse.Namespace, console: Console) -> Iterator[list[dict[str, Any]]]:
+    """For each model a row for each batch, threads, runtime and bits."""
     columns = (TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed}/{task.total}'))
     steps = len(args.models) * (1 + len(args.batches) * len(args.threads))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -153,24 +153,29 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
                 one = [[x.numpy()[:1]] for (x,) in found['inputs'].values()]
                 memory = {(k, b): peak_memory(k, f, one, 1) for k in RUNTIMES for b, f in files.items()}
                 progress.advance(bar)
-                for batch in args.batches:
-                    for threads in args.threads:
-                        progress.update(bar, description=f'{title}: batch {batch}, threads {threads}')
-                        runs = contestants(folder, found, batch, threads)
-                        times = list(timed_rounds(runs, args.rounds))
-                        for runtime, bits in runs:
-                            seconds = statistics.median(each[runtime, bits] for each in times)
-                            size = sum(f.stat().st_size for f in files[bits]) if runtime != 'torch' else None
-                            setting = dict(model=title, batch=batch, threads=threads, runtime=runtime, bits=bits)
-                            kept = dict(bytes=size, peak_bytes=memory.get((runtime, bits)))
-                            rows.append({**setting, 'seconds': seconds, **kept, 'kernels': found['kernels'].get(bits)})
-                        progress.advance(bar)
+                rows: list[dict[str, Any]] = []
+                for batch, threads in itertools.product(args.batches, args.threads):
+                    progress.update(bar, description=f'{title}: batch {batch}, threads {threads}')
+                    runs = contestants(folder, found, batch, threads)
+                    times = list(timed_rounds(runs, args.rounds))
+                    for runtime, bits in runs:
+                        seconds = statistics.median(each[runtime, bits] for each in times)
+                        size = sum(f.stat().st_size for f in files[bits]) if runtime != 'torch' else None
+                        setting = dict(model=title, batch=batch, threads=threads, runtime=runtime, bits=bits)
+                        kept = dict(bytes=size, peak_bytes=memory.get((runtime, bits)))
+                        rows.append({**setting, 'seconds': seconds, **kept, 'kernels': found['kernels'].get(bits)})
+                    progress.advance(bar)
+                add_ratios(rows)
+                yield rows
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Add how much faster and smaller than float in the same runtime each row of a model is."""
     for row in rows:
-        same = [r for r in rows if all(r[k] == row[k] for k in ('model', 'batch', 'threads', 'runtime'))]
+        same = [r for r in rows if all(r[k] == row[k] for k in ('batch', 'threads', 'runtime'))]
         base = next(r for r in same if r['bits'] == 'float')
         row['faster'] = base['seconds'] / row['seconds']
         row['smaller'] = base['bytes'] / row['bytes'] if row['bytes'] else None
-    return rows
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
@@ -211,9 +216,12 @@ def run() -> None:
     args = parse_args()
     check_writable(args.out.parent)
     console = Console(width=None if sys.stdout.isatty() else 100)
-    rows = measure(args, console)
-    show(rows, console)
-    write_figure(args.out, dict(rounds=args.rounds, rows=rows), console)
+    rows: list[dict[str, Any]] = []
+    for found in measure(args, console):
+        rows += found
+        write_figure(args.out, dict(rounds=args.rounds, rows=rows))  # not lost if a later model cannot be measured
+        show(found, console)
+    console.print(f'wrote {args.out}', soft_wrap=True)
 
 
 if __name__ == '__main__':
