@@ -7,7 +7,7 @@ records = 'docs/records/continued'
 cifar10 = dict(
     name='cifar10',
     config='configs/cls/resnet18_width16_gdrq_w4a4_12e_cifar10.py',
-    seeds=[0],
+    seeds=[0, 1, 2],
     amp=True,
     options={
         'load_from': 'work_dirs/recipe/cifar10_12e-gdrq-control-w4a4-seed0/epoch_12.pth',
@@ -20,8 +20,10 @@ cifar10 = dict(
 control = {'control': {'quantization.control': True}}
 larger = {'activation_k5': {'quantization.activation.gdrq.k': 5.0}}  # the default is 4.6
 runs = [
-    dict(cifar10, methods=['gdrq'], bits=['w4a4'], variants=control),
-    dict(cifar10, methods=['gdrq', 'lsq_plus'], bits=['w4a4', 'w2a4']),
+    dict(cifar10, methods=['gdrq'], bits=['w4a4'], seeds=[0], variants=control),
+    dict(cifar10, methods=['gdrq'], bits=['w4a4']),
     dict(cifar10, methods=['gdrq'], bits=['w4a4'], variants=larger),
+    dict(cifar10, methods=['lsq_plus'], bits=['w4a4'], seeds=[0]),
+    dict(cifar10, methods=['gdrq', 'lsq_plus'], bits=['w2a4'], seeds=[0]),
 ]
 del cifar10, control, larger
