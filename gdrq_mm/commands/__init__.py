@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
-from ..core.errors import UserError, command, extras_named
+from ..core.errors import UserError, command, extras_named, of_machine
 
 COMMANDS = {
     'train': True,
@@ -42,6 +43,8 @@ def main(name: str | None = None) -> NoReturn:
     Args:
         name: the command; by default the first argument names it.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # where the locale is not UTF-8
     if name is None:
         first = sys.argv[1] if len(sys.argv) > 1 else '--help'
         if first in ('-h', '--help', 'help'):
@@ -76,6 +79,10 @@ def _ending(function: Callable[[], None]) -> str | int:
             function()
     except UserError as error:
         return f'error: {error}'
+    except OSError as error:
+        if not of_machine(error):
+            raise
+        return f'error: {of_machine(error)}'
     except KeyboardInterrupt:
         return 'interrupted'
     return os.EX_OK

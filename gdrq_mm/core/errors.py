@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,16 @@ class UserError(ValueError):
 
     The message is one line: what is wrong, with its value, and what is allowed. A command prints it and exits with 1.
     """
+
+
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+"""What the machine says where a disk is full or something may not be read or written; no bug ends so."""
+
+
+def of_machine(error: OSError) -> str:
+    """What the machine refused, as one line; '' if the exception may as well be a bug."""
+    place = f'{error.filename}: ' if error.filename else ''
+    return f'{place}{error.strerror}' if error.errno in MACHINE else ''
 
 
 def command(name: str) -> str:

@@ -16,7 +16,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..core.errors import Stopped, UserError, command, extras_named
+from ..core.errors import Stopped, UserError, command, extras_named, of_machine
 from ..core.files import check_writable
 from .checkpoint_runner import CheckpointRunner
 from .compat import check_environment, mend_bases
@@ -84,7 +84,7 @@ class ConfigValues(argparse.Action):
             found = None
         if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
             raise UserError(f'--cfg-values {values}: write a Python dict of plain values, such as {{"a.b": "x y"}}')
-        setattr(namespace, self.dest, found)
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **found})
 
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -250,8 +250,9 @@ PREPARED = {
 
 
 def _near_files(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path('configs')
-    names = [str(p) for p in folder.rglob('*.py') if not any(part.startswith('.') for part in p.parts)]
+    """The nearest names beside a path and below configs/; what lies below any other folder may be a whole disk."""
+    found = dict.fromkeys([*path.parent.glob('*.py'), *Path('configs').rglob('*.py')])
+    names = [str(p) for p in found if not p.name.startswith('.')]
     close = difflib.get_close_matches(str(path), names, n=3, cutoff=0.5)
     return f'; nearest: {", ".join(close)}' if close else ''
 
@@ -263,7 +264,7 @@ def main(function: Callable[[], None]) -> NoReturn:
 
 
 def ending(function: Callable[[], None]) -> str | int:
-    """Run a command; a UserError, a mistake in the config, an interruption or a stop ends it with one line.
+    """Run a command; a UserError, a mistake in the config, a full disk, an interruption, a stop end it with one line.
 
     Any other exception shows its traceback.
 
@@ -281,6 +282,8 @@ def ending(function: Callable[[], None]) -> str | int:
     except KeyboardInterrupt:
         return 'interrupted'
     except Exception as error:
+        if isinstance(error, OSError) and of_machine(error):
+            return f'error: {of_machine(error)}'
         mistake = config_mistake(error)
         if mistake:
             return f'error: the config cannot be used: {mistake}'

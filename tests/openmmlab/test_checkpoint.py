@@ -20,7 +20,7 @@ from mmpretrain.models import VisionTransformer
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.core.files import write_whole
+from gdrq_mm.core.files import check_file, write_whole
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.weights import check_fits, load_weights, other_quantization, renamed, without_quantizers
 from tests.campaigns.fuzz import Checkpoints, attack
@@ -316,6 +316,21 @@ def test_a_folder_in_the_way_stays(tmp_path):
     with pytest.raises(OSError, match='file'):
         write_whole(tmp_path / 'file', b'new')
     assert list(tmp_path.iterdir()) == [tmp_path / 'file'] and (tmp_path / 'file').is_dir()
+
+
+def test_a_link_and_what_is_no_file_stay(tmp_path):
+    """A rename would put a file in the place of /dev/null."""
+    (tmp_path / 'real').write_bytes(b'old')
+    (tmp_path / 'link').symlink_to('real')
+    write_whole(tmp_path / 'link', b'new')
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'real').read_bytes() == b'new'
+    os.mkfifo(tmp_path / 'pipe')
+    check_file(tmp_path / 'pipe', '--out')
+    reader = os.open(tmp_path / 'pipe', os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / 'pipe', b'new')
+    assert (tmp_path / 'pipe').is_fifo() and os.read(reader, 9) == b'new'
+    os.close(reader)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['link', 'pipe', 'real']
 
 
 # ---- damaged at random: the short form of tests/campaigns/fuzz.py ----------------------------------------------------
