@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument('--out', help='folder to write (default: data/<dataset>, for voc data/VOCdevkit)')
     parser.add_argument('--sheet', help='digits only: also draw a picture sheet into this PNG')
     args = parser.parse_args()
+    if args.sheet and (args.dataset != 'digits' or not args.sheet.endswith('.png')):
+        raise UserError(f'--sheet {args.sheet}: write NAME.png; it is for digits only')
     out = args.out or FOLDERS.get(args.dataset, f'data/{args.dataset}')
     build, source = BUILDERS.get(args.dataset, (None, ''))
     if build is not None and args.source is None:

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -17,8 +15,9 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from ..core.errors import UserError
+from ..core.errors import UserError, of_machine
 from ..core.reading import read_pickle
+from .layout import building
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 COUNTS = {'train': 50000, 'test': 10000}
@@ -60,7 +59,8 @@ def build(source: str | Path, root: str | Path, show_progress: bool = True) -> P
     """Unpack a CIFAR-10 archive with one folder for each class, or the official Python version.
 
     Raises:
-        UserError: there is no archive, or it is damaged, or it does not have the number of pictures that CIFAR-10 has.
+        UserError: there is no archive, it is damaged, or it does not have the number of pictures that CIFAR-10 has; or
+            `root` has something else in it.
     """
     source, root = Path(source), Path(root)
     if root.is_dir() and _is_complete(root):
@@ -70,38 +70,35 @@ def build(source: str | Path, root: str | Path, show_progress: bool = True) -> P
         if not archives:
             raise UserError(f'{source} holds no CIFAR-10 archive (cifar*10*.tar.gz)')
         source = archives[0]
+    with building(root) as folder:
+        _unpack(source, folder, show_progress)
+    return root
+
+
+def _unpack(source: Path, folder: Path, show_progress: bool) -> None:
+    """Write the pictures of an archive into a folder, which exists."""
     counts = {split: dict.fromkeys(CLASSES, 0) for split in COUNTS}
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(
-        tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent)
-    )  # nobody may take a half-filled folder for the data set
     try:
         with tarfile.open(source) as archive:
             for place, name, data in track(
                 _pictures(archive), 'CIFAR-10', total=sum(COUNTS.values()), disable=not show_progress
             ):
-                folder = unfinished / place
-                if not counts[place.split('/')[0]][folder.name]:
-                    folder.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(data)
-                counts[place.split('/')[0]][folder.name] += 1
-        for split, expected in COUNTS.items():
-            if set(counts[split].values()) != {expected // len(CLASSES)}:
-                raise UserError(f'{source} has {sum(counts[split].values())} {split} pictures, CIFAR-10 has {expected}')
-        for split in COUNTS:
-            shutil.rmtree(root / split, ignore_errors=True)
-            os.replace(unfinished / split, root / split)
+                split, kind = place.split('/')
+                if not counts[split][kind]:
+                    (folder / place).mkdir(parents=True, exist_ok=True)
+                (folder / place / name).write_bytes(data)
+                counts[split][kind] += 1
     except UserError:
         raise
     # What tarfile, zlib and NumPy raise on a damaged archive, and a batch that is none.
     except (tarfile.TarError, zlib.error, EOFError, OSError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and of_machine(error):
+            raise
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise UserError(f'{source} is not a readable CIFAR-10 archive: {reason}') from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not any(root.iterdir()):
-            root.rmdir()
-    return root
+    for split, expected in COUNTS.items():
+        if set(counts[split].values()) != {expected // len(CLASSES)}:
+            raise UserError(f'{source} has {sum(counts[split].values())} {split} pictures, CIFAR-10 has {expected}')
 
 
 def _is_complete(root: Path) -> bool:

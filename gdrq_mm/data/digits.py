@@ -12,12 +12,16 @@ are drawn with a fixed seed, so all machines get the same pixels. Training and t
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
 import numpy as np
 from rich.progress import track
 from sklearn.datasets import load_digits
+
+from ..core.files import write_whole
+from .layout import write_picture
 
 SEED = 1797
 TEST_DIGITS = 500
@@ -66,12 +70,13 @@ def build(root: str | Path, show_progress: bool = True) -> Path:
     root = Path(root)
     wanted = {'seed': SEED, 'counts': COUNTS, 'sizes': SIZES}
     done = root / 'complete.json'
-    if done.is_file() and json.loads(done.read_text()) == wanted:
-        return root
+    with suppress(OSError, ValueError):  # it is not there, or was cut off
+        if json.loads(done.read_text()) == wanted:
+            return root
     for split, (images, labels) in split_digits().items():
         _build_cls(root, split, images, labels, show_progress)
         _build_scenes(root, split, images, labels, show_progress)
-    done.write_text(json.dumps(wanted))
+    write_whole(done, json.dumps(wanted).encode())
     return root
 
 
@@ -79,8 +84,7 @@ def _write(path: Path, picture: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if picture.dtype != np.uint8:
         picture = np.round(picture.clip(0, 255)).astype(np.uint8)
-    if not cv2.imwrite(str(path), picture):
-        raise OSError(f'cannot write {path}')
+    write_picture(path, picture)
 
 
 def _build_cls(root: Path, split: str, images: np.ndarray, labels: np.ndarray, show: bool) -> None:

@@ -51,10 +51,10 @@ def building(root: Path) -> Iterator[Path]:
     """Yield a new folder beside `root` to fill; it becomes `root` if nothing goes wrong.
 
     Raises:
-        UserError: `root` exists and is not empty, or cannot be written.
+        UserError: `root` exists and is no empty folder, or cannot be written.
     """
     try:
-        if root.is_dir() and any(root.iterdir()):
+        if root.exists() and not (root.is_dir() and not any(root.iterdir())):
             raise UserError(f'{root} is there already; give another --out, or remove it to prepare it again')
         root.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from gdrq_mm.core.errors import UserError
 from gdrq_mm.data import cifar10, digits
 from tests.tools import PREPARE, Payload, holds
 
@@ -108,6 +109,20 @@ def test_a_folder_that_cannot_be_written(tmp_path, error_of, dataset):
     holds(error_of(PREPARE, dataset, '--source', 'given.tar.gz', '--out', 'occupied'), 'occupied')
 
 
+def test_what_is_in_the_place_of_cifar10_stays(tmp_path, monkeypatch):
+    (tmp_path / 'mine/train').mkdir(parents=True)
+    (tmp_path / 'mine/train/notes.txt').write_text('mine')
+    archive(tmp_path / 'given.tar.gz', per_class(2))
+    monkeypatch.setattr(cifar10, 'COUNTS', dict(train=20, test=20))
+    with pytest.raises(UserError, match='mine is there already'):
+        cifar10.build(tmp_path / 'given.tar.gz', tmp_path / 'mine', show_progress=False)
+    assert (tmp_path / 'mine/train/notes.txt').read_text() == 'mine'
+    for _ in range(2):  # the second time it is there
+        assert cifar10.build(tmp_path / 'given.tar.gz', tmp_path / 'new', show_progress=False) == tmp_path / 'new'
+    assert len(list((tmp_path / 'new').glob('*/*/*.png'))) == 40
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['given.tar.gz', 'mine', 'new']
+
+
 def test_an_official_batch_is_read():
     content = batch([3, 0])
     planes = content[b'data'].reshape(2, 3, 32, 32)
@@ -142,11 +157,16 @@ def test_digits_are_the_same_to_the_byte(data, tmp_path):
 
 def test_an_unfinished_build_is_finished(tmp_path, data):
     shutil.copytree(data / 'data/digits', tmp_path / 'digits')
-    (tmp_path / 'digits/complete.json').unlink()
+    (tmp_path / 'digits/complete.json').write_text('{"seed": 17')
     missing = tmp_path / 'digits/scenes/train/00007.png'
     missing.unlink()
     digits.build(tmp_path / 'digits', show_progress=False)
     assert missing.read_bytes() == (data / 'data/digits/scenes/train/00007.png').read_bytes()
+
+
+@pytest.mark.parametrize('arguments', [['digits', '--sheet', 'a.txt'], ['coco', '--source', '.', '--sheet', 'a.png']])
+def test_a_sheet_is_a_picture_of_the_digits(error_of, arguments):
+    holds(error_of(PREPARE, *arguments), f'--sheet {arguments[-1]}', 'digits')
 
 
 def test_training_and_test_share_no_digit():
