@@ -21,6 +21,7 @@ from ..openmmlab.tasks import task_of
 from ..openmmlab.weights import check_fits, state_of
 from ..report.analysis import analysis_dict, analysis_table, cost_picture, weight_sheet
 from ..report.provenance import git_revision, hardware, versions
+from ..report.text import print_whole
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,7 +86,6 @@ def main() -> None:
     files['analysis.json'] = (json.dumps(analysis_dict(found, **about), indent=1) + '\n').encode()
     for name, data in files.items():
         write_whole(out / name, data)
-    console = Console()
-    console.width = max(console.width, 200) if not console.is_terminal else console.width
-    console.print(analysis_table(found), highlight=False)
+    console = Console(markup=False)  # a path is none
+    print_whole(console, analysis_table(found))
     console.print(f'Wrote {", ".join(files)} to {out}', highlight=False, soft_wrap=True)

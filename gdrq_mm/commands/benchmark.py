@@ -35,6 +35,7 @@ from ..deploy.runtime import (
     open_runtime,
 )
 from ..report.provenance import provenance
+from ..report.text import print_whole
 
 EXPORTED, FLOAT = 'exported', 'float32'
 
@@ -192,7 +193,7 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace, console: Console)
             f'{each["peak_bytes"] / 1e6:.0f}',
             f'{each["integer_layers"]} of {each["layers"]}',
         )
-    console.print(table)
+    print_whole(console, table)
     inputs = dict.fromkeys((each['graph'], ', '.join(' x '.join(map(str, x)) for x in each['inputs'])) for each in rows)
     for graph, shapes in inputs:
         console.print(f'{graph}: {shapes}', highlight=False, soft_wrap=True)
@@ -200,8 +201,7 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace, console: Console)
 
 def main() -> None:
     args = parse_args()
-    console = Console()
-    console.width = max(console.width, 120) if not console.is_terminal else console.width
+    console = Console(markup=False)  # a path is none
     rows = measure(args, console)
     show(rows, args, console)
     if args.out:

@@ -1,15 +1,15 @@
 """Compare run records: a row for each model, data set, method and bits, beside the float model."""
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
 from ..core.errors import UserError
-from ..core.files import check_writable, write_whole
+from ..core.files import check_file, write_whole
 from ..report.compare import comparison_rows, recipe_notes
 from ..report.formats import comparison_csv, comparison_markdown, comparison_table
 from ..report.record import find_records
+from ..report.text import print_whole
 
 FORMATS = dict(markdown=comparison_markdown, csv=comparison_csv)
 
@@ -27,15 +27,14 @@ def main() -> None:
     for name, table in FORMATS.items():
         out = getattr(args, name)
         if out is not None:
-            check_writable(Path(out).parent)
+            check_file(out, f'--{name}')
             write_whole(out, table(records).encode() + b'\n' * (name == 'markdown'))
     if args.html is not None:
         from ..report.html import html_report  # with the plots: an extra of the package
 
-        check_writable(Path(args.html).parent)
+        check_file(args.html, '--html')
         write_whole(args.html, html_report(records, args.paths).encode())
     console = Console()
-    console.width = max(console.width, 200) if not console.is_terminal else console.width
-    console.print(comparison_table(records))
+    print_whole(console, comparison_table(records))
     for note in recipe_notes(records):
         console.print(note, markup=False, highlight=False, soft_wrap=True)

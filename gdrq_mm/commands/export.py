@@ -26,8 +26,9 @@ from ..openmmlab.data_only import data_only
 from ..openmmlab.deployed import EndToEnd
 from ..openmmlab.parts import parts_of
 from ..openmmlab.tasks import task_of
+from ..report.text import print_whole
 
-CONSOLE = Console()
+CONSOLE = Console(markup=False)  # paths and names of layers are none
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,7 +84,7 @@ def show(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> None:
         table.add_column(column, justify='right' if number else 'left', no_wrap=not number)
     for row in rows:
         table.add_row(*map(str, row))
-    CONSOLE.print(table)
+    print_whole(CONSOLE, table)
 
 
 def show_part(part: ExportedPart) -> None:
@@ -229,6 +230,7 @@ def main() -> None:
         raise UserError(f'{args.checkpoint} is packed already; export the checkpoint of the training')
     if args.format == 'onnx':
         check_export()
+    check_writable(out.parent, '--out: the folder')
     model = init_model(args.config, args.checkpoint, 'cpu', args.cfg_options, args.unsafe_load)
     if 'quantization' not in model.cfg:
         raise UserError(f'{args.config} has no quantization: there are no integers to export')

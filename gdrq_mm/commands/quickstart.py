@@ -21,11 +21,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .. import CONFIGS
 from ..core.compat import has_bfloat16
-from ..core.errors import UserError
+from ..core.errors import UserError, check_least
 from ..core.files import check_writable
 from ..data import digits
 from ..openmmlab.amp import use_amp
 from ..openmmlab.apis import draw, infer, init_model
+from ..openmmlab.checkpoints import newest
 from ..openmmlab.cli import TOOLS, prepare_test, read_config
 from ..openmmlab.compat import check_environment
 from ..openmmlab.describe import make_record
@@ -34,6 +35,7 @@ from ..openmmlab.tasks import task_of
 from ..report.formats import comparison_table
 from ..report.plots import side_by_side
 from ..report.record import read_record, write_record
+from ..report.text import print_whole
 
 JOBS = {
     'classification': ('cls/resnet18_width16_digits.py', 'cls/resnet18_width16_gdrq_w4a4_digits.py', None),
@@ -81,7 +83,7 @@ def run(cfg: Config, hook: Hook) -> str:
     runner = QuantRunner.from_cfg(cfg)
     runner.register_hook(hook)
     runner.train()
-    checkpoint = (Path(cfg.work_dir) / 'last_checkpoint').read_text().strip()
+    checkpoint = newest(cfg.work_dir)
     prepare_test(test_cfg, checkpoint)
     runner = QuantRunner.from_cfg(test_cfg)
     record = make_record(test_cfg, checkpoint, runner.test(), runner.describe(), runner.training)
@@ -103,7 +105,11 @@ def work(task: str, work_dir: Path, epochs: int | None) -> None:
     """Both trainings of a task and their picture; the output goes to TASK.txt, how far it is to stdout."""
     float_config, quantized_config, fewer = JOBS[task]
     out = sys.stdout
-    with open(work_dir / f'{task}.txt', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(work_dir / f'{task}.txt', 'w', encoding='utf-8') as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         before = prepare(float_config, work_dir, epochs, None)
         checkpoint = run(copy.deepcopy(before), TellHook(out, f'{task}, float'))
         after = prepare(quantized_config, work_dir, epochs or fewer, checkpoint)
@@ -155,7 +161,8 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, help='train each model this short, to try the command only')
     parser.add_argument('--only', choices=list(JOBS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    work_dir, start, console = Path(args.work_dir), time.time(), Console()
+    work_dir, start, console = Path(args.work_dir), time.time(), Console(markup=False)
+    check_least(args, epochs=1)
     if args.only:
         return work(args.only, work_dir, args.epochs)
     check_environment()
@@ -170,7 +177,7 @@ def main() -> None:
         train_all(arguments, progress)
     configs = [Path(config).stem for *pair, _ in JOBS.values() for config in pair]
     records = [read_record(work_dir / config / 'record.json') for config in configs]
-    console.print(comparison_table(records, narrow=True))
+    print_whole(console, comparison_table(records, narrow=True))
     pictures = [str(work_dir / f'{task}.png') for task in JOBS]
     console.print(f'Predictions of both, side by side: {", ".join(pictures)}', soft_wrap=True)
     console.print(f'{time.time() - start:.0f} s')

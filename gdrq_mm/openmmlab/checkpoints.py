@@ -134,7 +134,7 @@ def find_resumable(work_dir: str | Path, out_dir: str | Path | None = None, unsa
         UserError: a training was begun here, but none of its checkpoints is whole.
     """
     pointer, run = Path(work_dir) / POINTER, _begun_last(work_dir)
-    named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    named = newest(work_dir)
     earlier: list[Any] = []
     if named:
         try:
@@ -190,10 +190,15 @@ def iterations_of(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     return found if whole else None  # type: ignore[return-value]
 
 
+def newest(work_dir: str | Path) -> str:
+    """The newest checkpoint of a work directory as `last_checkpoint` names it; '' if it names none."""
+    pointer = Path(work_dir) / POINTER
+    return os.fsdecode(pointer.read_bytes()).strip() if pointer.is_file() else ''
+
+
 def last_written(work_dir: str | Path) -> str:
     """Says which checkpoint of a work directory is the last good one."""
-    pointer = Path(work_dir) / POINTER
-    named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    named = newest(work_dir)
     return f'the last good checkpoint is {named}' if named else 'no checkpoint had been written yet'
 
 

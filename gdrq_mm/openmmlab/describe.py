@@ -81,8 +81,11 @@ def mean_of(record: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) 
     for checkpoint, metrics in others.items():
         file = dict(file=_relative(checkpoint), sha256=file_digest(checkpoint))
         each.append({**file, 'metrics': _metrics(metrics)[0]})
-    names = [name for name in record['metrics'] if all(name in one['metrics'] for one in each)]
-    return dict(metrics={n: statistics.fmean(one['metrics'][n] for one in each) for n in names}, checkpoints=each)
+    found = [one['metrics'] for one in each]
+    if record['task'] == 'det':  # a detector that detects nothing has no metrics: all of them are 0
+        found = [metrics or dict.fromkeys(next(filter(None, found), {}), 0.0) for metrics in found]
+    names = [name for name in found[0] if all(name in metrics for metrics in found)]
+    return dict(metrics={n: statistics.fmean(metrics[n] for metrics in found) for n in names}, checkpoints=each)
 
 
 def describe_model(model: nn.Module, config: Quantization | None, report: Report) -> dict[str, Any]:

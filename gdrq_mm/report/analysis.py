@@ -161,7 +161,7 @@ def analysis_table(analysis: Analysis) -> Table:
     pairs = [f'{name} {side}' for name in ('SQNR', 'clip %', 'loss', 'uniform') for side in 'WA']
     for name in (*(['cost', title] if title else []), 'bits', *pairs):
         table.add_column(name, justify='left' if name == 'bits' else 'right')
-    table.add_column('note', overflow='fold')
+    table.add_column('note', overflow='fold', max_width=60)
     for row in analysis.rows:
         values = [f'{row.cost:.2f}', f'{row.metric:.2f}'] if title else []
         sides = zip(_cells(row.weight), _cells(row.input))

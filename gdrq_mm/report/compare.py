@@ -23,7 +23,7 @@ from .identity import (
     title_of,
 )
 from .metrics import Metric, all_metrics, number_of, value_of
-from .recipe import differences, reached, recipe_key
+from .recipe import differences, reached, recipe_key, tested
 from .record import RUNTIMES
 from .text import number_text, printable
 
@@ -101,7 +101,7 @@ def comparison_lines(records: Sequence[Record]) -> list[Line]:
         variants: dict[tuple[str, tuple[int, ...]], dict[str, _Variant]] = {}
         for record in quantized:
             key = method_of(record), tuple(record['model']['bits'])
-            found = variants.setdefault(key, {}).setdefault(names[checkpoint_of(record)], _Variant())
+            found = variants.setdefault(key, {}).setdefault(names[_result(record)], _Variant())
             (found.torch if backend_of(record) == 'torch' else found.runtimes[backend_of(record)]).append(record)
         metrics = all_metrics(of_model)
         for method in dict.fromkeys(method for method, _ in variants):
@@ -141,7 +141,7 @@ def recipe_notes(records: Sequence[Record]) -> list[str]:
                 if record['quantization'] is None
                 else 'trained on'
                 if is_control(record)
-                else names[checkpoint_of(record)] or 'quantized',
+                else names[_result(record)] or 'quantized',
                 record,
             )
             for record in of_model
@@ -151,19 +151,19 @@ def recipe_notes(records: Sequence[Record]) -> list[str]:
     return notes
 
 
-def _recipes(of_model: Sequence[Record]) -> dict[str, str]:
-    """Checkpoint of a quantized record -> the letter of its recipe; '' if the model has one recipe only.
+def _recipes(of_model: Sequence[Record]) -> dict[tuple[str, int], str]:
+    """What was tested by a quantized record -> the letter of its recipe; '' if the model has one recipe only.
 
     Two checkpoints of one cell (method, bits, seed) with the same recipe are told apart by their length, as two
     checkpoints of one training are, else by their file.
     """
     quantized = _quantized(of_model)
-    keys = {checkpoint_of(r): (recipe_key(r), start_of(r)) for r in quantized}
-    extra: dict[str, Any] = dict.fromkeys(keys, '')
+    keys = {_result(r): (recipe_key(r), start_of(r)) for r in quantized}
+    extra: dict[tuple[str, int], Any] = dict.fromkeys(keys, '')
     for tell in (reached, lambda record: checkpoint_of(record)):
-        cells: dict[tuple[Any, ...], dict[str, Record]] = {}
+        cells: dict[tuple[Any, ...], dict[tuple[str, int], Record]] = {}
         for r in quantized:
-            mark = checkpoint_of(r)
+            mark = _result(r)
             cells.setdefault((method_of(r), tuple(r['model']['bits']), keys[mark], extra[mark]), {})[mark] = r
         for cell in cells.values():
             seeds = [record['training']['seed'] for record in cell.values()]
@@ -182,7 +182,7 @@ def _letter(number: int) -> str:
 
 
 def _floats(of_model: Iterable[Record]) -> list[Record]:
-    """The float baselines of a model, one for each checkpoint; a runtime's result only where torch has none."""
+    """The float baselines of a model, one for each result; a runtime's result only where torch has none."""
     floats = [record for record in of_model if record['quantization'] is None]
     return _different(sorted(floats, key=lambda record: backend_of(record) == 'torch'))
 
@@ -190,10 +190,10 @@ def _floats(of_model: Iterable[Record]) -> list[Record]:
 def _baseline(of_model: Sequence[Record], record: Record | None) -> Record | None:
     """The float record of the checkpoint that a quantized one was trained from, or the only one if it does not say."""
     floats = _floats(of_model)
-    start = None if record is None else start_of(record)
-    return next(
-        (before for before in floats if checkpoint_of(before) == start), floats[0] if len(floats) == 1 else None
-    )
+    if record is None or len(floats) == 1:
+        return floats[0] if len(floats) == 1 else None
+    own = [before for before in floats if checkpoint_of(before) == start_of(record)]
+    return next((before for before in own if tested(before) == tested(record)), next(iter(own), None))
 
 
 def _quantized(of_model: Iterable[Record]) -> list[Record]:
@@ -310,8 +310,13 @@ def _published(record: Record, method: str, bits: str) -> str:
 
 
 def _different(records: Iterable[Record]) -> list[Record]:
-    """One record for each checkpoint: the user may have given a record twice."""
-    return list({checkpoint_of(record): record for record in records}.values())
+    """One record for each result: the user may have given a record twice."""
+    return list({_result(record): record for record in records}.values())
+
+
+def _result(record: Record) -> tuple[str, int]:
+    """What was tested: a checkpoint, and how many with it (`gdrq test --last`)."""
+    return checkpoint_of(record), tested(record)
 
 
 def _two(one: Record, other: Record) -> str:

@@ -119,7 +119,7 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
         rows=rows,
         metrics=_metric_plots(entries),
         runs=runs,
-        folders=[(str(f), found) for f in _between(folders, shown) if (found := pictures(f.glob('*.png')))],
+        folders=[(printable(str(f)), found) for f in _between(folders, shown) if (found := pictures(f.glob('*.png')))],
         quantities=list(QUANTITIES.values()),
         count=len(records),
         time=datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
@@ -195,7 +195,7 @@ def _run(record: Record, anchor: str, shown: dict[Path, str]) -> Run:
         shown: work directory -> anchor of the entry that shows it; this record's folder is added.
     """
     path = record.get('path')
-    run = Run(path or NOT_RECORDED, _facts(record))
+    run = Run(printable(path or NOT_RECORDED), _facts(record))
     folder = Path(path).parent if path else None
     log = None if folder is None else read_log(folder)
     if folder is None or log is None:
@@ -204,7 +204,7 @@ def _run(record: Record, anchor: str, shown: dict[Path, str]) -> Run:
         run.same_folder = shown[folder]
     else:
         shown[folder] = anchor
-        _show_log(run, log, f'{anchor} {path}', _reshape_end(record))
+        _show_log(run, log, f'{anchor} {run.path}', _reshape_end(record))
         run.pictures = pictures(folder.glob('*.png'))
         run.analysis = pictures((folder / 'analysis').rglob('*.png'))
     return run
@@ -229,7 +229,7 @@ def _show_log(run: Run, log: TrainLog, name: str, reshape_end: float) -> None:
     if not curves:
         run.notes.append('the training log has no statistics of quantizers')
         return
-    run.sources = list(dict.fromkeys(log.sources.values()))
+    run.sources = list(dict.fromkeys(map(printable, log.sources.values())))
     for kind in ('weights', 'activations'):
         of_kind = {layer: c for layer, c in curves.items() if layer.endswith('.weight') == (kind == 'weights')}
         plots = []
@@ -303,6 +303,7 @@ def pictures(files: Iterable[Path]) -> list[Picture]:
 
 def picture(file: Path) -> Picture:
     """A PNG as a data URI, made smaller if it is large."""
+    name = printable(file.name)
     try:
         data = file.read_bytes()
         with Image.open(io.BytesIO(data), formats=['PNG']) as image:
@@ -316,5 +317,5 @@ def picture(file: Path) -> Picture:
                 data, kind = buffer.getvalue(), 'webp'
                 note = 'compressed' if smaller.size == size else f'scaled down from {size[0]} x {size[1]} pixels'
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-        return Picture(file.name, '', f'cannot be read: {type(error).__name__}')
-    return Picture(file.name, f'data:image/{kind};base64,{base64.b64encode(data).decode()}', note)
+        return Picture(name, '', f'cannot be read: {type(error).__name__}')
+    return Picture(name, f'data:image/{kind};base64,{base64.b64encode(data).decode()}', note)

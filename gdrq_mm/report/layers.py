@@ -119,7 +119,7 @@ def layer_table(model: nn.Module, report: Report) -> str:
         quant = getattr(modules.get(output.name), 'output_quant', None)
         bits = str(quant.bits_in_use) if quant is not None else str(FLOAT_BITS)
         table.add_row(output.name, output.before, '', '', '', bits, _range(quant), output.note)
-    console = Console(file=io.StringIO(), width=240)
+    console = Console(file=io.StringIO(), width=240, markup=False)
     console.print(table)
     text = '\n'.join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
     total = totals(model, report)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -217,13 +218,31 @@ def find_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f'{path} does not exist')
-        files = [path] if path.is_file() else [f for f in sorted(path.rglob('*.json')) if _looks_like_one(f)]
+        files = [path] if path.is_file() else sorted(filter(_looks_like_one, _json_files(path)))
         if not files:
             raise UserError(f'{path} has no run record; {command("test")} writes one')
         records += [{**read_record(file), 'path': str(file)} for file in files]
     return records
 
 
+def _json_files(folder: Path) -> Iterator[Path]:
+    """The JSON files in a folder at any depth, each folder once; links to folders on another disk are followed."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        yield from (Path(place, name) for name in names if name.endswith('.json'))
+
+
 def _looks_like_one(file: Path) -> bool:
     """Whether a file may be a record: a work directory has other JSON files, such as mmengine's scalars."""
-    return file.name == 'record.json' or b'"record_version"' in file.read_bytes()[:200]
+    if not file.is_file() or file.name == 'record.json':
+        return file.is_file()
+    try:
+        with open(file, 'rb') as opened:
+            return b'"record_version"' in opened.read(200)
+    except OSError:
+        return False

@@ -6,6 +6,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from rich.console import Console
+from rich.table import Table
+
+WIDEST = 10_000
+"""Columns of a terminal that no table reaches."""
+
 
 def printable(text: str) -> str:
     """A text on one line: what is no printable character stands there as its escape."""
@@ -28,3 +34,14 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def number_text(value: float) -> str:
     """A number with two decimals; a huge one in a few letters."""
     return f'{value:.2f}' if not math.isfinite(value) or abs(value) < 1e9 else f'{value:.6g}'
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with all of its cells: rich cuts those for which a terminal has no room, numbers too.
+
+    A line that is wider than the terminal goes on in its next line.
+    """
+    width, console.width = console.width, WIDEST
+    console.width = max(width, console.measure(table).maximum)
+    console.print(table, highlight=False)
+    console.width = width

@@ -27,9 +27,9 @@ main()
 OPENMMLAB = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
 
-def gdrq(*arguments, blocked=(), path=None):
+def gdrq(*arguments, blocked=(), path=None, **variables):
     """Runs the command where some packages cannot be imported; `path` is a folder in front of all others."""
-    variables = ENV if path is None else {**ENV, 'PYTHONPATH': f'{path}:{ENV["PYTHONPATH"]}'}
+    variables = {**ENV, **variables, **({} if path is None else {'PYTHONPATH': f'{path}:{ENV["PYTHONPATH"]}'})}
     program = WITHOUT.format(blocked=set(blocked), arguments=[*map(str, arguments)])
     return subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=variables)
 
@@ -90,6 +90,12 @@ def test_without_what_a_report_needs_there_are_tables(tmp_path):
     done = gdrq('compare', *records, *options, blocked=(*OPENMMLAB, 'matplotlib', 'jinja2', 'PIL'))
     expected = r"error: \w+ is not installed: uv pip install 'gdrq-mm\[report\]'\n"
     assert done.returncode == 1 and re.fullmatch(expected, done.stderr), done.stderr
+
+
+def test_where_the_locale_is_not_utf_8():
+    records = sorted((ROOT / 'docs/records/quickstart').glob('resnet18*.json'))
+    done = gdrq('compare', *records, blocked=OPENMMLAB, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    assert (done.returncode, done.stderr) == (0, '') and r'2.82\u21920.37' in done.stdout
 
 
 def test_plain_torch_without_what_exports(tmp_path):

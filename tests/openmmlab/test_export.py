@@ -339,6 +339,7 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     assert len(set(accuracy)) == 1
     for name, args, message in [
         ('export.py', ('--out', 'exported'), '--out exported exists'),
+        ('export.py', ('--out', 'record.json/exported'), '--out: the folder record.json cannot be written'),
         ('test.py', ('--backend', 'openvino'), '--backend and --exported DIR belong together'),
         ('test.py', ('--parts',), '--parts belongs to --backend and --exported DIR'),
         ('test.py', ('--backend', 'openvino', '--exported', 'none'), 'none/export.json cannot be read'),

@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.openmmlab.cli import read_config
-from gdrq_mm.openmmlab.describe import make_record, model_name
+from gdrq_mm.openmmlab.describe import make_record, mean_of, model_name
 from gdrq_mm.openmmlab.recipe import other_settings, settings_of, trained_as, training_of
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.report.compare import comparison_rows
@@ -180,6 +180,18 @@ def test_classes_in_a_config_have_their_names():
 
     cfg = Config(dict(model=dict(type=ImageClassifier, backbone=dict(type=ResNet, depth=18))))
     assert model_name(cfg) == 'ResNet-18'
+
+
+@pytest.mark.parametrize('order', [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_a_checkpoint_that_detects_nothing_counts_in_the_mean(order):
+    """mmdet returns no metrics for it."""
+    runs = [({'coco/bbox_mAP': 0.5}), {}, {'coco/bbox_mAP': 0.4}]
+    last, *others = (runs[number] for number in order)
+    found = dict(task='det', metrics=last, checkpoint=dict(file='3.pth', sha256=None))
+    mean = mean_of(found, {f'{number}.pth': metrics for number, metrics in enumerate(others)})
+    assert mean['metrics'] == {'coco/bbox_mAP': pytest.approx(0.3)}
+    assert [one['metrics'] for one in mean['checkpoints']] == [last, *others]
+    assert mean_of({**found, 'metrics': {}}, {'2.pth': {}})['metrics'] == {}
 
 
 def test_the_last_checkpoints_make_one_record(digits_root, tmp_path, run_in):

@@ -54,6 +54,24 @@ def cells(rows, *columns):
     return [tuple(row[column] for column in columns) for row in rows]
 
 
+# ---- one checkpoint, tested twice -----------------------------------------------------------------------------------
+
+
+def test_the_mean_of_the_last_checkpoints_stands_beside_the_last_one(made):
+    def last(found, number, top1):
+        return {**found, 'metrics': {'accuracy/top1': top1}, 'checkpoints': [found['checkpoint']] * number}
+
+    before, after = made('f', 92.0, False), made('q', 91.0, start='f')
+    records = [last(before, 3, 90.0), before, after, last(after, 3, 88.0)]
+    for given in (records, records[::-1]):
+        rows = comparison_rows(given)
+        assert sorted(cells(rows, 'float', 'quantized', 'drop')) == [
+            ('90.00', '88.00', '2.00'),
+            ('92.00', '91.00', '1.00'),
+        ]
+        assert {row['recipe'] for row in rows} == {'A', 'B'}
+
+
 # ---- the float model, trained on ------------------------------------------------------------------------------------
 
 

@@ -139,3 +139,9 @@ def test_the_table_ends_with_the_totals():
     model = tiny()
     report = quantize(model, image((1, 3, 8, 8)), weight=dict(bits=4, groups=4), activation=dict(bits=3))
     assert '872 of 898 parameters quantized' in layer_table(model, report).splitlines()[-1]
+
+
+def test_a_name_is_no_markup():
+    model = nn.Sequential()
+    model.add_module('conv[bold]', conv(3, 8))
+    assert 'conv[bold]' in layer_table(model, quantize(model, image((1, 3, 8, 8))))

@@ -322,6 +322,15 @@ def test_a_damaged_picture_says_so(tmp_path, data):
     assert 'cannot be read' in picture(tmp_path / 'a.png').note
 
 
+def test_a_name_that_is_no_unicode_is_shown(folder, tmp_path):
+    """As archives of other systems leave it."""
+    place = tmp_path / os.fsdecode(b'runs\xff')
+    shutil.copytree(folder, place)
+    save_picture(place / os.fsdecode(b'gr\xfcn.png'))
+    html = html_report(find_records([place]), [place])
+    assert html.encode() and 'gr\\udcfcn.png' in html and 'runs\\udcff' in html
+
+
 def test_so_many_pictures_are_shown(tmp_path):
     for number in range(PICTURES + 2):
         save_picture(tmp_path / f'{number:03}.png', 2, 2)

@@ -20,7 +20,8 @@ from gdrq_mm.openmmlab.describe import make_record, model_name
 from gdrq_mm.report import provenance
 from gdrq_mm.report.compare import comparison_rows
 from gdrq_mm.report.formats import comparison_markdown, comparison_table
-from gdrq_mm.report.record import read_record, write_record
+from gdrq_mm.report.record import find_records, read_record, write_record
+from gdrq_mm.report.text import print_whole
 from tests.helpers import ROOT
 from tests.records import MODEL, config, record
 from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, train
@@ -280,7 +281,9 @@ def test_the_tool_writes_every_format(checkpoint, tmp_path, run):
         (['empty'], 'empty has no run record'),
         (['float.json'], 'all records are of float models'),
         (['old.json'], 'old.json is not a run record of version'),
-        (['float.json', 'run.json', '--csv', 'float.json/a.csv'], 'float.json'),
+        (['float.json', 'run.json', '--csv', 'float.json/a.csv'], '--csv float.json/a.csv cannot be written'),
+        (['float.json', 'run.json', '--markdown', 'empty'], '--markdown empty is a folder'),
+        (['float.json', 'run.json', '--csv', '/dev/full'], 'error: No space left on device'),
     ],
 )
 def test_bad_records_end_in_one_line(checkpoint, tmp_path, run, arguments, message):
@@ -291,6 +294,26 @@ def test_bad_records_end_in_one_line(checkpoint, tmp_path, run, arguments, messa
     (tmp_path / 'empty').mkdir()
     done = run(COMPARE, *arguments)
     assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]
+
+
+def test_records_are_found_among_other_things_and_behind_links(checkpoint, tmp_path):
+    """Work directories lie on another disk, and hold what is called .json without being a file."""
+    runs = tmp_path / 'runs'
+    (runs / 'folder.json').mkdir(parents=True)
+    (runs / 'gone.json').symlink_to('nothing')
+    (tmp_path / 'disk/run').mkdir(parents=True)
+    write_record(record(checkpoint, 92.0, False), tmp_path / 'disk/run/record.json')
+    (runs / 'run').symlink_to(tmp_path / 'disk/run')
+    (tmp_path / 'disk/run/back').symlink_to(runs)
+    assert [found['path'] for found in find_records([runs])] == [str(runs / 'run/record.json')]
+
+
+@pytest.mark.parametrize('width', [40, 400])
+def test_no_cell_of_a_table_is_cut(checkpoint, width):
+    records = [record(checkpoint, 92.0, False), record(checkpoint, 91.234, True)]
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    print_whole(console, comparison_table(records))
+    assert '…' not in console.file.getvalue() and '91.23' in console.file.getvalue() and console.width == width
 
 
 def test_where_the_first_weights_came_from_does_not_matter(checkpoint):

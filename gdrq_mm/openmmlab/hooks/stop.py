@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class StopHook(Hook):
         runner.save_checkpoint(runner.work_dir, CHECKPOINT, by_epoch=False)
         path = Path(runner.work_dir) / CHECKPOINT
         if is_main_process():
-            write_whole(Path(runner.work_dir) / POINTER, str(path).encode())
+            write_whole(Path(runner.work_dir) / POINTER, os.fsencode(path))
         barrier()  # the launcher may kill all processes when the first has ended
         self.after_train(runner)
         name = signal.Signals(int(received)).name
