@@ -5,6 +5,7 @@ test run for each layer and number of bits; it goes on where it stopped), or by 
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -115,4 +116,4 @@ def main() -> None:
     write_whole(args.out.with_suffix('.html'), allocation_page(found, unit, name, facts).encode())
     write_whole(args.out, config_text(found, base, about, unit, settings).encode())
     print('\n'.join(found.summary(unit)))
-    print(f'Wrote {args.out}, and beside it .html and .png; train it: {command("train")} {args.out}')
+    print(f'Wrote {args.out}, and beside it .html and .png; train it: {command("train")} {shlex.quote(str(args.out))}')

@@ -1,10 +1,11 @@
 """Quantize a float checkpoint without training: thresholds from a few training batches (post-training quantization)."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ..core.errors import UserError, command
-from ..core.files import check_writable
+from ..core.files import check_file
 from ..openmmlab.cli import add_config_arguments, build_runner, load_config
 
 
@@ -17,14 +18,12 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_config(args, ('train_dataloader', 'test_dataloader'))
     out = Path(args.out or Path(cfg.work_dir) / 'calibrated.pth')
-    if out.is_dir():
-        raise UserError(f'--out {out} is a folder')
-    check_writable(out.parent)
+    check_file(out, '--out')
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     runner = build_runner(cfg, args)
     if not hasattr(runner, 'calibrate'):
         raise UserError(f'runner_type={cfg.runner_type!r} does not quantize')
     runner.calibrate(str(out))
-    then = f'{command("test")} {args.config} {out} --work-dir {out.parent}'
+    then = f'{command("test")} {shlex.join([args.config, str(out), "--work-dir", str(out.parent)])}'
     runner.logger.info(f'Wrote {out}; evaluate it with: {then}')

@@ -5,15 +5,15 @@ Finished cells are skipped, interrupted ones go on where they stopped. Compare w
 
 import argparse
 import os
+import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..core.errors import UserError
-from ..core.files import check_writable, write_whole
+from ..core.files import check_file, check_writable, write_whole
 from ..openmmlab.sweep import read_sweep
 from ..openmmlab.sweep_cell import Cell, run_cell, slurm_script
 
@@ -31,6 +31,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.jobs < 1 or args.cores < 1:
         raise UserError('--jobs and --cores are at least 1')
+    try:
+        shlex.split(args.slurm_args)
+    except ValueError as error:
+        raise UserError(f'--slurm-args {args.slurm_args!r}: {error}') from None
     return args
 
 
@@ -83,7 +87,7 @@ def main() -> None:
         raise UserError(f'{len(missing)} errors in {args.file}:\n  ' + '\n  '.join(missing))
     console.print(f'{len(chosen)} cells, {len(finished)} finished, {len(todo)} to run')
     if args.slurm:
-        check_writable(Path(args.slurm).parent)
+        check_file(args.slurm, '--slurm')
         write_whole(args.slurm, slurm_script(todo, args.slurm_args).encode())
         return
     for cell in todo:

@@ -7,13 +7,13 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 
 from ..core.errors import UserError, command
-from ..core.files import check_writable
+from ..core.files import check_file
 from ..openmmlab.checkpoints import checkpoints_before
 from ..openmmlab.cli import add_config_arguments, build_runner, load_config, prepare_test
 from ..openmmlab.describe import make_record, mean_of
 from ..openmmlab.models import bare_model
 from ..openmmlab.recipe import other_settings
-from ..openmmlab.tasks import dump_after_build, dump_before_build, show_predictions, use_tta
+from ..openmmlab.tasks import dump_after_build, dump_before_build, metrics_of, show_predictions, task_of, use_tta
 from ..report.record import RUNTIMES, write_record
 
 
@@ -51,11 +51,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args, ('test_dataloader',))
+    task_of(cfg)  # the record states it: what has none is refused before it is tested
     name = f'record_{args.backend}.json' if args.backend else 'record.json'
     record = Path(args.record or Path(cfg.work_dir) / name)
-    check_writable(record.parent)
-    if record.is_dir():
-        raise UserError(f'--record {record} is a folder: the run record cannot be written')
+    check_file(record, '--record')
     earlier = checkpoints_before(args.checkpoint, args.last - 1)
     prepare_test(cfg, args.checkpoint)
     if args.show or args.show_dir:
@@ -75,11 +74,15 @@ def main() -> None:
     metrics = runner.test()
     described, training = {**runner.describe(), 'backend': args.backend or 'torch'}, runner.training
     others = [runner.test_another(checkpoint) for checkpoint in earlier]
-    if is_main_process():
-        found = make_record(cfg, args.checkpoint, metrics, described, training)
-        if others:
-            found.update(mean_of(found, dict(zip(earlier, others))))
-        for line in other_settings(found['quantization'], cfg.get('quantization')):
-            runner.logger.warning(f'{line}; the record states the former')
-        write_record({**found, 'cell': args.cell} if args.cell else found, record)
-        runner.logger.info(f'Wrote the run record {record}')
+    if not is_main_process():
+        return
+    if not metrics and any(metric.get('format_only') for metric in metrics_of(cfg)):
+        runner.logger.warning('format_only: predictions were written and not evaluated, so there is no run record')
+        return
+    found = make_record(cfg, args.checkpoint, metrics, described, training)
+    if others:
+        found.update(mean_of(found, dict(zip(earlier, others))))
+    for line in other_settings(found['quantization'], cfg.get('quantization')):
+        runner.logger.warning(f'{line}; the record states the former')
+    write_record({**found, 'cell': args.cell} if args.cell else found, record)
+    runner.logger.info(f'Wrote the run record {record}')

@@ -57,8 +57,13 @@ def adapt(cfg: Config, args: argparse.Namespace) -> None:
     if args.amp:
         use_amp(cfg)
     if args.auto_scale_lr:
-        scale = cfg.get('auto_scale_lr') or {'base_batch_size': 256}
+        scale = cfg.get('auto_scale_lr') or {}
         if isinstance(scale, dict):  # else the runner refuses it
+            if 'base_batch_size' not in scale:
+                raise UserError(
+                    '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the pictures of a step over all '
+                    'processes that its learning rate is for'
+                )
             cfg.auto_scale_lr = {**scale, 'enable': True}
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None

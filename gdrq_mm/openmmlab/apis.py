@@ -55,9 +55,10 @@ def init_model(
         unsafe_load: unpickle whatever the checkpoint, and others that the model loads, hold; that runs their code.
 
     Raises:
-        UserError: the config or the checkpoint cannot be read, or they do not fit.
+        UserError: the config or the checkpoint cannot be read, they do not fit, or there is no such device.
     """
     check_environment()
+    place = _device(device)
     if isinstance(config, Config):
         cfg = copy.deepcopy(config)
         cfg.merge_from_dict(cfg_options or {})
@@ -91,7 +92,19 @@ def init_model(
             model.dataset_meta = model._dataset_meta = dataset_meta_of(content, str(checkpoint))
     if not model.dataset_meta.get('classes'):
         model.dataset_meta.update(metainfo_of(cfg))
-    return model.to(device or get_device())
+    return model.to(place)
+
+
+def _device(name: str | None) -> torch.device:
+    """A device by its name, by default a GPU if there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=name or get_device()).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by what torch was built with
+        raise UserError(f'device {name!r} cannot be used: {error}'.splitlines()[0]) from None
 
 
 def _load_packed(model: Any, path: str | Path) -> None:

@@ -44,7 +44,7 @@ def loader_of(runner: Any, name: str) -> DataLoader:
         diff = runner._randomness_cfg.get('diff_rank_seed', False)
         try:
             loader = runner.build_dataloader(loader, seed=runner.seed, diff_rank_seed=diff)
-        except FileNotFoundError as error:
+        except OSError as error:
             raise UserError(f'{name[1:]}: the data set cannot be read: {error}') from None
         setattr(runner, name, loader)
     return loader

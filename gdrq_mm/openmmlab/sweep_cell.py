@@ -143,7 +143,7 @@ def run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
 
 def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
     cell.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(cell.log, 'a') as log:
+    with open(cell.log, 'a', encoding='utf-8') as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes of the cell inherit the lock
         except BlockingIOError:
@@ -159,7 +159,7 @@ def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
     if done.returncode == 0 and cell.record.exists():
         return True, f'{cell.name}: done{aside}'
-    lines = [line for line in cell.log.read_text(errors='replace').splitlines() if line.strip()]
+    lines = [line for line in cell.log.read_text(encoding='utf-8', errors='replace').splitlines() if line.strip()]
     return False, f'{cell.name}: {lines[-1] if lines else "no output"} (exit {done.returncode}, {cell.log})'
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -15,6 +16,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
 from ..core.errors import UserError
+from ..core.files import check_file, check_writable
 from .mistakes import registered
 
 TASKS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg'}
@@ -123,6 +125,8 @@ def use_tta(cfg: Config) -> None:
 
 def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: float) -> None:
     """Switch on the library's visualization hook, which draws predictions in a window or into a folder."""
+    if folder is not None:
+        check_writable(Path(folder), '--show-dir')
     task, hook = task_of(cfg), _drawing_hook(cfg)
     cfg.visualizer = visualizer_of(cfg)
     hook.show, hook.wait_time = show, wait_time
@@ -152,15 +156,23 @@ def visualizer_of(cfg: Config) -> ConfigDict:
     return cfg.get('visualizer') or ConfigDict(type=DRAWING[task_of(cfg)][1], vis_backends=backends)
 
 
+def metrics_of(cfg: Config) -> list[Any]:
+    """The metrics of a test, however the evaluator is written."""
+    found = cfg.test_evaluator.get('metrics') if isinstance(cfg.test_evaluator, dict) else None
+    metrics = found or cfg.test_evaluator
+    return metrics if isinstance(metrics, list) else [metrics]
+
+
 def dump_before_build(cfg: Config, out: str) -> None:
     """`--out` for segmentation: let mmseg's metric write its predictions as PNGs of class indices into a folder."""
     if task_of(cfg) == 'seg':
-        found = cfg.test_evaluator.get('metrics') if isinstance(cfg.test_evaluator, dict) else None
-        evaluators = found or cfg.test_evaluator
-        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-            evaluator.update(output_dir=out, keep_results=True)
+        check_writable(Path(out), '--out')
+        for metric in metrics_of(cfg):
+            metric.update(output_dir=out, keep_results=True)
     elif not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out} does not end in .pkl or .pickle')
+    else:
+        check_file(out, '--out')
 
 
 class _DumpHook(Hook):

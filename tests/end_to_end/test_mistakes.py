@@ -56,6 +56,9 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
     for given in ('configs/resnet18_w4a5.py', 'config/resnet18_w4a4.py', 'resnet18_w4a4.py'):
         holds(error_of(TRAIN, given), f'config {given} {message}')
         holds(error_of(TEST, given, 'epoch_1.pth'), f'config {given} {message}')
+    (tmp_path / 'data/deep').mkdir(parents=True)
+    (tmp_path / 'data/deep/vgg_w8a8.py').write_text('depth = 11')  # a folder of the user's may be a whole disk
+    assert 'nearest' not in error_of(TRAIN, 'vgg_w8a8.py')
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,8 @@ def test_a_wrong_option(home, error_of, option, fragments):
         (TRAIN, ['--amp', '--cfg-options', 'default_scope=[]'], ['default_scope=[]', 'mmpretrain']),
         (TRAIN, ['--amp', '--cfg-options', 'optim_wrapper=None'], ['--amp: optim_wrapper=None']),
         (TRAIN, ['--auto-scale-lr', '--cfg-options', 'auto_scale_lr=3'], ['auto_scale_lr=3 is not a dict']),
+        (TRAIN, ['--auto-scale-lr'], ['--auto-scale-lr: the config has no auto_scale_lr.base_batch_size']),
+        (TEST, ['x.pth', '--cfg-options', 'default_scope=mmpose'], ["default_scope='mmpose'", 'mmpretrain']),
         (
             TRAIN,
             ['--resume', '--cfg-options', 'default_hooks.checkpoint=3'],
@@ -175,10 +180,13 @@ def test_a_record_that_cannot_be_written(home, error_of, trained, record):
     ('options', 'fragments'),
     [
         (['--out', 'predictions.txt'], ['--out predictions.txt', '.pkl']),
+        (['--out', 'text/predictions.pkl'], ['--out text/predictions.pkl cannot be written']),
+        (['--show-dir', 'text/shown'], ['--show-dir text/shown cannot be written']),
         (['--tta', '--show-dir', 'shown'], ['--tta', '--show-dir']),
     ],
 )
 def test_options_that_do_not_go_together(home, error_of, trained, options, fragments):
+    (home / 'text').touch()
     command = (TEST, W4A4, trained / 'epoch_1.pth', *options, '--cfg-options', *TINY)
     holds(error_of(*command), *fragments)
 

@@ -99,7 +99,8 @@ def test_mixed_precision_on_a_cpu(home, run, trained):
 
 
 def test_the_learning_rate_is_scaled_with_the_batch_size(home, run):
-    done = run(TRAIN, W4A4, '--work-dir', 'work', '--auto-scale-lr', '--cfg-options', *TINY)
+    options = (*TINY, 'auto_scale_lr.base_batch_size=256')
+    done = run(TRAIN, W4A4, '--work-dir', 'work', '--auto-scale-lr', '--cfg-options', *options)
     assert done.returncode == 0, done.stderr
     groups = torch.load(home / 'work/epoch_1.pth', weights_only=False)['optimizer']['param_groups']
     assert {group['initial_lr'] for group in groups} == {0.01 * 8 / 256}

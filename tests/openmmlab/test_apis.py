@@ -172,10 +172,12 @@ def test_the_float_model_beside_the_quantized_one(trained, tmp_path, run):
 @pytest.mark.parametrize(
     ('image', 'out', 'message'),
     [
-        ('none.png', 'a.png', 'picture none.png does not exist'),
-        ('text.png', 'a.png', 'picture text.png cannot be read'),
-        ('text.png', 'a.gif', '--out a.gif does not end in .png'),
-        ('text.png', 'text.png/a.png', 'text.png'),
+        ('none.png', ['a.png'], 'picture none.png does not exist'),
+        ('text.png', ['a.png'], 'picture text.png cannot be read'),
+        ('text.png', ['a.gif'], '--out a.gif does not end in .png'),
+        ('text.png', ['text.png/a.png'], 'text.png'),
+        ('text.png', ['a.png', '--device', 'gpu'], "error: device 'gpu' cannot be used: Expected one of cpu, cuda"),
+        ('text.png', ['a.png', '--device', 'cuda:99'], "error: device 'cuda:99' cannot be used: "),
     ],
 )
 def test_bad_input_ends_in_one_line(scenes_root, tmp_path, run, image, out, message):
@@ -183,7 +185,7 @@ def test_bad_input_ends_in_one_line(scenes_root, tmp_path, run, image, out, mess
     config = ROOT / 'configs/cls/resnet18_width16_digits.py'
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         torch.save(init_model(config).state_dict(), tmp_path / 'float.pth')
-    done = run(INFER, config, 'float.pth', image, '--out', out)
+    done = run(INFER, config, 'float.pth', image, '--out', *out)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert message in done.stderr.splitlines()[-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ['float.pth', 'text.png']

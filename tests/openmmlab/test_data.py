@@ -343,6 +343,7 @@ COCO = 'scenes/annotations/train.json'
 BAD = [
     ('det', COCO, put('{"images": ['), ['is not JSON']),
     ('det', COCO, lambda path: path.write_text('[1]'), ['is a list, not a COCO dict']),
+    ('det', COCO, lambda path: (path.unlink(), path.mkdir()), ['the data set cannot be read', 'Is a directory']),
     ('det', COCO, edit(lambda content: content.pop('images')), ["no list 'images'"]),
     ('det', COCO, edit(lambda content: content.pop('annotations')), ['no annotations']),
     ('det', COCO, edit(lambda content: content['annotations'][1].pop('bbox')), ["entry 1 of 'annotations' lacks bbox"]),

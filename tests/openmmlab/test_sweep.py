@@ -240,6 +240,13 @@ def test_what_is_no_value_is_named_before_anything_runs(value):
     assert message.startswith("options['a.b']=") and 'is not plain data' in message
 
 
+def test_values_that_are_given_twice_count_both_times():
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    given = ['--cfg-values', '{"a": 1, "b": 1}', '--cfg-values', '{"b": 2}']
+    assert parser.parse_args(given).cfg_values == {'a': 1, 'b': 2}
+
+
 @pytest.mark.parametrize('text', ['3', 'a=3', '{1: 2}', '{"a": print()}', '{'])
 def test_values_that_are_no_dict_are_refused(text):
     parser = argparse.ArgumentParser()
@@ -268,6 +275,7 @@ def test_a_cell_that_another_sweep_has_run_since_is_skipped(swept):
 
 def test_cells_become_slurm_jobs(swept, sweep):
     write_sweep(swept, seeds=[0, 1])
+    assert "error: --slurm-args 'a \"b': No closing" in sweep('--slurm', 'jobs.sh', '--slurm-args', 'a "b').stderr
     sweep('--slurm', 'jobs.sh', '--slurm-args', '-p gpu --gres=gpu:1')
     script = (swept / 'jobs.sh').read_text()
     assert subprocess.run(['bash', '-n', 'jobs.sh'], cwd=swept).returncode == 0

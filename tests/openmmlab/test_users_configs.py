@@ -168,3 +168,11 @@ def test_masks_are_written_where_the_evaluator_is_spelt_out(floats, tested, tmp_
     cfg.test_evaluator = dict(type='Evaluator', metrics=[cfg.test_evaluator])
     tested(cfg, '--out', tmp_path / 'masks')
     assert len(list((tmp_path / 'masks').glob('*.png'))) == 4
+
+
+def test_predictions_that_are_not_evaluated_are_no_result(floats, tested, tmp_path):
+    """Without metrics a record would say that nothing was detected: a box AP of 0."""
+    cfg = floats('det')
+    cfg.test_evaluator.update(format_only=True, outfile_prefix=str(tmp_path / 'found'))
+    tested(cfg, '--record', tmp_path / 'record.json')
+    assert (tmp_path / 'found.bbox.json').exists() and not (tmp_path / 'record.json').exists()
