@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.errors import UserError, check_least
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.openmmlab.cli import main
 from gdrq_mm.report.record import read_record
@@ -59,10 +59,13 @@ def search() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--checkpoint', required=True, help='float checkpoint of resnet18_width16_cifar10')
     parser.add_argument('--jobs', type=int, default=1, help='runs at once, a thread each')
-    parser.add_argument('--bits', nargs='+', default=['w4a4', 'w2a4'], help='which of the settings')
+    parser.add_argument(
+        '--bits', nargs='+', default=['w4a4', 'w2a4'], choices=['w4a4', 'w2a4'], help='which of the settings'
+    )
     parser.add_argument('--work-dir', default='work_dirs/cifar10_search')
     parser.add_argument('--out', default=str(ROOT / 'docs/figures/cifar10_search.json'))
     args = parser.parse_args()
+    check_least(args, jobs=1)
     if not Path(args.checkpoint).is_file():
         raise UserError(f'checkpoint {args.checkpoint} does not exist')
     os.environ['OMP_NUM_THREADS'] = '1'

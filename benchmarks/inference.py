@@ -31,6 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from shared import calibrated, write_figure
 
+from gdrq_mm.core.errors import check_least
 from gdrq_mm.deploy.export import properties
 from gdrq_mm.deploy.measure import peak_memory, timed_rounds
 from gdrq_mm.deploy.merge import merge_model
@@ -209,7 +210,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=10, help='timed calls of each contestant (default: %(default)s)')
     out = Path('docs/figures/inference.json')
     parser.add_argument('--out', type=Path, default=out, help='JSON file (default: %(default)s)')
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_least(args, batches=1, threads=1, rounds=1)
+    return args
 
 
 def run() -> None:

@@ -41,7 +41,7 @@ pin() { grep -E "^$1==" $requirements; }
 version() { pin "$1" | cut -d= -f3; }
 tag() { "$1" -c 'import sys; print("cp%d%d" % sys.version_info[:2])'; }
 
-[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+[ -x "$VENV/bin/pip" ] || "$PYTHON" -m venv "$VENV"  # pip comes last: a set-up that was stopped is begun anew
 python=$VENV/bin/python
 [ "$(tag "$python")" = "$(tag "$PYTHON")" ] || {
   echo "$VENV is of $("$python" --version), not $("$PYTHON" --version): delete it, or set VENV=another folder." >&2
