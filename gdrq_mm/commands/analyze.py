@@ -85,7 +85,7 @@ def main() -> None:
     files['analysis.json'] = (json.dumps(analysis_dict(found, **about), indent=1) + '\n').encode()
     for name, data in files.items():
         write_whole(out / name, data)
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 200) if not console.is_terminal else console.width
     console.print(analysis_table(found), highlight=False)
     console.print(f'Wrote {", ".join(files)} to {out}', highlight=False, soft_wrap=True)

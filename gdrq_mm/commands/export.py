@@ -27,7 +27,7 @@ from ..openmmlab.deployed import EndToEnd
 from ..openmmlab.parts import parts_of
 from ..openmmlab.tasks import task_of
 
-CONSOLE = Console()
+CONSOLE = Console(markup=False)  # a path is no markup, nor is an extra of the package
 
 
 def parse_args() -> argparse.Namespace:

@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, help='train each model this short, to try the command only')
     parser.add_argument('--only', choices=list(JOBS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    work_dir, start, console = Path(args.work_dir), time.time(), Console()
+    work_dir, start, console = Path(args.work_dir), time.time(), Console(markup=False)
     if args.only:
         return work(args.only, work_dir, args.epochs)
     check_environment()
