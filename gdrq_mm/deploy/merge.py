@@ -147,14 +147,14 @@ class Absent(nn.Module):
 
 
 def merge_model(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of the model in evaluation mode in which every quantized layer is an IntegerLayer; others stay as they are.
+    """A copy of the model in evaluation mode in which every quantized layer is an IntegerLayer; the others stay float.
 
     Args:
         model: quantized and trained; it is not changed.
         plan: of a prediction, see gdrq_mm/core/topology.py.
 
     Raises:
-        UserError: a layer cannot be expressed with one multiplier and one bias a channel, and which it is and why; or no
+        UserError: a layer cannot be expressed with one multiplier and one bias a channel; names it and says why. Or no
             layer is quantized.
     """
     merged = copy.deepcopy(model).eval()

@@ -80,10 +80,10 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
     known: set[ir.Value] = set()
     for place, (value, name) in enumerate(zip(graph.outputs, names, strict=True)):
         if value in known:
-            copied = ir.node('Identity', [value]).outputs[0]
-            copied.type, copied.shape = value.type, value.shape
-            graph.append(copied.producer())
-            graph.outputs[place] = value = copied
+            node = ir.node('Identity', [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[place] = value = node.outputs[0]
         known.add(value)
         value.name = name
 

@@ -208,7 +208,8 @@ def strict():
 
 
 @pytest.mark.parametrize(
-    'network, reason', [(flattened, 'mat1 and mat2 shapes cannot be multiplied'), (strict, 'a picture is 72 pixels wide')]
+    'network, reason',
+    [(flattened, 'mat1 and mat2 shapes cannot be multiplied'), (strict, 'a picture is 72 pixels wide')],
 )
 def test_why_a_graph_takes_one_size_is_said(network, reason, tmp_path, caplog):
     model, plan, x = network()

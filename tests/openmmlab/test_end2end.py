@@ -155,7 +155,9 @@ def test_the_examples_turn_a_picture_as_its_camera_says(whole, tmp_path):
     Image.fromarray(picture).save(tmp_path / 'as_it_is.png')
     turned.save(tmp_path / 'turned.png', exif=exif)
     assert np.array_equal(cv2.imread(str(tmp_path / 'turned.png')), cv2.imread(str(tmp_path / 'as_it_is.png')))
-    one, other = (example(EXAMPLES[name], folder, tmp_path / f'{each}.png', *results) for each in ('as_it_is', 'turned'))
+    one, other = (
+        example(EXAMPLES[name], folder, tmp_path / f'{each}.png', *results) for each in ('as_it_is', 'turned')
+    )
     assert one.returncode == 0 and one.stdout and other.stdout == one.stdout
 
 
