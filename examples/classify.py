@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 if len(sys.argv) != 3 or not Path(sys.argv[1], 'export.json').is_file():
     sys.exit(f'{__doc__}\nEXPORTED_FOLDER is what tools/export.py wrote.')
@@ -23,10 +23,11 @@ if about['export_version'] != 2 or about['task'] != 'cls' or 'file' not in whole
     sys.exit(f'{folder} has no end2end.onnx of a classifier: {whole.get("refused", "export the model again")}')
 height, width = whole['size']
 try:
-    picture = Image.open(sys.argv[2]).convert('RGB').resize((width, height), Image.Resampling.BILINEAR)
+    picture = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert('RGB')
 except OSError as error:
     sys.exit(f'{sys.argv[2]} cannot be read as a picture: {error}')
-pixels = np.asarray(picture)[..., :: 1 if whole['channels'] == 'RGB' else -1]
+pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+pixels = pixels[..., :: 1 if whole['channels'] == 'RGB' else -1]
 
 onnxruntime.set_default_logger_severity(3)
 options = onnxruntime.SessionOptions()

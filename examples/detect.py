@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 if len(sys.argv) not in (4, 5) or not Path(sys.argv[1], 'export.json').is_file():
     sys.exit(f'{__doc__}\nEXPORTED_FOLDER is what tools/export.py wrote.')
@@ -20,7 +20,7 @@ whole = about.get('end2end', {})
 if about['export_version'] != 2 or about['task'] != 'det' or 'file' not in whole:
     sys.exit(f'{folder} has no end2end.onnx of a detector: {whole.get("refused", "export the model again")}')
 try:
-    picture = Image.open(sys.argv[2]).convert('RGB')
+    picture = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert('RGB')
 except OSError as error:
     sys.exit(f'{sys.argv[2]} cannot be read as a picture: {error}')
 scale = np.divide(whole['size'][::-1], picture.size)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 if len(sys.argv) != 4 or not Path(sys.argv[1], 'export.json').is_file():
     sys.exit(f'{__doc__}\nEXPORTED_FOLDER is what tools/export.py wrote.')
@@ -21,7 +21,7 @@ if about['export_version'] != 2 or about['task'] != 'seg' or 'file' not in whole
     sys.exit(f'{folder} has no end2end.onnx of a segmentor: {whole.get("refused", "export the model again")}')
 height, width = whole['size']
 try:
-    picture = Image.open(sys.argv[2]).convert('RGB')
+    picture = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert('RGB')
 except OSError as error:
     sys.exit(f'{sys.argv[2]} cannot be read as a picture: {error}')
 pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))

@@ -108,10 +108,7 @@ def contestants(args: argparse.Namespace, folder: Path) -> list[Contestant]:
             onnx.save(twin, files[FLOAT])
         for runtime in args.runtime or installed_backends():
             for numbers, file in files.items():
-                try:
-                    opened = open_runtime(runtime, file, args.threads)
-                except RuntimeFailed as error:
-                    raise UserError(f'{runtime} cannot load {graph.path}: {str(error).splitlines()[0]}') from error
+                opened = open_runtime(runtime, file, args.threads)
                 found.append(Contestant(graph, runtime, numbers, file, inputs, opened))
                 found[-1]()
     return found

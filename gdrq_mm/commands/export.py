@@ -28,7 +28,7 @@ from ..openmmlab.parts import parts_of
 from ..openmmlab.tasks import task_of
 from ..report.text import print_whole
 
-CONSOLE = Console(markup=False)  # paths and names of layers are none
+CONSOLE = Console(markup=False)  # paths and names of layers are no markup, nor is an extra of the package
 
 
 def parse_args() -> argparse.Namespace:

@@ -59,7 +59,7 @@ def folded_norms(model: nn.Module, plan: Plan) -> dict[str, str]:
 
     A normalization that a float layer uses too is folded into none.
     """
-    layers = quant_layers(model)
+    layers = [name for name, layer in quant_layers(model).items() if not layer.stays_float]
     float_ = {norm for layer, norm in plan.norms.items() if layer not in layers}
     return {layer: norm for layer, norm in plan.norms.items() if norm not in float_}
 

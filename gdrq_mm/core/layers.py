@@ -121,6 +121,11 @@ class QuantLayer(ModeOfModel):
         return weight.bits_in_use if weight else FLOAT_BITS, activation.bits_in_use if activation else FLOAT_BITS
 
     @property
+    def stays_float(self) -> bool:
+        """Whether it has no quantizer: 32 bits on both sides."""
+        return self.weight_quant is None and self.input_quant is None
+
+    @property
     def learns(self) -> bool:
         """Whether its weight takes a gradient."""
         with torch.enable_grad():  # else rows of a packed weight take none

@@ -192,8 +192,10 @@ def export_part(
         try:
             part = _exported(name, trained, merged, inputs, tuple(map(_larger, inputs)), target)
             reason = part.wrong
-        except (RuntimeError, AssertionError) as error:  # of torch, its exporter and the runtimes; models assert sizes
-            reason = _first_line(error)
+        except UserError:
+            raise
+        except (RuntimeError, AssertionError, ValueError) as error:  # of torch, its exporter, the runtimes, and models
+            reason = _first_line(error)  # that refuse a size
         if not reason:
             return part
         log.warning('part %s takes the traced size only: %s', name, reason)
@@ -227,6 +229,9 @@ def _exported(
 
 
 def _first_line(error: BaseException) -> str:
+    """What an error says; of the exporter's, which tell how far it came, what they were raised from."""
+    while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -81,9 +81,9 @@ class IntegerLayer(nn.Module):
         step = self.step
         return (x.float() / torch.where(step > 0, step, 1)).round().clamp(self.lo, self.hi) * (step > 0)
 
-    def accumulate(self, codes: Tensor) -> Tensor:
+    def accumulate(self, codes: Tensor, **options: Any) -> Tensor:
         """acc: the integer sums for integer input codes, as float64."""
-        return self.bare.compute(codes.double(), self.codes.double(), None)
+        return self.bare.compute(codes.double(), self.codes.double(), None, **options)
 
     def scale(self, accumulated: Tensor) -> Tensor:
         """y = M * acc + B in float32."""
@@ -91,9 +91,15 @@ class IntegerLayer(nn.Module):
         shape[-1 if isinstance(self.bare, LINEAR) else 1] = -1
         return accumulated.float() * self.multiplier.view(shape) + self.bias.view(shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any input of the layer to the output of its batch normalization, or to its own if there is none."""
-        return self.scale(self.accumulate(self.input_codes(x)))
+        options = given(input, *args, **kwargs)
+        return self.scale(self.accumulate(self.input_codes(options.pop('input')), **options))
+
+
+def given(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a layer's forward by their names; only a transposed convolution has a second one."""
+    return {**dict(zip(('input', 'output_size'), args)), **kwargs}
 
 
 class IntegerPyramid(nn.Module):
@@ -106,11 +112,11 @@ class IntegerPyramid(nn.Module):
             level.codes = levels[0].codes
             self.add_module(str(number), level)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The input of a level to its output; gdrq_mm/core/pyramid.py starts the count anew and checks it."""
         merged = self._modules[str(min(self.pyramid_level, self.pyramid_levels - 1))]
         self.pyramid_level += 1
-        return merged(x)  # type: ignore[misc]
+        return merged(*args, **kwargs)  # type: ignore[misc]
 
 
 class OutputQuantizer(nn.Module):
@@ -141,22 +147,25 @@ class Absent(nn.Module):
 
 
 def merge_model(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of the model in evaluation mode in which every quantized layer is an IntegerLayer.
+    """A copy of the model in evaluation mode in which every quantized layer is an IntegerLayer; the others stay float.
 
     Args:
         model: quantized and trained; it is not changed.
         plan: of a prediction, see gdrq_mm/core/topology.py.
 
     Raises:
-        UserError: a layer cannot be expressed with one multiplier and one bias a channel; names it and says why.
+        UserError: a layer cannot be expressed with one multiplier and one bias a channel; names it and says why. Or no
+            layer is quantized.
     """
     merged = copy.deepcopy(model).eval()
     modules = dict(merged.named_modules())
     norms = folded_norms(merged, plan)
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in quant_layers(merged).items():
-        if plan.calls.get(name):
+        if plan.calls.get(name) and not layer.stays_float:
             replaced[layer] = _merged(layer, norms.get(name), modules, name)
+    if not replaced:
+        raise UserError('the model has no quantized layer: there are no integers to export')
     replaced.update({modules[name]: nn.Identity() for name in norms.values()})
     replaced.update({modules[name]: Absent(name) for name in plan.training_only if name in modules})
     for old, new in replaced.items():

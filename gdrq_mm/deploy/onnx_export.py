@@ -28,7 +28,7 @@ from ..core.errors import UserError
 from ..core.integer_bias import LARGEST_BIAS
 from ..core.modules import replace_modules
 from .flat import Flat
-from .merge import IntegerLayer, IntegerPyramid, OutputQuantizer, move_output
+from .merge import IntegerLayer, IntegerPyramid, OutputQuantizer, given, move_output
 from .names import codes_of
 from .onnx_graph import finish
 
@@ -85,7 +85,7 @@ def export_onnx(
         if isinstance(module, IntegerPyramid)
         for level in range(1, module.pyramid_levels)
     }
-    model = finish(program.model, factors, shared)
+    model = finish(program.model, outputs, factors, shared)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -151,13 +151,14 @@ class OnnxLayer(nn.Module):
             self.register_buffer('bias_zeros', torch.zeros(len(scale), dtype=torch.int32))
         self.register_buffer('bias', bias if self.linear else bias.float())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any input of the layer to the output of its batch normalization."""
-        x, (bare,) = self.quantize(x), self.bare
+        options = given(input, *args, **kwargs)
+        x, (bare,) = self.quantize(options.pop('input')), self.bare
         if self.transposed:
             one, zero = self.scale.new_ones(()), self.zeros.new_zeros(())
             weight = _operator('DequantizeLinear', (self.codes, one, zero), torch.float32, self.codes)
-            out = bare.compute(x, weight, None)
+            out = bare.compute(x, weight, None, **options)
             return out * self.scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         weight = _operator(
             'DequantizeLinear', (self.codes, self.scale, self.zeros), torch.float32, self.codes, {'axis': 0}

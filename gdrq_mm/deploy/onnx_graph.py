@@ -7,7 +7,7 @@ names of their modules first, see names.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,19 @@ MOVES = ('MaxPool', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose', '
 """Operators that only pick, move or join values: rounding before them and after them is the same."""
 
 
-def finish(model: ir.Model, factors: Mapping[str, int], shared: Mapping[str, str]) -> onnx.ModelProto:
+def finish(
+    model: ir.Model, outputs: Sequence[str], factors: Mapping[str, int], shared: Mapping[str, str]
+) -> onnx.ModelProto:
     """Change a traced model in place and serialize it.
 
     Args:
         model: what torch.onnx.export made.
+        outputs: their names.
         factors: codes of a weight that are stored in 4 bits -> what they have been multiplied by.
         shared: codes -> others to read instead if both are equal.
     """
     _name_nodes(model.graph)
+    _name_outputs(model.graph, outputs)
     for name, other in shared.items():
         _share(model.graph.initializers, name, other)
     common.DeduplicateInitializersPass(size_limit=1)(model)  # scale, zero point and bounds of quantizers
@@ -69,6 +73,19 @@ def _name_nodes(graph: ir.Graph) -> None:
             quantizer = quantizer_of(_name(node.inputs[1]))
             node.name = str(Site(quantizer, calls[quantizer]))
             calls[quantizer] += 1
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Give each output a value of its own with its name: a model may return one tensor several times."""
+    known: set[ir.Value] = set()
+    for place, (value, name) in enumerate(zip(graph.outputs, names, strict=True)):
+        if value in known:
+            node = ir.node('Identity', [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[place] = value = node.outputs[0]
+        known.add(value)
+        value.name = name
 
 
 def _name(value: ir.Value | None) -> str:

@@ -174,7 +174,7 @@ def write_packed(
             codes = f'{name}.codes'
             layers[name], state[codes], size = _encoded(module, [module], None, state[codes], compress)
             sizes.append(size)
-        elif isinstance(module, Absent | QuantLayer):
+        elif isinstance(module, Absent) or (isinstance(module, QuantLayer) and not module.stays_float):
             absent.append(name)
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f'{name}.')}
         elif isinstance(module, OutputQuantizer):

@@ -187,13 +187,19 @@ def open_runtime(backend: str, model: str | Path | bytes, threads: int | None = 
     """A runtime with a graph.
 
     Raises:
-        UserError: it is not known or not installed.
+        UserError: it is not known or not installed, or cannot load this file.
+        RuntimeFailed: it cannot load these bytes.
     """
     if backend not in RUNTIMES:
         raise UserError(f'backend {backend} is not one of {", ".join(RUNTIMES)}')
     if backend not in installed_backends():
         raise UserError(f"{backend} is not installed: uv pip install 'gdrq-mm[deploy]'")
-    return RUNTIMES[backend](model, threads)
+    try:
+        return RUNTIMES[backend](model, threads)
+    except RuntimeFailed as error:  # such as an older version than that of the export
+        if isinstance(model, bytes):
+            raise
+        raise UserError(f'{backend} cannot load {model}: {str(error).strip().splitlines()[0]}') from error
 
 
 INTEGER_KERNELS = ('QLinearConv', 'QGemm', 'QLinearMatMul', 'MatMulIntegerToFloat')
@@ -218,10 +224,10 @@ def products(graph: onnx.ModelProto) -> list[Any]:
     """The nodes that multiply two tensors of which both depend on the input, as attention does: they are no layers."""
     computed, found = {value.name for value in graph.graph.input}, []
     for node in graph.graph.node:
-        factors = sum(name in computed for name in node.input)
-        if factors:
+        if not computed.isdisjoint(node.input):
             computed.update(node.output)
-        if factors > 1 and node.op_type in (*LAYERS, *INTEGER_KERNELS):
+        factors = node.input[:2] if node.op_type in LAYERS else node.input  # a bias is made in the type of the input
+        if sum(name in computed for name in factors) > 1 and node.op_type in (*LAYERS, *INTEGER_KERNELS):
             found.append(node)
     return found
 

@@ -14,7 +14,7 @@ from ..core.deployable import folded_norms
 from ..core.modules import activation_quantizers, hooked, quant_layers
 from ..core.quantizers import ActivationQuantizer
 from ..core.topology import Plan
-from .merge import IntegerLayer, IntegerPyramid
+from .merge import IntegerLayer, IntegerPyramid, given
 
 TIE = 1e-3
 """How near to a rounding tie, in steps, a value is whose code may be one off (ours): float32 sums differ in order."""
@@ -58,21 +58,23 @@ def compare(model: nn.Module, merged: nn.Module, plan: Plan, predict: Callable[[
     """
     norms, layers = folded_norms(model, plan), quant_layers(model)
     modules, ours = dict(model.named_modules()), dict(merged.named_modules())
-    inputs: dict[str, tuple[str, Any, Any, Tensor]] = {}
-    calls: list[tuple[str, Any, Any, Tensor, Tensor]] = []
+    inputs: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {}
+    calls: list[tuple[str, Any, Any, dict[str, Any], Tensor]] = []
     read: list[tuple[ActivationQuantizer, Tensor]] = []
     handles = []
     for name, layer in layers.items():
         if isinstance(ours.get(name), (IntegerLayer, IntegerPyramid)):
 
-            def remember(layer: Any, args: Any, name: str = name) -> None:
-                inputs[name] = name + layer.next_level, layer, layer.next_quant, args[0].clone()
+            def remember(layer: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                options = given(*args, **kwargs)
+                options['input'] = options['input'].clone()
+                inputs[name] = name + layer.next_level, layer, layer.next_quant, options
 
             def finish(module: Any, args: Any, out: Tensor, name: str = name) -> None:
                 if name in inputs:  # a shared norm sees the outputs of all its layers
                     calls.append((*inputs.pop(name), out.clone()))
 
-            handles.append(layer.register_forward_pre_hook(remember))
+            handles.append(layer.register_forward_pre_hook(remember, with_kwargs=True))
             end = modules[norms[name]] if name in norms else layer
             handles.append(end.register_forward_hook(finish, prepend=True))
     for quantizer in activation_quantizers(model).values():
@@ -97,15 +99,16 @@ def _compare_layer(
     name: str,
     layer: Any,
     quant: ActivationQuantizer,
-    x: Tensor,
+    options: dict[str, Any],
     out: Tensor,
     read: list[tuple[ActivationQuantizer, Tensor]],
 ) -> Comparison:
-    exact = merged.accumulate(merged.input_codes(x))
+    x = options.pop('input')
+    exact = merged.accumulate(merged.input_codes(x), **options)
     step = quant.step()
     codes = (quant(x) / torch.where(step > 0, step, 1)).round()
     weight = layer.set_filters(layer.weight_quant.codes(layer.filters()))
-    trained = layer.compute(codes.double(), weight.double(), None)
+    trained = layer.compute(codes.double(), weight.double(), None, **options)
     ours = merged.scale(exact)
     # Where the sums are all 0, what is left of the output is the rounding of its bias.
     top = max(float(out.abs().amax()) if out.numel() else 0.0, float(merged.multiplier.abs().amax()))

@@ -14,10 +14,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import helper, numpy_helper
 from torch import Tensor
 
 from ..core.modules import activation_quantizers, hooked, quant_layers
+from .merge import given
 from .names import Site
 from .onnx_export import zero_point_of_codes
 from .onnx_graph import cut, makers, quantizations
@@ -84,10 +85,11 @@ def record_codes(model: Any, predict: Callable[[], Any]) -> tuple[dict[Site, Tra
     handles = []
     for name, layer in quant_layers(model).items():
 
-        def keep_input(layer: Any, args: Any, name: str = name) -> None:
-            keep(name, layer.next_quant, args[0], layer.next_level)
+        def keep_input(layer: Any, args: Any, kwargs: Any, name: str = name) -> None:
+            keep(name, layer.next_quant, given(*args, **kwargs)['input'], layer.next_level)
 
-        handles.append(layer.register_forward_pre_hook(keep_input))
+        if not layer.stays_float:
+            handles.append(layer.register_forward_pre_hook(keep_input, with_kwargs=True))
     for name, quantizer in activation_quantizers(model).items():
         if '.own_input_quant' not in name:
             handles.append(quantizer.register_forward_pre_hook(lambda m, args, name=name: keep(name, m, args[0])))
@@ -146,8 +148,8 @@ def verify_onnx(
 
 
 def _type_of(x: np.ndarray) -> tuple[int, tuple[int, ...]]:
-    """Element type and shape of codes or of float values."""
-    return TensorProto.UINT8 if x.dtype == np.uint8 else TensorProto.FLOAT, x.shape
+    """Element type and shape of codes, of float values, or of the whole numbers that a model takes or gives."""
+    return helper.np_dtype_to_tensor_dtype(x.dtype), x.shape
 
 
 def _bias_error(part: onnx.ModelProto, values: dict[str, np.ndarray]) -> float:

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..core.errors import UserError
 from .parts import heads_of
 
-TURNS = ('to_rgb', '_channel_conversion')
-"""Flags of data preprocessors that turn BGR into RGB: mmpretrain's, and mmengine's, which mmdet and mmseg use."""
+TURNS = ('to_rgb', '_channel_conversion', 'channel_conversion')
+"""Flags of data preprocessors that turn BGR into RGB: mmpretrain's, mmengine's, and that of OpenMMLab's own mmseg."""
 
 
 @dataclass

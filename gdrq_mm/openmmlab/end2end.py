@@ -34,6 +34,8 @@ from .tasks import task_of
 
 LARGER = (32, 64)
 """How much higher and wider the picture is that an open size is compared with."""
+DOUBLINGS = 4
+"""How often the picture is doubled, at most, that has but one cell in a level of a pyramid (ours)."""
 IOU, NEAR, SCORE = 0.99, 0.01, 0.01
 """Two boxes are the same above this IoU, or with all sides this near in pixels, and within this score."""
 SHARE = 0.02
@@ -52,13 +54,12 @@ def export_end2end(model: Any, report: ExportReport, predict: Callable[[], Any])
         NotCovered: the model predicts in a way for which there is no ONNX here.
         UserError: the graph does not predict what the model does.
     """
-    about = properties(report.parts[0].graph)
-    size = None if about['any_size'] else about['shape'][1:]
+    any_size = properties(report.parts[0].graph)['any_size']
     steps, outputs = chain_of(model, report)
-    image = picture_of(model, predict, size)
-    graphs = export_steps(steps, run_chain(steps, torch.cat([image, image.flip(2)])), TRANSLATIONS)
+    image = picture_of(model, predict)
+    graphs = export_steps(steps, values_to_trace(steps, image), TRANSLATIONS)
     whole = join(steps, graphs, outputs)
-    shown = image if size else torch.nn.functional.pad(image, (0, 0, 0, LARGER[1], 0, LARGER[0]), value=127)
+    shown = torch.nn.functional.pad(image, (0, 0, 0, LARGER[1], 0, LARGER[0]), value=127) if any_size else image
     values = run_chain(steps, shown)
     wrong = unlike_model(model, values)
     for backend in report.parts[0].pieces:  # the runtimes that its parts are verified in
@@ -67,7 +68,7 @@ def export_end2end(model: Any, report: ExportReport, predict: Callable[[], Any])
         raise UserError(f'end2end.onnx does not predict what the model does: {wrong}; nothing was written')
     channels = 'RGB' if takes_rgb(model) else 'BGR'
     onnx.helper.set_model_props(whole, dict(layout='NHWC', channels=channels))
-    return EndToEnd(whole, list(image.shape[1:3]), about['any_size'], channels, outputs)
+    return EndToEnd(whole, list(image.shape[1:3]), any_size, channels, outputs)
 
 
 def chain_of(model: Any, report: ExportReport) -> tuple[list[Step], list[str]]:
@@ -85,7 +86,7 @@ def chain_of(model: Any, report: ExportReport) -> tuple[list[Step], list[str]]:
     (module, graph), *heads = parts.values()
     raw = [f'y{i}' for i in range(len(graph.graph.output))]
     axes = {'image': (0, 1, 2) if about['any_size'] else (0,), 'x': every, **dict.fromkeys(raw, every)}
-    prepare = Prepare(model.data_preprocessor, pad=about['any_size'])
+    prepare = Prepare(model.data_preprocessor, None if about['any_size'] else about['shape'][1:])
     start = [Step('prepare', prepare, ['image'], ['x'], axes), Step('', module, ['x'], raw, graph=graph)]
     if task == 'cls':
         outputs = ['scores', 'topk_scores', 'topk_labels']
@@ -159,20 +160,27 @@ def _two_stage(
     return [*steps, Step('cut', Cut(), found, outputs, axes)], outputs
 
 
-def picture_of(model: Any, predict: Callable[[], Any], size: list[int] | None) -> Tensor:
-    """The picture of a prediction as the graph takes it: uint8 (1, H, W, C).
-
-    Args:
-        size: height and width to pad it to; None: it stays as it is.
-    """
+def picture_of(model: Any, predict: Callable[[], Any]) -> Tensor:
+    """The picture of a prediction as the graph takes it: uint8 (1, H, W, C)."""
     found: list[Tensor] = []
     keep = model.data_preprocessor.register_forward_pre_hook(lambda module, args: found.append(args[0]['inputs'][0]))
     with hooked([keep]), torch.no_grad():
         predict()
-    pixels = found[0].round().clamp(0, 255).to(torch.uint8)
-    height, width = pixels.shape[1:] if size is None else size
-    padded = torch.nn.functional.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1]))
-    return to_graph(model, padded)[None]
+    return to_graph(model, found[0].round().clamp(0, 255).to(torch.uint8))[None]
+
+
+def values_to_trace(steps: Sequence[Step], image: Tensor) -> dict[str, Tensor]:
+    """The values of a chain for two pictures, so large that no open size is 1: the exporter would keep that one."""
+    pictures, traced = torch.cat([image, image.flip(2)]), [step for step in steps if step.graph is None]
+    values = run_chain(steps, pictures)
+    for _ in range(DOUBLINGS):
+        taken = [(values[name].shape, step.open_axes.get(name, ())) for step in traced for name in step.takes]
+        if all(shape[axis] > 1 for shape, axes in taken for axis in axes):
+            break
+        _, height, width, _ = pictures.shape
+        pictures = torch.nn.functional.pad(pictures, (0, 0, 0, width, 0, height), value=127)
+        values = run_chain(steps, pictures)
+    return values
 
 
 def from_graph(model: Any, pixels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ encoder, one for the decoder, and one for the head. Decoding, NMS and RoIAlign s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,16 +75,29 @@ def _reason(model: Any, task: str, heads: list[str]) -> str:
     if hasattr(model, 'roi_head'):
         if not hasattr(model, 'rpn_head'):
             return 'it has no rpn_head: its proposals come from elsewhere'
-        return '' if heads_of(model.roi_head, 'bbox_head') else 'it has no box head'
+        boxes, masks = (heads_of(model.roi_head, kind).values() for kind in ('bbox_head', 'mask_head'))
+        return _reads_more(model.rpn_head, *boxes, *masks) if boxes else 'it has no box head'
     if not heads:
         return f'it has no {HEADS[task][0]}'
     if task == 'det' and hasattr(model, 'encoder') and not _is_detr(model):
         return 'its encoder and decoder stand between the backbone and the head, and are not exported'
     if len(heads) > 1:
         return f'its {heads[1]} reads what its {heads[0]} has found, which is not exported'
-    for later in list(heads_of(model, heads[0]).values())[1:]:
+    first, *others = heads_of(model, heads[0]).values()
+    for later in others:
         if not _has_from('BaseCascadeDecodeHead', later, 'predict'):
             return f'{type(later).__name__}, a later head of its cascade, predicts in a way of its own'
+    return _reads_more(first)
+
+
+def _reads_more(*heads: Any) -> str:
+    """Says which head needs other inputs than features, as those of queries do; '' if none does."""
+    for head in heads:
+        forward = type(head).forward
+        given = inspect.signature(forward).parameters.values()
+        needed = [each for each in given if each.kind == each.POSITIONAL_OR_KEYWORD and each.default is each.empty]
+        if len(needed) > len(('self', 'features')) or forward is nn.Module.forward:
+            return f'{type(head).__name__} does not read features alone'
     return ''
 
 

@@ -18,13 +18,15 @@ from gdrq_mm.core.files import whole_folder
 from gdrq_mm.deploy import export as module
 from gdrq_mm.deploy.export import export, export_part, first_wrong, for_openvino, properties
 from gdrq_mm.deploy.flat import Flat, check_nest, nest
-from gdrq_mm.deploy.merge import merge_model
+from gdrq_mm.deploy.merge import IntegerLayer, merge_model
 from gdrq_mm.deploy.names import Site
 from gdrq_mm.deploy.packed import load_packed
 from gdrq_mm.deploy.runtime import RUNTIMES, OpenVino, RuntimeFailed, kept_signal_stack, open_runtime, products
 from gdrq_mm.deploy.verify_onnx import Piece
 from tests.deploy.builders import pooled_network, prepared, trained_network
 from tests.helpers import ENV, Function
+
+FLOAT = dict(weight=dict(bits=32), activation=dict(bits=32))
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +139,54 @@ def test_products_of_two_activations_are_no_layers(tmp_path):
     assert [node.op_type for node in products(report.parts[0].graph)] == ['MatMul']
 
 
+OTHER_VALUES = {
+    'tokens': (lambda m, x: m.last(m.first(m.table(x)).relu().mean(1)), torch.randint(20, (4, 6))),
+    'bytes': (lambda m, x: m.last(m.first(x / 255).relu().mean(1)), torch.randint(256, (4, 6, 8), dtype=torch.uint8)),
+    'labels': (lambda m, x: (y := m.last(m.first(x).relu()), y.argmax(-1), y > 0.0123), torch.randn(4, 8)),
+    'one tensor twice': (lambda m, x: (y := m.last(m.first(x).relu()), [y, y.relu(), y]), torch.randn(4, 8)),
+    'the input': (lambda m, x: (x, m.last(m.first(x).relu()), torch.arange(3.0)), torch.randn(4, 8)),
+}
+
+
+@pytest.mark.parametrize('kind', OTHER_VALUES)
+def test_inputs_and_outputs_may_be_whole_numbers_and_the_same_tensor(kind, tmp_path):
+    forward, x = OTHER_VALUES[kind]
+    layers = dict(table=nn.Embedding(20, 8), first=nn.Linear(8, 8), last=nn.Linear(8, 3))
+    model, plan = prepared(Function(forward, **layers).eval(), x, bits=8, deployable=True)
+    report = export(model, plan, x, tmp_path / 'exported')
+    assert report.wrong == 0 and report.layers == (2, 2)
+    flat = Flat(model)
+    with torch.no_grad():
+        expected = flat(x)
+    for backend in RUNTIMES:
+        found = open_runtime(backend, tmp_path / 'exported/model.onnx')([x.numpy()])
+        assert nest(flat.structure, range(len(found))) == nest(properties(report.parts[0].graph)['structure'], range(9))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [dict(overrides={'first': FLOAT, 'last': FLOAT}), dict(overrides={'*conv2': FLOAT}), dict(skip=['*conv2'])],
+)
+def test_layers_of_32_bits_stay_float_as_those_that_are_skipped(settings, tmp_path):
+    model, plan, x = trained_network(**settings)
+    report = export(model, plan, x, tmp_path / 'exported')
+    number = 7 - 2
+    assert report.wrong == 0 and report.layers[1] == 7 and 0 < report.layers[0] <= number
+    loaded, _ = load_packed(pooled_network(), tmp_path / 'exported/model.safetensors')
+    assert sum(isinstance(module, IntegerLayer) for module in loaded.modules()) == number
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x), atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_without_integers_is_not_exported(tmp_path):
+    for settings in (dict(skip=['*']), dict(overrides={'*': FLOAT})):
+        model, plan, x = trained_network(**settings)
+        with pytest.raises(UserError, match=r'^the model has no quantized layer: there are no integers to export$'):
+            export(model, plan, x, tmp_path / 'exported')
+
+
 def flattened():
     """A network that takes pictures of 8 x 8 alone."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
@@ -144,12 +194,29 @@ def flattened():
     return *prepared(model.eval(), x, bits=8, deployable=True), x
 
 
-def test_why_a_graph_takes_one_size_is_said(tmp_path, caplog):
-    model, plan, x = flattened()
+def strict():
+    """One that says so itself."""
+
+    def forward(m, x):
+        if x.shape[-1] != 8:
+            raise ValueError(f'a picture is {x.shape[-1]} pixels wide and not 8')
+        return m.last(m.first(x).relu())
+
+    x = torch.randn(4, 3, 8, 8)
+    model = Function(forward, first=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 3, 1))
+    return *prepared(model.eval(), x, bits=8, deployable=True), x
+
+
+@pytest.mark.parametrize(
+    'network, reason',
+    [(flattened, 'mat1 and mat2 shapes cannot be multiplied'), (strict, 'a picture is 72 pixels wide')],
+)
+def test_why_a_graph_takes_one_size_is_said(network, reason, tmp_path, caplog):
+    model, plan, x = network()
     with caplog.at_level(logging.WARNING):
         report = export(model, plan, x, tmp_path / 'exported')
     (line,) = [r.getMessage() for r in caplog.records if r.name == 'gdrq_mm.deploy.export']
-    assert re.match('part model takes the traced size only: mat1 and mat2 shapes cannot be multiplied', line)
+    assert re.match(f'part model takes the traced size only: {reason}', line)
     assert len(line.splitlines()) == 1 and properties(report.parts[0].graph)['any_size'] is False
 
 
@@ -171,9 +238,9 @@ class Odd(nn.Module):
 def test_what_the_exporter_cannot_do_is_one_message(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Odd())
     model, plan = prepared(model.eval(), x := torch.randn(2, 3, 6, 6), bits=8)
-    with pytest.raises(UserError, match=r'^part model cannot be exported: ') as refused:
+    with pytest.raises(UserError, match=r'^part model cannot be exported: .*linalg') as refused:
         export(model, plan, x, tmp_path / 'exported')
-    assert len(str(refused.value).splitlines()) == 1 and list(tmp_path.iterdir()) == []
+    assert str(refused.value).isprintable() and list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):

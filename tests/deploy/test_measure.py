@@ -73,11 +73,12 @@ if __name__ == '__main__':
 
 def test_it_measures_parts_their_sum_and_a_whole_graph_without_torch(network, tmp_path):
     first = onnx.load(network / 'model.onnx')
-    folder = write(tmp_path / 'exported', dict(proposals=first, bbox_head=HEAD), end2end=PICTURES)
+    folder = write(tmp_path / 'exported[w4a4]', dict(proposals=first, bbox_head=HEAD), end2end=PICTURES)
     options = ('--threads', 1, '--batch', 2, '--regions', 5, '--rounds', 2, '--out', tmp_path / 'found.json')
     blocked = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
     done = tool(folder, *options, blocked=blocked)
     assert done.returncode == 0, done.stderr
+    assert 'exported[w4a4]' in done.stdout.replace('\n', '')
     found = json.loads((tmp_path / 'found.json').read_text())
     assert (found['threads'], found['batch'], found['regions'], found['rounds']) == (1, 2, 5, 2)
     assert found['versions']['onnxruntime'] and found['date'] and found['hardware']['cores']

@@ -16,13 +16,16 @@ from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.quantizers import METHODS
 from gdrq_mm.core.topology import record
 from gdrq_mm.deploy.merge import IntegerLayer, merge_model
+from gdrq_mm.deploy.runtime import RUNTIMES
 from gdrq_mm.deploy.verify import compare
 from tests.deploy.builders import (
     KINDS,
+    exported,
     layer_of,
     network,
     norm_of,
     prepared,
+    wrong,
 )
 from tests.helpers import Function, few_bits_of_both
 
@@ -85,6 +88,22 @@ def test_methods_merge_or_say_why_not(method):
             merge_model(model, plan)
         return
     assert check(model, plan, x) < 1e-4
+
+
+@pytest.mark.parametrize('call', [lambda up, x, size: up(x, size), lambda up, x, size: up(output_size=size, input=x)])
+def test_a_transposed_convolution_may_be_told_its_size(call):
+    """As in a decoder that restores what strides have halved."""
+    model = Function(
+        lambda m, x: m.last(call(m.up, m.first(x).relu(), x.shape[2:]).relu()),
+        first=nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        up=nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1),
+        last=nn.Conv2d(4, 2, 1),
+    )
+    x = torch.randn(2, 3, 8, 8)
+    model, plan = prepared(model, x, bits=8)
+    assert check(model, plan, x) < 1e-4
+    graph, seen, out = exported(model, plan, x)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
 
 
 @pytest.mark.parametrize('deployable', [True, False])

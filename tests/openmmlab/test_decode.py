@@ -4,14 +4,19 @@ The heads have random weights and read random features, so their outputs are any
 """
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from mmdet.models import DetDataPreprocessor
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
+from mmpretrain.models import ClsDataPreprocessor
+from mmseg.models import SegDataPreProcessor
 from torch import Tensor
 
 from gdrq_mm.deploy.chain import Step, export_steps, join, run_chain
@@ -20,6 +25,8 @@ from gdrq_mm.deploy.runtime import RUNTIMES, open_runtime
 from gdrq_mm.openmmlab.decode.boxes import NotCovered, Suppression
 from gdrq_mm.openmmlab.decode.dense import Detect, detections_of
 from gdrq_mm.openmmlab.decode.ops import TRANSLATIONS, pool_regions, suppress
+from gdrq_mm.openmmlab.decode.pictures import Prepare
+from gdrq_mm.openmmlab.deployed import to_graph
 from gdrq_mm.openmmlab.end2end import without_partner
 
 CHANNELS, CLASSES = 8, 3
@@ -191,6 +198,32 @@ def test_the_graph_of_a_head_gives_the_same_for_other_pictures(name):
         for runtime in runtimes if getattr(head, 'use_sigmoid_cls', True) else ():  # softmax is always sure
             dets, labels = runtime(nothing)
             assert dets.shape == (pictures, 0, 5) and labels.shape == (pictures, 0)
+
+
+PREPROCESSORS = [
+    ClsDataPreprocessor([120, 110, 100], [60, 50, 40], pad_size_divisor=32, pad_value=2, to_rgb=True),
+    DetDataPreprocessor([110.0], [50.0], pad_size_divisor=32, pad_value=3, rgb_to_bgr=True),
+    DetDataPreprocessor(bgr_to_rgb=True),
+    SegDataPreProcessor([120, 110, 100], [60, 50, 40], pad_val=4, test_cfg=dict(size_divisor=32)),
+    SegDataPreProcessor(size_divisor=32),
+    SegDataPreProcessor(pad_val=5, test_cfg=dict(size=(96, 64))),
+]
+
+
+@pytest.mark.parametrize('number', range(len(PREPROCESSORS)))
+def test_pictures_are_prepared_as_the_library_does(number):
+    """By a graph for pictures of any size, and by one for pictures of one size, which the library pads."""
+    preprocessor = PREPROCESSORS[number]
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 70, 50), np.uint8))
+    data = dict(inputs=[pixels], data_samples=[DetDataSample(metainfo=dict(img_shape=(70, 50)))])
+    expected = preprocessor(copy.deepcopy(data))['inputs']
+    image = to_graph(SimpleNamespace(data_preprocessor=preprocessor), pixels)[None]
+    sizes = [list(expected.shape[2:]), None]
+    if 'size' in (getattr(preprocessor, 'test_cfg', None) or {}):
+        with pytest.raises(NotCovered, match=r'it pads pictures to at least \(96, 64\)'):
+            Prepare(preprocessor, sizes.pop())
+    for size in sizes:
+        assert torch.equal(Prepare(preprocessor, size)(image), expected)
 
 
 def test_heads_that_decode_in_another_way_are_refused():

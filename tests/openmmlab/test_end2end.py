@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.deploy.runtime import RUNTIMES, open_runtime
@@ -143,6 +143,22 @@ def test_the_examples_need_numpy_and_a_runtime_alone(whole, tmp_path):
         assert (
             done.returncode == 0 and done.stdout == '' and (np.asarray(Image.open(result)) == picture[..., ::-1]).all()
         )
+
+
+@pytest.mark.parametrize('whole', ['cls', 'yolox', pytest.param('seg', marks=pytest.mark.full)], indirect=True)
+def test_the_examples_turn_a_picture_as_its_camera_says(whole, tmp_path):
+    """As OpenCV does, by which the libraries read it."""
+    name, _, _, folder, picture = whole
+    results = [] if name == 'cls' else [tmp_path / 'result.png', *(['0.0001'] if name == 'yolox' else [])]
+    turned, exif = Image.fromarray(picture).transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter to the right
+    Image.fromarray(picture).save(tmp_path / 'as_it_is.png')
+    turned.save(tmp_path / 'turned.png', exif=exif)
+    assert np.array_equal(cv2.imread(str(tmp_path / 'turned.png')), cv2.imread(str(tmp_path / 'as_it_is.png')))
+    one, other = (
+        example(EXAMPLES[name], folder, tmp_path / f'{each}.png', *results) for each in ('as_it_is', 'turned')
+    )
+    assert one.returncode == 0 and one.stdout and other.stdout == one.stdout
 
 
 @pytest.mark.parametrize('whole', ['cls', 'yolox', pytest.param('seg', marks=pytest.mark.full)], indirect=True)

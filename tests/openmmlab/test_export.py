@@ -15,6 +15,7 @@ from mmcv.cnn import ConvModule
 from mmdet.models.backbones.darknet import ResBlock
 
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import file_digest
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.topology import record
 from gdrq_mm.deploy import runtime
@@ -250,6 +251,11 @@ def test_bundles_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
     refused('export.json is damaged', tmp_path / 'edited')
     (tmp_path / 'edited/export.json').write_text('{"export_version": 1, "task": "cls", "parts": {}}')
     refused('has version 1, this is 2: export the model again', tmp_path / 'edited')
+    graph.graph.node[0].op_type = 'OfALaterOpset'
+    onnx.save(graph, tmp_path / 'edited/model.onnx')
+    parts = {'model': {**about['parts']['model'], 'sha256': file_digest(tmp_path / 'edited/model.onnx')}}
+    (tmp_path / 'edited/export.json').write_text(json.dumps({**about, 'parts': parts, 'end2end': dict(refused='')}))
+    refused(r'^onnxruntime cannot load [^ ]*model\.onnx: ', tmp_path / 'edited')
     found = importlib.util.find_spec
     monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: None if name == 'openvino' else found(name))
     refused(r"openvino is not installed: uv pip install 'gdrq-mm\[deploy\]'", folder, backend='openvino')
@@ -280,19 +286,43 @@ def test_a_model_that_has_no_such_parts_is_refused_for_what_it_has(kind):
         parts_of(model, task)
 
 
+def test_a_head_that_reads_more_than_features_is_refused():
+    """As those of Double Heads, Sparse R-CNN and Mask2Former."""
+
+    class Queries(nn.Module):
+        def forward(self, features, queries, mask=None):
+            return features
+
+    class Unused(nn.Module):
+        """Its predict() does all."""
+
+    one = nn.Identity()
+    for kind, task, heads in (
+        (Queries, 'seg', lambda head: dict(decode_head=head)),
+        (Queries, 'cls', lambda head: dict(head=head, extract_feat=one)),
+        (Queries, 'det', lambda head: dict(bbox_head=head)),
+        (Queries, 'det', lambda head: dict(rpn_head=one, roi_head=nn.ModuleDict(dict(bbox_head=head)))),
+        (Queries, 'det', lambda head: dict(rpn_head=one, roi_head=nn.ModuleDict(dict(bbox_head=one, mask_head=head)))),
+        (Unused, 'det', lambda head: dict(rpn_head=head, roi_head=nn.ModuleDict(dict(bbox_head=one)))),
+    ):
+        model = nn.ModuleDict(heads(kind()))
+        with pytest.raises(UserError, match=f'^ModuleDict cannot be exported: {kind.__name__} does not read features'):
+            parts_of(model, task)
+
+
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)
 def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits_root, run):
     _, cfg, checkpoint, _, picture = whole
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/digits').symlink_to(digits_root)
-    options = '--format', 'packed', '--compress', '--out', 'out', '--cfg-options', EIGHT
+    options = '--format', 'packed', '--compress', '--out', 'out[w4a8]', '--cfg-options', EIGHT
     done = run(ROOT / 'tools/export.py', ROOT / 'configs' / CONFIGS['cls'], checkpoint, *options)
     assert done.returncode == 0, done.stderr
-    assert '21 layers as integers' in done.stdout
+    assert re.search(r'^out\[w4a8]/model.safetensors: .* 21 layers as integers$', done.stdout, re.MULTILINE)
     saved = [float(share) for share in re.findall(r'([\d.]+)% less', done.stdout)]
     assert len(saved) == 2 and saved[0] > saved[1] > 10, 'by the entropy, and by compression'
     expected = infer(init_model(cfg, checkpoint, 'cpu'), picture).pred_score
-    found = infer(init_model(cfg, tmp_path / 'out/model.safetensors', 'cpu'), picture).pred_score
+    found = infer(init_model(cfg, tmp_path / 'out[w4a8]/model.safetensors', 'cpu'), picture).pred_score
     assert agreement(found, expected) > 0.9
 
 

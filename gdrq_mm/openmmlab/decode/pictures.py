@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Prepare(nn.Module):
     """uint8 pictures (N, H, W, 3), channels as the network wants them -> float (N, 3, H', W'), normalized and padded.
 
     Args:
-        pad: False: the pictures have the size that the network takes.
+        size: height and width that the network takes; None: any.
 
     Raises:
         NotCovered: the data preprocessor is none of the three that are known.
@@ -36,7 +37,7 @@ class Prepare(nn.Module):
     """(3 * 256,): what a byte of each channel becomes. Looked up, it is the same to the last bit in any runtime; one
     that multiplies by 1 / std turns rounding ties of the first layer."""
 
-    def __init__(self, preprocessor: Any, pad: bool) -> None:
+    def __init__(self, preprocessor: Any, size: Sequence[int] | None) -> None:
         super().__init__()
         if type(preprocessor) not in (ClsDataPreprocessor, DetDataPreprocessor, SegDataPreProcessor):
             raise NotCovered(f'{name_of(preprocessor)} prepares its pictures in a way of its own')
@@ -44,23 +45,26 @@ class Prepare(nn.Module):
         if getattr(preprocessor, 'mean', None) is not None:
             values = (values - preprocessor.mean) / preprocessor.std
         self.register_buffer('table', values.flatten().detach().clone())
-        self.divisor, self.value, smallest = preprocessor.pad_size_divisor, preprocessor.pad_value, None
+        self.size = size
         if isinstance(preprocessor, SegDataPreProcessor):
             options = preprocessor.test_cfg or {}
-            self.divisor, smallest = options.get('size_divisor') or 1, options.get('size')
-        if smallest is not None and pad:
-            raise NotCovered(f'it pads pictures to at least {smallest}')
-        if not pad:
-            self.divisor = 1
+            self.divisor, self.value = options.get('size_divisor') or 1, preprocessor.pad_val
+            if size is None and options.get('size') is not None:
+                raise NotCovered(f'it pads pictures to at least {options["size"]}')
+        else:
+            self.divisor, self.value = preprocessor.pad_size_divisor, preprocessor.pad_value
 
     def forward(self, image: Tensor) -> Tensor:
         first = 256 * torch.arange(3, dtype=torch.int32)[:, None, None]
         places = image.permute(0, 3, 1, 2).int() + first
         x = self.table.index_select(0, places.flatten()).reshape(places.shape)
-        if self.divisor > 1:
-            height, width = x.shape[2:]
-            x = F.pad(x, (0, -width % self.divisor, 0, -height % self.divisor), value=float(self.value))
-        return x
+        height, width = x.shape[2:]
+        if self.size == [height, width] or (self.size is None and self.divisor == 1):
+            return x
+        down, right = -height % self.divisor, -width % self.divisor
+        if self.size is not None:
+            down, right = self.size[0] - height, self.size[1] - width
+        return F.pad(x, (0, right, 0, down), value=float(self.value))
 
 
 class Scores(nn.Module):
