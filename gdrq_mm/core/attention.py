@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,12 +64,6 @@ class Projection(nn.Module):
         """Number of filters."""
         return self.attention[0].embed_dim
 
-    def stored(self, state: Any, name: str) -> Tensor:
-        """Its weight in a state dict, where the module is called `name`."""
-        above = name.removesuffix(PROJECTIONS[self.number])
-        packed = state.get(f'{above}in_proj_weight')
-        return state[f'{name}_weight'] if packed is None else self._rows(packed)
-
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""
         return nn.functional.linear(input, self.weight, self.bias)
@@ -81,6 +75,20 @@ class QuantProjection(QuantLayer, Projection):  # type: ignore[misc]
     @property
     def geometry(self) -> tuple[Any, Any, Any, int] | None:
         return (), (), (), 1
+
+    @property
+    def held(self) -> tuple[Any, slice]:
+        (attention,) = self.attention
+        if attention.in_proj_weight is None:
+            return super().held
+        first = self.number * attention.embed_dim
+        return attention.in_proj_weight, slice(first, first + attention.embed_dim)
+
+    def stored(self, state: Mapping[str, Tensor], name: str) -> Tensor:
+        """Its weight in a state dict, where the module is called `name`."""
+        above = name.removesuffix(PROJECTIONS[self.number])
+        packed = state.get(f'{above}in_proj_weight')
+        return state[f'{name}_weight'] if packed is None else self._rows(packed)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without quantizers, with this weight and bias."""

@@ -131,6 +131,17 @@ class QuantLayer(ModeOfModel):
         with torch.enable_grad():  # else rows of a packed weight take none
             return self.weight.requires_grad
 
+    @property
+    def held(self) -> tuple[Any, slice]:
+        """The Parameter that holds the weight, and which of its rows the weight is."""
+        return self.weight, slice(None)
+
+    @property
+    def weight_key(self) -> tuple[int, int]:
+        """The same for layers that share a weight, and for no others."""
+        parameter, rows = self.held
+        return id(parameter), rows.start or 0
+
     def filters(self) -> Tensor:
         """The weight as filters, (C_out, ...)."""
         return self.weight

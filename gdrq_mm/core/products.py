@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,8 +34,8 @@ _NAMES = {
     'attention': ('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal'),
 }
 """Names of their arguments, in order."""
-Pair = Callable[[Tensor, Tensor, str, bool], tuple[Tensor, Tensor]]
-"""Given both factors, the equation of einsum or '', and whether the first one is made by softmax: those to multiply."""
+Pair = Callable[[Sequence[Tensor], str, bool], Sequence[Tensor]]
+"""Given the factors, the equation of einsum or '', and whether the first one is made by softmax: those to multiply."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,21 @@ class Product:
 def multiply(func: Any, args: Any, kwargs: Mapping[str, Any], pair: Pair) -> Any:
     """What a function of KINDS computes, with the factors that `pair` gives for each product in it.
 
-    An einsum of one operand, or of more than two, is computed as it is.
+    An einsum of one operand is none.
     """
     kind = KINDS[func]
     if kind == 'einsum':
         equation, *factors = args
         factors = list(factors[0]) if isinstance(factors[0], (list, tuple)) else factors
-        factors = pair(factors[0], factors[1], equation, False) if len(factors) == 2 else factors
+        factors = pair(factors, equation, False) if len(factors) > 1 else factors
         return func(equation, *factors)
     given = {**dict(zip(_NAMES[kind], args)), **kwargs}
     if kind == 'attention':
         return _attention(pair, **given)
     if kind == 'baddbmm':
-        factors = pair(given.pop('batch1'), given.pop('batch2'), '', False)
+        factors = pair([given.pop('batch1'), given.pop('batch2')], '', False)
         return torch.baddbmm(given.pop('input'), *factors, **given)
-    factors = pair(given.pop('input'), given.pop('mat2' if kind == 'bmm' else 'other'), '', False)
+    factors = pair([given.pop('input'), given.pop('mat2' if kind == 'bmm' else 'other')], '', False)
     return (torch.bmm if kind == 'bmm' else torch.matmul)(*factors, **given)
 
 
@@ -123,7 +123,7 @@ def _attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
     query = query * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
-    query, transposed = pair(query, key.transpose(-2, -1), '', False)
+    query, transposed = pair([query, key.transpose(-2, -1)], '', False)
     scores = query @ transposed
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -135,24 +135,50 @@ def _attention(
     else:
         weights = scores.softmax(-1)
     weights = nn.functional.dropout(weights, dropout_p)
-    weights, value = pair(weights, value, '', True)
+    weights, value = pair([weights, value], '', True)
     return weights @ value
 
 
-def operations(a: Tensor, b: Tensor, equation: str) -> int:
-    """Multiply-accumulates of a product."""
+def operations(factors: Sequence[Tensor], equation: str) -> int:
+    """Multiply-accumulates of a product; of more than two factors from left to right."""
     if not equation:
+        a, b = factors
         columns = b.shape[-1] if b.dim() > 1 else 1
         rows, inner = (a.shape[-2] if a.dim() > 1 else 1), a.shape[-1]
         return math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])) * rows * inner * columns
+    left, arrow, result = equation.replace(' ', '').partition('->')
+    result = result if arrow else ''.join(name for name in left if left.count(name) == 1)
     sizes: dict[str, int] = {}
-    for letters, x in zip(equation.replace(' ', '').split('->')[0].split(','), (a, b)):
+    names: list[list[str]] = []
+    for letters, x in zip(left.split(','), factors, strict=True):
         before, _, after = letters.partition('...')
         middle = range(len(before), x.dim() - len(after))
-        names = [*before, *(f'.{x.dim() - len(after) - i}' for i in middle), *after]
-        for name, size in zip(names, x.shape):
+        names.append([*before, *(f'.{x.dim() - len(after) - i}' for i in middle), *after])
+        for name, size in zip(names[-1], x.shape):
             sizes[name] = max(size, sizes.get(name, 1))
-    return math.prod(sizes.values())
+    count, open_ = 0, set(names[0])
+    for number, others in enumerate(names[1:], 2):
+        open_ |= set(others)
+        count += math.prod(sizes[name] for name in open_)
+        later = {*result, *(name for rest in names[number:] for name in rest)}
+        open_ = {name for name in open_ if name in later or name.startswith('.')}
+    return count
+
+
+def factor_quantizers(model: nn.Module, product: str) -> list[Any]:
+    """The quantizers of both factors of a product, by its name; [] if it is float."""
+    found: Any = model
+    for part in product.split('.'):
+        found = found._modules.get(part)
+        if found is None:
+            return []
+    return list(found)
+
+
+def factor_bits(model: nn.Module, product: str) -> tuple[int, int]:
+    """Bits of both factors of a product; 32 is float."""
+    bits = [quant.bits_in_use for quant in factor_quantizers(model, product)] or [32, 32]
+    return bits[0], bits[1]
 
 
 # ---- while a model runs ---------------------------------------------------------------------------------------------
@@ -195,7 +221,7 @@ class _Quantizing(TorchFunctionMode):
             return multiply(func, args, kwargs or {}, self.pair)
         return func(*args, **(kwargs or {}))
 
-    def pair(self, a: Tensor, b: Tensor, equation: str, softmax: bool) -> tuple[Tensor, Tensor]:
+    def pair(self, factors: Sequence[Tensor], equation: str, softmax: bool) -> Sequence[Tensor]:
         number, self.count = self.count, self.count + 1
         quantizers: Any = self.products[number] if number < len(self.products) else ()
-        return (quantizers[0](a), quantizers[1](b)) if len(quantizers) else (a, b)
+        return [quant(x) for quant, x in zip(quantizers, factors)] if len(quantizers) else factors

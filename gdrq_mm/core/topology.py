@@ -189,22 +189,25 @@ class _Recorder(TorchFunctionMode):
             if not between or ((one or other) and found not in self.plan.additions):
                 self.plan.additions.append(found)
 
-    def _multiply(self, a: Tensor, b: Tensor, equation: str, softmax: bool) -> tuple[Tensor, Tensor]:
+    def _multiply(self, factors: Sequence[Tensor], equation: str, softmax: bool) -> Sequence[Tensor]:
         """Note a product of the innermost module."""
         module = self.running[-1] if self.running else ''
         number = self.multiplied[module] = self.multiplied.get(module, -1) + 1
-        self.images = self.images or max(len(a), 1)
+        self.images = self.images or max(len(factors[0]), 1)
         counted = name_of(module, number)
-        self.plan.macs[counted] = self.plan.macs.get(counted, 0) + operations(a, b, equation) // self.images
+        self.plan.macs[counted] = self.plan.macs.get(counted, 0) + operations(factors, equation) // self.images
         if not self.repeated and number >= sum(each.module == module for each in self.plan.products):
             note = ''
-            if any(id(x if x._base is None else x._base) in self.constants for x in (a, b)):
+            if len(factors) > 2:
+                note = f'einsum of {len(factors)} factors'
+            elif any(id(x if x._base is None else x._base) in self.constants for x in factors):
                 note = 'one factor is a parameter'
             elif not self.whole and not module:
                 note = 'between the parts of the model'
-            marks = softmax or self.number(a) in self.softmaxed, self.number(b) in self.softmaxed
-            self.plan.products.append(Product(module, number, 'einsum' if equation else 'matmul', marks, note))
-        return a, b
+            first, second, *_ = (self.number(x) in self.softmaxed for x in factors)
+            kind = 'einsum' if equation else 'matmul'
+            self.plan.products.append(Product(module, number, kind, (softmax or first, second), note))
+        return factors
 
     def _follow(self, function: str, first: Sequence[Any], out: Tensor) -> None:
         """Note which tensors softmax has made."""

@@ -2,8 +2,9 @@
 
 A classifier, a segmentor and a one-stage detector are one graph from the image to the raw outputs of the head. A
 two-stage detector is one graph from the image to the outputs of the RPN, one for the box head, and one for the mask
-head if there is one; of a cascade, one for the head of each stage. DETR is one graph to the features, one for the
-encoder, one for the decoder, and one for the head. Decoding, NMS and RoIAlign stay in torch.
+head if there is one; of a cascade, one for the head of each stage. A semantic head, as HTC's, is in the graph of the
+RPN. DETR is one graph to the features, one for the encoder, one for the decoder, and one for the head. Decoding, NMS
+and RoIAlign stay in torch.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _reason(model: Any, task: str, heads: list[str]) -> str:
     if not heads:
         return f'it has no {HEADS[task][0]}'
     if task == 'det' and hasattr(model, 'encoder') and not _is_detr(model):
-        return 'its encoder and decoder stand between the backbone and the head, and are not exported'
+        return 'it runs its encoder and decoder in a way of its own; of transformers with both DETR alone is exported'
     if len(heads) > 1:
         return f'its {heads[1]} reads what its {heads[0]} has found, which is not exported'
     first, *others = heads_of(model, heads[0]).values()
@@ -163,9 +164,13 @@ def _inner(
 
 
 def _two_stage(model: Any) -> list[Part]:
+    """Proposals and heads; HTC's semantic head stands beside the RPN, and its mask heads read the one before."""
+    semantic = 'semantic_head' if heads_of(model.roi_head, 'semantic_head') else ''
+
     def proposals(model: Any, x: Tensor) -> Any:
         features = model.extract_feat(x)
-        return features, model.rpn_head(features)
+        found = features, model.rpn_head(features)
+        return (*found, model.roi_head.semantic_head(features)) if semantic else found
 
     def replace(model: Any, run: Run) -> None:
         kept: list[Any] = []
@@ -176,11 +181,16 @@ def _two_stage(model: Any) -> list[Part]:
 
         model.extract_feat = extract
         model.rpn_head.forward = lambda features: kept[0]
+        if semantic:
+            model.roi_head.semantic_head.forward = lambda features: kept[1]
+
+    def given(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(each for each in inputs if each is not None)
 
     heads = [name for kind in ('bbox_head', 'mask_head') for name in heads_of(model.roi_head, kind)]
     return [
         Part('proposals', Flat(model, proposals), 'backbone', _first, replace, True),
-        *(_inner(model, name, f'roi_head.{name}') for name in heads),
+        *(_inner(model, name, f'roi_head.{name}', takes=given) for name in heads),
     ]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn as nn
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from ..core.config import FLOAT_BITS
 from ..core.convert import Report
 from ..core.modules import quant_layers
+from ..core.products import factor_bits, factor_quantizers
 from ..core.pyramid import InputQuant
 from ..core.quantizers import learned_parameters
 
@@ -48,13 +47,12 @@ def totals(model: nn.Module, report: Report) -> Totals:
         if name != 'num_batches_tracked'
     )
     quantized, saved = 0, 0.0
-    counted: dict[int, Tensor] = {}  # a Parameter that two layers share counts once
+    counted: set[tuple[int, int]] = set()  # a weight that two layers share counts once
     for place, layer in layers.items():
-        weight = layer.weight
-        if deployed(place) and layer.bits[0] != FLOAT_BITS and id(weight) not in counted:
-            counted[id(weight)] = weight  # kept, as rows of packed attention are tensors of the moment
-            quantized += weight.numel()
-            saved += weight.numel() * (FLOAT_BYTES - layer.bits[0] / 8)
+        if deployed(place) and layer.bits[0] != FLOAT_BITS and layer.weight_key not in counted:
+            counted.add(layer.weight_key)
+            quantized += layer.weight.numel()
+            saved += layer.weight.numel() * (FLOAT_BYTES - layer.bits[0] / 8)
             saved -= layer.weight_quant.groups * FLOAT_BYTES
     float_bytes = (parameters + statistics) * FLOAT_BYTES
     operations = 0
@@ -65,21 +63,6 @@ def totals(model: nn.Module, report: Report) -> Totals:
         one, other = factor_bits(model, row.name)
         operations += row.macs * one * other
     return Totals(parameters, quantized, float_bytes, int(float_bytes - saved), operations)
-
-
-def factor_bits(model: nn.Module, product: str) -> tuple[int, int]:
-    """Bits of both factors of a product; 32 is float."""
-    bits = [quant.bits_in_use for quant in _factors(model, product)] or [FLOAT_BITS, FLOAT_BITS]
-    return bits[0], bits[1]
-
-
-def _factors(model: nn.Module, product: str) -> list[Any]:
-    found: Any = model
-    for part in product.split('.'):
-        found = found._modules.get(part)
-        if found is None:
-            return []
-    return list(found)
 
 
 def layer_table(model: nn.Module, report: Report) -> str:
@@ -111,7 +94,7 @@ def layer_table(model: nn.Module, report: Report) -> str:
         )
     for row in report.products:
         one, other = (str(bits) for bits in factor_bits(model, row.name))
-        ranges = ', '.join(dict.fromkeys(filter(None, map(_range, _factors(model, row.name)))))
+        ranges = ', '.join(dict.fromkeys(filter(None, map(_range, factor_quantizers(model, row.name)))))
         note = ', '.join(filter(None, [row.note, f'{row.macs:,} operations']))
         table.add_row(row.name, row.kind, '', one, '', other, ranges, note)
     modules = dict(model.named_modules())

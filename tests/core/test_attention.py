@@ -164,7 +164,9 @@ def test_names_and_parameters_stay_those_of_torch(options):
     assert not unexpected and all('_quant.' in name for name in missing)
     report = quantize(model, x)
     assert [id(p) for p in parameters] == [id(p) for n, p in model.named_parameters() if '_quant' not in n]
-    kinds = {name: type(layer) for name, layer in quant_layers(model).items() if 'attn' in name}
+    layers = quant_layers(model)
+    assert all(torch.equal(layer.stored(before, name), layer.weight) for name, layer in layers.items())
+    kinds = {name: type(layer) for name, layer in layers.items() if 'attn' in name}
     assert [kinds[f'attn.{name}'] for name in PROJECTIONS] == [QuantProjection] * 3 and len(kinds) == 4
     assert {row.name: row.weights for row in report.layers}['attn.v_proj'] == WIDTH * options.get('vdim', WIDTH)
     back = model.attn.to_torch()

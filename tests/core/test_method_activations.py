@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, Stage
 from gdrq_mm.core.quantizers.bnn import LEVEL
 from gdrq_mm.core.quantizers.hwgq import FULL_WAVE, HALF_WAVE
+from gdrq_mm.core.quantizers.minmax import AttentionWeights, MinMaxActivation
 from gdrq_mm.core.quantizers.tsq import sparse_step
 from tests import reference_methods as papers
 from tests.core.builders import (
@@ -27,6 +28,7 @@ from tests.core.builders import (
     gradients,
     inputs,
     move,
+    on_two_ranks,
 )
 from tests.helpers import same
 
@@ -140,6 +142,23 @@ def test_a_running_largest_value():
     assert float(quantizer.threshold) == 4 + 0.25 * (5 - 4)
     move(quantizer)
     assert float(quantizer.threshold) == 4.25, 'no forward since'
+
+
+@pytest.mark.parametrize('make', [lambda: MinMaxActivation(8), lambda: AttentionWeights(8)])
+def test_the_largest_value_is_that_of_all_processes(make):
+    """One that has seen nothing, as a head without regions, changes nothing."""
+    parts, empty = [torch.tensor([0.2, 0.9]), torch.tensor([0.4, 0.1])], torch.zeros(0)
+
+    def moved(*steps):
+        quantizer = make()
+        quantizer.start(torch.tensor([1.0, 2, 2, 0, 0.5], dtype=torch.float64))
+        for x in steps:
+            quantizer.train()(x)
+            move(quantizer)
+        return float(quantizer.threshold)
+
+    found = on_two_ranks(lambda rank: moved(parts[rank], [empty, parts[1]][rank]))
+    assert found[0] == found[1] == moved(torch.cat(parts), parts[1])
 
 
 @pytest.mark.parametrize('sigma', [0.3, 0.6, 1.0, 3.0])

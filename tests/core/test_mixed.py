@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gdrq_mm as gq
+from gdrq_mm.core.attention import PROJECTIONS
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
@@ -353,6 +354,32 @@ def test_the_door(budget, capsys):
     assert sum(layer.share_of_size for layer in found.layers) == pytest.approx(1)
     if 'bitops' not in budget:
         assert {a for name, (_, a) in bits.items() if 'blocks' in name} == {4}
+
+
+def test_projections_of_attention_are_chosen_one_by_one():
+    """Their weights are rows of one Parameter. Products stay as they are, and count."""
+    torch.manual_seed(0)
+
+    def forward(m, x):
+        x = m.first(x)
+        return m.last(m.attn(x, x, x)[0])
+
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = Function(forward, first=nn.Linear(6, 8), attn=attention, last=nn.Linear(8, 3))
+    batches, budget = [(torch.randn(8, 5, 6), torch.randn(8, 5, 3))], dict(size=0.75, bitops=0.3)
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    found = gq.allocate(model, 'w4a4', batches[0][0], batches, loss, budget, show=False)
+    projections = [f'attn.{name}.weight' for name in PROJECTIONS]
+    weights = {choice.name: choice for choice in found.choices if choice.side == 'weight'}
+    assert all(len(weights[name].layers) == 1 and found.program.choices[name][2] > 0 for name in projections)
+    report = gq.quantize(model, found.config('w4a4'), batches[0][0], show=False)
+    gq.calibrate(model, batches)
+    total = totals(model, report)
+    assert sum(row.macs for row in report.products) > 0
+    assert found.best.used == pytest.approx(dict(size=total.bytes, bitops=total.bit_operations), abs=1)
 
 
 def test_the_text_of_a_config_is_the_config(tmp_path):

@@ -66,6 +66,28 @@ def test_factors_are_rounded_however_it_is_written(way):
     assert not torch.equal(expected, (y @ y.mT) @ y)
 
 
+def test_an_einsum_of_several_factors_stays_float_and_says_so():
+    """In a module that has other products too; one of a single factor is none."""
+
+    def forward(m, x):
+        scores = torch.einsum('nij->nij', x) @ x.mT
+        return torch.einsum('nij,njk,nkl->nil', scores, x, x.mT) @ x
+
+    model, x = Between(forward), torch.randn(2, 5, 6)
+    report = calibrated(model, x)
+    assert [(each.name, each.note) for each in report.products] == [
+        ('between.product_quant.0', ''),
+        ('between.product_quant.1', 'float: einsum of 3 factors'),
+        ('between.product_quant.2', ''),
+    ]
+    assert report.products[1].macs == 5 * 5 * 8 + 5 * 8 * 5
+    (one, other), float_, (left, right) = model.between.product_quant
+    y = torch.randn(2, 5, 8)
+    scores = one(y) @ other(y.mT)
+    torch.testing.assert_close(model.eval().between(y), left((scores @ y) @ y.mT) @ right(y))
+    assert len(float_) == 0
+
+
 @pytest.mark.parametrize(
     'options',
     [{}, dict(is_causal=True), dict(scale=0.3), dict(attn_mask='bool'), dict(attn_mask='float'), dict(enable_gqa=True)],
@@ -260,17 +282,20 @@ def test_wrong_settings_are_one_line(settings, message):
 
 
 @pytest.mark.parametrize(
-    ('a', 'b', 'equation', 'expected'),
+    ('shapes', 'equation', 'expected'),
     [
-        ((4, 5), (5, 6), '', 4 * 5 * 6),
-        ((3, 4, 5), (3, 5, 6), '', 3 * 4 * 5 * 6),
-        ((2, 1, 4, 5), (3, 5, 6), '', 2 * 3 * 4 * 5 * 6),
-        ((5,), (5, 6), '', 5 * 6),
-        ((4, 5), (5,), '', 4 * 5),
-        ((2, 3, 4), (2, 4, 7), 'nij,njk->nik', 2 * 3 * 4 * 7),
-        ((2, 8, 3), (2, 8, 4, 5), 'bcq, bchw -> bqhw', 2 * 8 * 3 * 4 * 5),
-        ((2, 9, 3, 4), (9, 4, 7), '...ij,...jk', 2 * 9 * 3 * 4 * 7),
+        ([(4, 5), (5, 6)], '', 4 * 5 * 6),
+        ([(3, 4, 5), (3, 5, 6)], '', 3 * 4 * 5 * 6),
+        ([(2, 1, 4, 5), (3, 5, 6)], '', 2 * 3 * 4 * 5 * 6),
+        ([(5,), (5, 6)], '', 5 * 6),
+        ([(4, 5), (5,)], '', 4 * 5),
+        ([(2, 3, 4), (2, 4, 7)], 'nij,njk->nik', 2 * 3 * 4 * 7),
+        ([(2, 8, 3), (2, 8, 4, 5)], 'bcq, bchw -> bqhw', 2 * 8 * 3 * 4 * 5),
+        ([(2, 9, 3, 4), (9, 4, 7)], '...ij,...jk', 2 * 9 * 3 * 4 * 7),
+        ([(2, 3, 4), (2, 5, 4), (2, 5, 7)], 'nqc,nkc,nkv->nqv', 2 * (3 * 4 * 5 + 3 * 5 * 7)),
+        ([(3, 4), (4, 5), (5, 7), (7, 2)], 'ab,bc,cd,de', 3 * 4 * 5 + 3 * 5 * 7 + 3 * 7 * 2),
+        ([(9, 3, 4), (9, 4, 5), (9, 5, 7)], '...ab,...bc,...cd->...ad', 9 * (3 * 4 * 5 + 3 * 5 * 7)),
     ],
 )
-def test_operations_of_a_product(a, b, equation, expected):
-    assert operations(torch.empty(a), torch.empty(b), equation) == expected
+def test_operations_of_a_product(shapes, equation, expected):
+    assert operations([torch.empty(shape) for shape in shapes], equation) == expected

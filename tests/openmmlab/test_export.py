@@ -263,7 +263,6 @@ def test_bundles_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
 
 REASONS = {
     'no head': ('cls', {}, 'a classifier with extract_feat and a head is expected'),
-    'Deformable DETR': ('det', dict(encoder=1, bbox_head=1), 'its encoder and decoder stand between the backbone and'),
     'YOLACT': ('det', dict(bbox_head=1, mask_head=1), 'its mask_head reads what its bbox_head has found'),
     'Fast R-CNN': ('det', dict(roi_head=1), 'it has no rpn_head: its proposals come from elsewhere'),
     'no box head': ('det', dict(roi_head=1, rpn_head=1), 'it has no box head'),
@@ -308,6 +307,16 @@ def test_a_head_that_reads_more_than_features_is_refused():
         model = nn.ModuleDict(heads(kind()))
         with pytest.raises(UserError, match=f'^ModuleDict cannot be exported: {kind.__name__} does not read features'):
             parts_of(model, task)
+
+
+def test_a_transformer_other_than_detr_is_refused():
+    cfg = read_config(ROOT / 'configs/det/deformable_detr_gdrq_w4a4.py')
+    small = dict(depth=18, base_channels=8, init_cfg=None)
+    layers = {'model.encoder.num_layers': 1, 'model.decoder.num_layers': 1, 'model.num_queries': 2}
+    cfg.merge_from_dict({'model.backbone': small, 'model.neck.in_channels': [16, 32, 64], **layers})
+    cfg.pop('quantization')
+    with pytest.raises(UserError, match=r'^DeformableDETR cannot be exported: it runs its encoder and decoder in'):
+        parts_of(init_model(cfg, None, 'cpu'), 'det')
 
 
 @pytest.mark.parametrize('whole', ['cls'], indirect=True)

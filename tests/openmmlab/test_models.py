@@ -12,9 +12,10 @@ from mmdet.models import SSDHead
 from gdrq_mm.core.attention import Projection
 from gdrq_mm.core.layers import QUANTIZED
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
+from gdrq_mm.core.products import factor_bits
 from gdrq_mm.core.quantizers import Quantizer, Stage
 from gdrq_mm.core.quantizers.minmax import AttentionWeights
-from gdrq_mm.report.layers import factor_bits, layer_table
+from gdrq_mm.report.layers import layer_table
 from tests.helpers import same
 from tests.runs import At
 from tests.stock import FEW_REGIONS, MASK_RCNN, YOLOX, Images, build, check_result, predict, settle

@@ -52,9 +52,20 @@ def box_head(stds, agnostic):
     )
 
 
-MODELS = {
-    'Cascade Mask R-CNN': dict(
-        type='CascadeRCNN',
+CASCADE = dict(
+    num_stages=2,
+    stage_loss_weights=[1, 0.5],
+    bbox_roi_extractor=regions(3),
+    bbox_head=[box_head([0.1, 0.1, 0.2, 0.2], False), box_head([0.05, 0.05, 0.1, 0.1], True)],
+    mask_roi_extractor=regions(4),
+)
+MASKS = dict(num_convs=1, in_channels=CHANNELS, conv_out_channels=CHANNELS, num_classes=CLASSES)
+
+
+def cascade(kind, **roi_head):
+    """A detector of regions in two stages."""
+    return dict(
+        type=kind,
         data_preprocessor={**PREPROCESSOR, 'pad_mask': True},
         backbone=RESNET,
         neck=FPN,
@@ -65,33 +76,22 @@ MODELS = {
             anchor_generator={**ANCHORS, 'strides': STRIDES},
             bbox_coder=DELTAS,
         ),
-        roi_head=dict(
-            type='CascadeRoIHead',
-            num_stages=2,
-            stage_loss_weights=[1, 0.5],
-            bbox_roi_extractor=regions(3),
-            bbox_head=[box_head([0.1, 0.1, 0.2, 0.2], False), box_head([0.05, 0.05, 0.1, 0.1], True)],
-            mask_roi_extractor=regions(4),
-            mask_head=dict(
-                type='FCNMaskHead',
-                num_convs=1,
-                in_channels=CHANNELS,
-                conv_out_channels=CHANNELS,
-                num_classes=CLASSES,
-            ),
-        ),
+        roi_head={**CASCADE, **roi_head},
         test_cfg=dict(
             rpn=dict(nms_pre=50, max_per_img=40, nms=dict(type='nms', iou_threshold=0.9), min_bbox_size=0),
             rcnn=dict(score_thr=0.1, nms=dict(type='nms', iou_threshold=0.5), max_per_img=50, mask_thr_binary=0.5),
         ),
-    ),
-    'SOLOv2': dict(
-        type='SOLOv2',
+    )
+
+
+def without_regions(kind, **head):
+    """A model that predicts masks without regions, on a grid of each level."""
+    return dict(
+        type=kind,
         data_preprocessor={**PREPROCESSOR, 'pad_mask': True},
         backbone=RESNET,
         neck=FPN,
         mask_head=dict(
-            type='SOLOV2Head',
             num_classes=CLASSES,
             in_channels=CHANNELS,
             feat_channels=CHANNELS,
@@ -100,15 +100,8 @@ MODELS = {
             scale_ranges=((1, 96), (48, 192), (96, 384), (192, 768)),
             num_grids=[6, 5, 4, 3],
             norm_cfg=dict(type='GN', num_groups=2),
-            mask_feature_head=dict(
-                feat_channels=CHANNELS,
-                start_level=0,
-                end_level=3,
-                out_channels=CHANNELS,
-                mask_stride=4,
-                norm_cfg=dict(type='GN', num_groups=2),
-            ),
             loss_cls=FOCAL,
+            **head,
         ),
         test_cfg=dict(
             nms_pre=60,
@@ -118,6 +111,39 @@ MODELS = {
             kernel='gaussian',
             sigma=2.0,
             max_per_img=40,
+        ),
+    )
+
+
+MODELS = {
+    'Cascade Mask R-CNN': cascade('CascadeRCNN', type='CascadeRoIHead', mask_head=dict(type='FCNMaskHead', **MASKS)),
+    'HTC': cascade(
+        'HybridTaskCascade',
+        type='HybridTaskCascadeRoIHead',
+        mask_head=[dict(type='HTCMaskHead', with_conv_res=later, **MASKS) for later in (False, True)],
+        semantic_roi_extractor={**regions(4), 'featmap_strides': [8]},
+        semantic_head=dict(
+            type='FusedSemanticHead',
+            num_ins=4,
+            fusion_level=1,
+            seg_scale_factor=1 / 8,
+            num_convs=1,
+            in_channels=CHANNELS,
+            conv_out_channels=CHANNELS,
+            num_classes=CLASSES,
+        ),
+    ),
+    'SOLO': without_regions('SOLO', type='SOLOHead'),
+    'SOLOv2': without_regions(
+        'SOLOv2',
+        type='SOLOV2Head',
+        mask_feature_head=dict(
+            feat_channels=CHANNELS,
+            start_level=0,
+            end_level=3,
+            out_channels=CHANNELS,
+            mask_stride=4,
+            norm_cfg=dict(type='GN', num_groups=2),
         ),
     ),
     'DETR': dict(
@@ -161,16 +187,27 @@ MODELS = {
         test_cfg=dict(mode='whole'),
     ),
 }
+STAGES = ['proposals', 'bbox_head.0', 'bbox_head.1', 'mask_head.0', 'mask_head.1']
 PARTS = {
+    'SOLO': ['model'],
     'SOLOv2': ['model'],
     'DETR': ['features', 'encoder', 'decoder', 'bbox_head'],
     'OCRNet': ['model'],
-    'Cascade Mask R-CNN': ['proposals', 'bbox_head.0', 'bbox_head.1', 'mask_head.0', 'mask_head.1'],
+    'Cascade Mask R-CNN': STAGES,
+    'HTC': STAGES,
 }
 
 
-NOT_COVERED = {'SOLOv2': 'SOLOv2 predicts in a way of its own'}
+NOT_COVERED = {
+    'HTC': 'HybridTaskCascadeRoIHead predicts in a way of its own',
+    'SOLO': 'SOLO predicts in a way of its own',
+    'SOLOv2': 'SOLOv2 predicts in a way of its own',
+}
 """Models without end2end.onnx, and why."""
+IN_BOTH = ('HTC', 'SOLO', 'SOLOv2')
+"""Models that are exported for both runtimes, and verified there part by part; the others for ONNX Runtime."""
+COMPARED = [(name, 'onnxruntime') for name in MODELS] + [(name, 'openvino') for name in ('SOLO', 'SOLOv2')]
+"""Models and runtimes whose predictions are compared."""
 VARIES = {'OCRNet': (0.5, 0.1)}
 """Weights and biases of last layers; by default those of a detector."""
 SIZE = 64
@@ -196,7 +233,8 @@ def exported(request, tmp_path_factory):
     checkpoint = str(folder / 'model.pth')
     torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
     merged = merge_model(model, model.plan)
-    report = export_graphs(model, merged, lambda: infer(model, picture), lambda part: None, 'onnxruntime')
+    target = 'both' if name in IN_BOTH else 'onnxruntime'
+    report = export_graphs(model, merged, lambda: infer(model, picture), lambda part: None, target)
     assert [part.name for part in report.parts] == PARTS[name]
     if name in NOT_COVERED:
         with pytest.raises(NotCovered, match=NOT_COVERED[name]):
@@ -206,12 +244,13 @@ def exported(request, tmp_path_factory):
     return cfg, merged, checkpoint, folder / 'exported', picture
 
 
+@pytest.mark.parametrize(('exported', 'backend'), COMPARED, indirect=['exported'])
 @pytest.mark.parametrize('parts', [True, False], ids=['parts', 'end2end'])
-def test_a_runtime_predicts_what_the_merged_model_does(exported, parts):
+def test_a_runtime_predicts_what_the_merged_model_does(exported, parts, backend):
     """Without end2end.onnx it is the parts in both cases."""
     cfg, merged, checkpoint, folder, picture = exported
     deployed = init_model(cfg, checkpoint, 'cpu')
-    use_runtime(deployed, folder, 'onnxruntime', checkpoint, parts=parts)
+    use_runtime(deployed, folder, backend, checkpoint, parts=parts)
     deployed.backbone.forward = None  # the network itself must not run any more
     found, expected = infer(deployed, picture), infer(merged, picture)
     if 'pred_sem_seg' in expected:

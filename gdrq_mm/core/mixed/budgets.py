@@ -12,6 +12,7 @@ from ..config import FLOAT_BITS
 from ..convert import LayerReport, Report
 from ..errors import UserError
 from ..modules import quant_layers
+from ..products import factor_bits
 from ..typed import near
 from .choices import Candidates, Choice
 from .program import UNITS, Budget, Pair
@@ -101,21 +102,23 @@ class Costs:
         return layer.weight.numel() * bits / 8 + groups * FLOAT_BYTES
 
     def _size(self) -> Any:
-        first: dict[int, str] = {}  # a weight that two layers have counts once
+        first: dict[tuple[int, int], str] = {}  # a weight that two layers have counts once
         for name in self.pairs:
-            first.setdefault(id(self.layers[name].weight), name)
+            first.setdefault(self.layers[name].weight_key, name)
         costs = {n: {pair: self.weight_bytes(n, pair.weight) for pair in self.pairs[n]} for n in first.values()}
         chosen = sum(self.layers[name].weight.numel() for name in costs) * FLOAT_BYTES
         kept = {row.name: row.weights * FLOAT_BYTES for row in self._others() if self.report.plan.deployed(row.name)}
         return self.float_bytes, self.float_bytes - chosen, costs, kept
 
     def _operations(self) -> Any:
-        macs = {row.name: row.macs for row in self.report.layers}
+        macs = {row.name: row.macs for row in (*self.report.layers, *self.report.products)}
         costs = {n: {pair: macs[n] * pair.weight * pair.input for pair in pairs} for n, pairs in self.pairs.items()}
         kept = {}
         for row in self._others():
             weight, activation = self.layers[row.name].bits if row.name in self.layers else (FLOAT_BITS, FLOAT_BITS)
             kept[row.name] = row.macs * weight * activation
+        for row in self.report.products:
+            kept[row.name] = row.macs * math.prod(factor_bits(self.model, row.name))
         return sum(macs.values()) * FLOAT_BITS**2, sum(kept.values()), costs, kept
 
     def _times(self) -> Any:

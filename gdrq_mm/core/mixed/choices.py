@@ -80,7 +80,7 @@ def choices_of(
     tried = bits_to_try(config, bits, inputs)
     layers = {name: layer for name, layer in quant_layers(model).items() if report.plan.deployed(name)}
     tensors = report.plan.inputs
-    weights = _joined({name: [id(layer.weight)] for name, layer in layers.items()})
+    weights = _joined({name: [layer.weight_key] for name, layer in layers.items()})
     readers = _joined({n: [('tensor', tensors.get(n, n)), id(x.input_quant or n)] for n, x in layers.items()})
     found: list[Choice] = []
     for side, groups in zip(SIDES, (weights, readers)):

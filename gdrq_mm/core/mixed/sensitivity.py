@@ -39,7 +39,7 @@ def loss_sensitivity(
     weights = {choice: candidates.places_of(choice)[0] for choice in candidates.choices if choice.side == 'weight'}
     squares = {choice: torch.zeros_like(place.layer.weight) for choice, place in weights.items()}
     count = 0
-    with only(model, []), modes_kept(model), _learning([place.layer.weight for place in weights.values()]):
+    with only(model, []), modes_kept(model), _learning([place.layer.held[0] for place in weights.values()]):
         mute_leaves(model.train())
         for batch in batches:
             size, count = pictures(batch), count + 1
@@ -49,8 +49,9 @@ def loss_sensitivity(
                     raise UserError(f'the loss of a calibration batch is {float(value)}')
                 value.backward()
             for choice, place in weights.items():
-                if place.layer.weight.grad is not None:
-                    squares[choice] += size * place.layer.weight.grad.square()
+                parameter, rows = place.layer.held
+                if parameter.grad is not None:
+                    squares[choice] += size * parameter.grad[rows].square()
             model.zero_grad(set_to_none=True)
     for choice, place in weights.items():
         layer = place.layer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..ranks import all_reduce
+from ..ranks import all_reduce, world_size
 from ..typed import Bounds
 from .activation import ActivationQuantizer
 
@@ -22,10 +22,14 @@ from .activation import ActivationQuantizer
 class FollowingQuantizer(ActivationQuantizer):
     """T <- T + m * (k * s / n - T), with what `measure` gave, summed over the forwards and ranks of a step.
 
+    With `largest` it is the largest s / n of the ranks instead: each has a part of the batch.
+
     A method overrides `measure`, has an option `momentum`, and registers a scalar buffer `k`.
     """
 
     follows = True
+    largest = False
+    """Whether s is a largest value, not a sum."""
 
     k: Tensor
 
@@ -63,17 +67,25 @@ class FollowingQuantizer(ActivationQuantizer):
 
 
 def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
-    """s and n of each quantizer since the last move, (N, 2) float64; may be summed over ranks."""
-    return torch.stack([q.sums for q in quantizers])
+    """s and n of each quantizer since the last move, (N, 2) float64, of all processes."""
+    found = torch.stack([q.sums for q in quantizers])
+    if world_size() == 1:
+        return found
+    largest = [i for i, q in enumerate(quantizers) if q.largest]
+    total, count = found[largest].unbind(1)
+    highest = torch.stack([total / count.clamp(min=1), count.clamp(max=1)], 1)
+    all_reduce(found, 'sum')
+    if largest:
+        all_reduce(highest, 'max')
+        found[largest] = highest
+    return found
 
 
 def move_thresholds(quantizers: Collection[FollowingQuantizer], momentum: Any = None) -> None:
     """Move T by what all processes collected, which starts anew; a T whose n is 0 stays. `momentum` replaces theirs."""
     if not quantizers:
         return
-    statistics = collected(quantizers)
-    all_reduce(statistics, 'sum')
-    total, count = statistics.unbind(1)
+    total, count = collected(quantizers).unbind(1)
     thresholds = [q.threshold for q in quantizers]
     before, k = torch.stack(thresholds), torch.stack([q.k for q in quantizers])
     momenta = torch.tensor([momentum or q.options.momentum for q in quantizers], device=before.device)

@@ -47,6 +47,7 @@ class MinMaxWeight(WeightQuantizer):
 class MinMaxActivation(FollowingQuantizer):
     """Activations with a running largest |x|, T <- T + m * (max|x| - T); m is 0.01 as in torch.ao."""
 
+    largest = True
     steps_up = True
 
     @dataclass(frozen=True)
