@@ -33,14 +33,14 @@ TEST_CFG = dict(nms_pre=1000, min_bbox_size=0, score_thr=0.3, nms=dict(type='nms
 PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[110] * 3, std=[55] * 3, pad_size_divisor=32)
 
 
-def detector(kind, head):
+def detector(kind, head, neck=FPN, **test_cfg):
     return dict(
         type=kind,
         data_preprocessor=PREPROCESSOR,
         backbone=RESNET,
-        neck=FPN,
+        neck=neck,
         bbox_head=head,
-        test_cfg=TEST_CFG,
+        test_cfg={**TEST_CFG, **test_cfg},
     )
 
 
@@ -71,6 +71,23 @@ DETECTORS = {
             loss_cls=FOCAL,
             norm_cfg=dict(type='GN', num_groups=4),
         ),
+    ),
+    'YOLOv3': detector(
+        'YOLOV3',
+        dict(
+            type='YOLOV3Head',
+            num_classes=CLASSES,
+            in_channels=[32, 16, 16],
+            out_channels=[32, 16, 16],
+            anchor_generator=dict(
+                type='YOLOAnchorGenerator',
+                base_sizes=[[(60, 50), (40, 60)], [(30, 40), (30, 25)], [(12, 20), (16, 16)]],
+                strides=[32, 16, 8],
+            ),
+            featmap_strides=[32, 16, 8],
+        ),
+        neck=dict(type='YOLOV3Neck', num_scales=3, in_channels=[64, 32, 16], out_channels=[32, 16, 16]),
+        conf_thr=0.2,
     ),
 }
 

@@ -36,6 +36,8 @@ class Piece:
     values: int
     differing: int
     """Codes that are not those of the trained model; outputs that differ beyond float32 and the rounded bias."""
+    undecided: int
+    """Of them those whose value is a rounding tie as far as float32 tells, so that either code is right."""
     wrong: int
     """Of them those further from a rounding tie than float32 and the rounded bias explain."""
     largest: float
@@ -168,9 +170,20 @@ def _compare_codes(site: Site, trained: Trained, found: np.ndarray, bias: float,
         return _misshapen(name, step, found)
     codes = found.astype(np.float64) - zero_point_of_codes(trained.lo, trained.hi)
     distance = np.abs(codes - np.clip(trained.value, trained.lo, trained.hi))
-    differing = int((found != trained.codes()).sum())
+    differing = found != trained.codes()
     largest = float(distance.max()) if distance.size else 0.0
-    return Piece(name, step, found.size, differing, int((distance > 0.5 + TIE + bias / step).sum()), largest)
+    undecided = int((differing & (np.abs(distance - 0.5) < rounding(trained.lo, trained.hi))).sum())
+    wrong = int((distance > 0.5 + TIE + bias / step).sum())
+    return Piece(name, step, found.size, int(differing.sum()), undecided, wrong, largest)
+
+
+def rounding(lo: int, hi: int) -> float:
+    """How far float32 may move a value that becomes a code in [lo, hi], in steps: a few last places of the largest.
+
+    torch and ONNX Runtime divide by the step, OpenVINO multiplies by its inverse. A value that is made of few codes, as
+    LeakyReLU makes it, can be a tie, and then it is one wherever that code occurs.
+    """
+    return 4 * float(np.spacing(np.float32(max(-lo, hi))))
 
 
 def _compare_output(name: str, expected: np.ndarray, found: np.ndarray, bias: float) -> Piece:
@@ -180,9 +193,9 @@ def _compare_output(name: str, expected: np.ndarray, found: np.ndarray, bias: fl
     top = float(np.abs(expected).max()) if expected.size else 0.0
     off = difference > 1e-4 * top + bias
     largest = float(difference.max() / max(top, 1e-12)) if found.size else 0.0
-    return Piece(name, 0.0, found.size, int(off.sum()), int(off.sum()), largest)
+    return Piece(name, 0.0, found.size, int(off.sum()), 0, int(off.sum()), largest)
 
 
 def _misshapen(name: str, step: float, found: np.ndarray) -> Piece:
     """All values are wrong: a size of the example is fixed in the graph."""
-    return Piece(name, step, found.size, found.size, found.size, float('inf'))
+    return Piece(name, step, found.size, found.size, 0, found.size, float('inf'))
