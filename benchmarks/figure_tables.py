@@ -84,10 +84,10 @@ def synchronization() -> str:
     return markdown(('processes', 'ring, ms', 'tree, ms', '1 % of a step of, in s'), [measured, *paper])
 
 
-def inference(file: str) -> str:
-    """Speed, size and memory of exported models: batch 1, 2 threads; both runtimes side by side."""
+def inference(file: str, threads: int) -> str:
+    """Speed, size and memory of exported models, batch 1; both runtimes side by side."""
     found = json.loads((FIGURES / f'{file}.json').read_text())['rows']
-    rows = {(r['model'], r['bits'], r['runtime']): r for r in found if (r['batch'], r['threads']) == (1, 2)}
+    rows = {(r['model'], r['bits'], r['runtime']): r for r in found if (r['batch'], r['threads']) == (1, threads)}
     lines = []
     for model, bits in dict.fromkeys((model, bits) for model, bits, _ in rows):
         ort, vino = rows[model, bits, 'onnxruntime'], rows[model, bits, 'openvino']
@@ -162,8 +162,8 @@ TABLES: dict[str, Callable[[], str]] = {
         f'train_step{name}': partial(train_step, f'train_step{name}')
         for name in ('', '_bf16', '_1_thread', '_avx2', '_compiled')
     },
-    'inference': partial(inference, 'inference'),
-    'inference_full_size': partial(inference, 'inference_full_size'),
+    'inference': partial(inference, 'inference', 2),
+    'inference_full_size': partial(inference, 'inference_full_size', 1),
     'inference_ratios': partial(inference_ratios, 'inference'),
     'inference_avx2': partial(inference_ratios, 'inference_avx2'),
     'kill': partial(campaign, 'kill', 'what'),
