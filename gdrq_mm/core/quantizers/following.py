@@ -69,9 +69,11 @@ class FollowingQuantizer(ActivationQuantizer):
 def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
     """s and n of each quantizer since the last move, (N, 2) float64, of all processes."""
     found = torch.stack([q.sums for q in quantizers])
-    if world_size() == 1:
-        return found
-    largest = [i for i, q in enumerate(quantizers) if q.largest]
+    return found if world_size() == 1 else _of_all_processes(found, [i for i, q in enumerate(quantizers) if q.largest])
+
+
+def _of_all_processes(found: Tensor, largest: list[int]) -> Tensor:
+    """The sums over the processes; in the rows `largest` the largest s / n of a process, and n = 1."""
     total, count = found[largest].unbind(1)
     highest = torch.stack([total / count.clamp(min=1), count.clamp(max=1)], 1)
     all_reduce(found, 'sum')
