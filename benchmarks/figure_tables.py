@@ -163,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ('', '_bf16', '_1_thread', '_avx2', '_compiled')
     },
     'inference': partial(inference, 'inference', 2),
+    'inference_1_thread': partial(inference_ratios, 'inference_1_thread'),
     'inference_full_size': partial(inference, 'inference_full_size', 1),
     'inference_ratios': partial(inference_ratios, 'inference'),
     'inference_avx2': partial(inference_ratios, 'inference_avx2'),
