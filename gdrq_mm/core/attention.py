@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .compat import is_compiling
 from .errors import UserError
 from .layers import QUANTIZED, QuantLayer
 from .modules import replace_modules
@@ -208,7 +209,7 @@ class WrittenOut(nn.Module):
                 continue
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise UserError(f'{name} is of {mask.dtype}; it can be of bool or floating point')
-            if not torch.compiler.is_compiling() and tuple(mask.shape) not in shapes[name]:
+            if not is_compiling() and tuple(mask.shape) not in shapes[name]:
                 raise UserError(f'{name} has the shape {tuple(mask.shape)}, not {" or ".join(map(str, shapes[name]))}')
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)

@@ -180,8 +180,8 @@ def _compare_codes(site: Site, trained: Trained, found: np.ndarray, bias: float,
 def rounding(lo: int, hi: int) -> float:
     """How far float32 may move a value that becomes a code in [lo, hi], in steps: a few last places of the largest.
 
-    Runtimes put such a value on either side. One that is made of few codes, as LeakyReLU makes it, can be a tie, and then
-    it is one wherever that code occurs.
+    Runtimes put such a value on either side. One that is made of few codes, as LeakyReLU makes it, can be a tie, and
+    then it is one wherever that code occurs.
     """
     return 4 * float(np.spacing(np.float32(max(-lo, hi))))
 
