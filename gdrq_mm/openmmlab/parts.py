@@ -165,7 +165,7 @@ def _inner(
 
 def _two_stage(model: Any) -> list[Part]:
     """Proposals and heads; HTC's semantic head stands beside the RPN, and its mask heads read the one before."""
-    semantic = 'semantic_head' if heads_of(model.roi_head, 'semantic_head') else ''
+    semantic = bool(heads_of(model.roi_head, 'semantic_head'))
 
     def proposals(model: Any, x: Tensor) -> Any:
         features = model.extract_feat(x)
