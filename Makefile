@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 
 .PHONY: quickstart check test test-full test-upstream test-slurm lint docs setup benchmark campaigns
 quickstart: $(VENV)/.ready
-	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: about 7 minutes on 2 cores."
+	@echo "Training float models of three tasks and their 4-bit versions on the embedded data: 7 to 10 minutes on 2 cores."
 	@$(PY) tools/quickstart.py
 
 check: $(VENV)/.ready

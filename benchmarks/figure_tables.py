@@ -165,7 +165,6 @@ TABLES: dict[str, Callable[[], str]] = {
     'inference': partial(inference, 'inference', 2),
     'inference_1_thread': partial(inference_ratios, 'inference_1_thread'),
     'inference_full_size': partial(inference, 'inference_full_size', 1),
-    'inference_ratios': partial(inference_ratios, 'inference'),
     'inference_avx2': partial(inference_ratios, 'inference_avx2'),
     'kill': partial(campaign, 'kill', 'what'),
     'doors': partial(campaign, 'doors', 'option or config key'),

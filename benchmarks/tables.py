@@ -200,13 +200,15 @@ def grid_cost() -> str:
     )
 
 
+COMPARED = '(gdrq|dorefa|pact|lsq|lsq_plus|minmax)'
+"""Methods that are compared with several seeds."""
 GRID = {
-    'grid_cifar10': r'cifar10-(float|(?!ptq)\w+-w[42]a4-seed\d)',
-    'grid_low_bits': r'cifar10-(float|(?!ptq)\w+-w(3a3|2a2)-seed0)',
+    'grid_cifar10': rf'cifar10-(float|{COMPARED}-w[42]a4-seed\d)',
+    'grid_low_bits': rf'cifar10-(float|{COMPARED}-w(3a3|2a2)-seed0)',
     **{f'grid_{task}': rf'digits_{task}-(?!gdrq-undeployable).*' for task in ('det', 'seg', 'vgg')},
     'grid_ablation': r'cifar10-(float|gdrq(-(?!lsq|groups16_|\w*full_range)\w+)?-w2a4-seed0)',
     'grid_w2a4': r'cifar10-(float|(gdrq(-(lsq|straight|groups16_|\w*full_range)\w+)?|lsq_plus)-w2a4-seed\d)',
-    'grid_trials': r'cifar10-(float|(?!ptq|gdrq-undeployable)\w+(-\w+)?-w4a4-seed0)',
+    'grid_trials': rf'cifar10-(float|(?!gdrq-undeployable){COMPARED}(-\w+)?-w4a4-seed0)',
 }
 """Tables of benchmarks/grid.py, and the names of the cells that stand in them."""
 
@@ -274,6 +276,9 @@ TABLES: dict[str, Callable[[], str]] = {
     'bccd': lambda: comparison(rows_of(read('*_bccd.json'))),
     **{f'quickstart_{task}': partial(quickstart, task) for task in ('cls', 'det', 'seg')},
     **{name: partial(grid, cells) for name, cells in GRID.items()},
+    'grid_references': lambda: comparison(
+        rows_of(read('grid/*.json', rf'cifar10-(float|(?!{COMPARED}-|ptq-)\w+-w\d+a\d+-seed0)'))
+    ),
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{
         f.__name__: f
