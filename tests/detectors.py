@@ -72,6 +72,22 @@ DETECTORS = {
             norm_cfg=dict(type='GN', num_groups=4),
         ),
     ),
+    'RTMDet': detector(
+        'RTMDet',
+        dict(
+            type='RTMDetSepBNHead',
+            **SMALL,
+            share_conv=True,
+            pred_kernel_size=1,
+            with_objectness=False,
+            exp_on_reg=True,
+            anchor_generator=dict(type='MlvlPointGenerator', offset=0, strides=STRIDES),
+            bbox_coder=dict(type='DistancePointBBoxCoder'),
+            loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=2.0),
+            loss_bbox=dict(type='GIoULoss'),
+            norm_cfg=BN,
+        ),
+    ),
     'YOLOv3': detector(
         'YOLOV3',
         dict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -100,7 +101,7 @@ OPTIONAL = {
 
 def write_record(record: Mapping[str, Any], path: str | Path) -> None:
     """Write a record whole or not at all."""
-    write_whole(path, (json.dumps(plain(record), indent=1) + '\n').encode())
+    write_whole(path, (json.dumps(plain(record), indent=1, allow_nan=False) + '\n').encode())
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -178,7 +179,12 @@ def as_number(value: Any) -> int | float | None:
 
 
 def plain(value: Any) -> Any:
-    """A value as what JSON can hold: numbers, strings, None, lists and dicts; anything else as its text."""
+    """A value as what JSON can hold: numbers, strings, None, lists and dicts; anything else as its text.
+
+    JSON has no nan and no inf, such as the IoU of a class without pixels: 'nan' and 'inf' are read back as numbers.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, Mapping):

@@ -251,7 +251,7 @@ def test_heads_that_decode_in_another_way_are_refused():
 @pytest.mark.parametrize('backend', RUNTIMES)
 @pytest.mark.parametrize('aligned, ratio', [(True, 0), (False, 2)])
 def test_regions_are_pooled_as_mmcv_does(backend, aligned, ratio):
-    """Also where a level has no regions."""
+    """Also where a level has no regions, and whatever the memory format of the features is."""
     torch.manual_seed(0)
     features = [torch.randn(2, CHANNELS, 64 // s, 64 // s) for s in (4, 8, 16)]
     low = 40 * torch.rand(10, 2)
@@ -269,6 +269,8 @@ def test_regions_are_pooled_as_mmcv_does(backend, aligned, ratio):
         inputs = [regions[:number], pictures[:number], levels[:number], *features]
         (found,) = open_runtime(backend, graph.SerializeToString())([each.numpy() for each in inputs])
         torch.testing.assert_close(torch.from_numpy(found), module.forward(*inputs), atol=1e-4, rtol=1e-4)
+        others = [x.contiguous(memory_format=torch.channels_last) for x in features]
+        assert torch.equal(module.forward(*inputs[:3], *others), module.forward(*inputs))
 
 
 def test_suppression_keeps_classes_apart_and_pictures_too():

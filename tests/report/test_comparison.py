@@ -14,6 +14,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.report.compare import NOT_MEASURED, comparison_rows, recipe_notes
 from gdrq_mm.report.formats import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
+from gdrq_mm.report.metrics import main_metric, number_of
 from gdrq_mm.report.record import read_record, write_record
 from tests.helpers import ROOT
 from tests.records import record
@@ -312,7 +313,10 @@ def test_odd_numbers_break_nothing(made, tmp_path, value, expected):
     records += [made('f', quantized=False, metrics={'accuracy/top1': value})]
     for found in records:
         write_record(found, tmp_path / 'record.json')
-        assert read_record(tmp_path / 'record.json')['task'] == 'cls'
+        text = (tmp_path / 'record.json').read_text()
+        json.loads(text, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+        read = read_record(tmp_path / 'record.json')
+        assert read['task'] == 'cls' and main_metric(read)[1] == pytest.approx(number_of(value), nan_ok=True)
     assert expected in shown(records) and expected in comparison_markdown(records)
     assert expected in html_report(records)
 

@@ -82,6 +82,7 @@ def pool_regions(
     for level, (x, stride) in enumerate(zip(features, strides, strict=True)):
         (mine,) = torch.where(levels == level)
         if len(mine):
+            x = x.contiguous()  # mmcv's operator reads the memory as if it were
             pooled[mine] = roi_align(x, rois[mine], (size, size), 1 / stride, sampling_ratio, 'avg', aligned)
     return pooled
 
