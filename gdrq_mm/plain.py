@@ -236,7 +236,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     """
     if quant_layers(model):
         raise UserError('load takes the float model, this one is quantized')
-    from .deploy.packed import is_packed, load_packed
+    from .deploy.from_packed import load_packed
+    from .deploy.packed import is_packed
 
     if is_packed(path):
         with extras_named():

@@ -17,7 +17,8 @@ from mmengine.registry import MODELS, VISUALIZERS, DefaultScope, init_default_sc
 from mmengine.structures import PixelData
 
 from ..core.errors import UserError
-from ..deploy.packed import is_packed, load_packed
+from ..deploy.from_packed import load_packed
+from ..deploy.packed import is_packed
 from .checkpoints import read_checkpoint
 from .cli import read_config
 from .compat import check_environment

@@ -33,8 +33,9 @@ from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
 from gdrq_mm.data import digits
+from gdrq_mm.deploy.from_packed import load_packed
 from gdrq_mm.deploy.merge import merge_model
-from gdrq_mm.deploy.packed import load_packed, read_packed, write_packed
+from gdrq_mm.deploy.packed import read_packed, write_packed
 from gdrq_mm.openmmlab import cli
 from gdrq_mm.openmmlab.accumulation import accumulated
 from gdrq_mm.openmmlab.checkpoints import iterations_of, read_checkpoint

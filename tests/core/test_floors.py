@@ -81,7 +81,7 @@ def run(program, blocked=frozenset()):
         ('gdrq_mm', OPENMMLAB | RUNTIMES),
         ('gdrq_mm.core', OPENMMLAB | RUNTIMES),
         ('gdrq_mm.core.convert, gdrq_mm.core.calibrate, gdrq_mm.core.step, gdrq_mm.plain', OPENMMLAB | RUNTIMES),
-        ('gdrq_mm.deploy, gdrq_mm.deploy.merge, gdrq_mm.deploy.packed', OPENMMLAB | RUNTIMES),
+        ('gdrq_mm.deploy, gdrq_mm.deploy.merge, gdrq_mm.deploy.from_packed', OPENMMLAB | RUNTIMES),
         ('gdrq_mm.deploy.export', OPENMMLAB),
         ('gdrq_mm.deploy.measure, gdrq_mm.deploy.float_twin, gdrq_mm.report.record', OPENMMLAB | {'torch'}),
         ('gdrq_mm.report.record, gdrq_mm.report.html, gdrq_mm.data.digits', OPENMMLAB | RUNTIMES),

@@ -12,8 +12,8 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.topology import record
 from gdrq_mm.deploy.export import export
+from gdrq_mm.deploy.from_packed import load_packed
 from gdrq_mm.deploy.merge import merge_model
-from gdrq_mm.deploy.packed import load_packed
 from gdrq_mm.deploy.runtime import OpenVino, kernels, open_runtime, optimized, products
 from tests.deploy.builders import crafted
 from tests.helpers import Function

@@ -19,9 +19,9 @@ from gdrq_mm.core.files import whole_folder
 from gdrq_mm.deploy import export as module
 from gdrq_mm.deploy.export import export, export_part, first_wrong, for_openvino, properties
 from gdrq_mm.deploy.flat import Flat, check_nest, nest
+from gdrq_mm.deploy.from_packed import load_packed
 from gdrq_mm.deploy.merge import IntegerLayer, merge_model
 from gdrq_mm.deploy.names import Site
-from gdrq_mm.deploy.packed import load_packed
 from gdrq_mm.deploy.runtime import RUNTIMES, OpenVino, RuntimeFailed, kept_signal_stack, open_runtime, products
 from gdrq_mm.deploy.verify_onnx import Piece
 from tests.deploy.builders import exported, pieces_of, pooled_network, prepared, trained_network

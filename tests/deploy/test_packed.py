@@ -15,8 +15,9 @@ from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.deploy.coding import compress_codes, decompress_codes, entropy, pack_codes, unpack_codes
+from gdrq_mm.deploy.from_packed import load_packed
 from gdrq_mm.deploy.merge import merge_model
-from gdrq_mm.deploy.packed import is_packed, load_packed, read_packed, write_packed
+from gdrq_mm.deploy.packed import is_packed, read_packed, write_packed
 from tests.deploy.builders import crafted, network, prepared, summed
 from tests.helpers import Function
 

@@ -10,9 +10,10 @@ from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.topology import record
 from gdrq_mm.deploy.flat import Flat
+from gdrq_mm.deploy.from_packed import load_packed
 from gdrq_mm.deploy.merge import IntegerLayer, merge_model
 from gdrq_mm.deploy.onnx_export import export_onnx
-from gdrq_mm.deploy.packed import load_packed, write_packed
+from gdrq_mm.deploy.packed import write_packed
 from gdrq_mm.deploy.verify import compare
 from gdrq_mm.deploy.verify_onnx import record_codes
 from tests.deploy.builders import (
