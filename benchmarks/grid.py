@@ -9,14 +9,6 @@ cifar10 = dict(name='cifar10', config='configs/cls/resnet18_width16_gdrq_w4a4_12
 digits = dict(methods=methods, bits=['w4a4', 'w2a4'], seeds=[0])
 digits_det = dict(name='digits_det', config='configs/det/yolox_nano_gdrq_w4a4_digits.py')
 digits_seg = dict(name='digits_seg', config='configs/seg/pspnet_r18_gdrq_w4a4_digits.py')
-references = {
-    'w5a8': ['inq'],
-    'w4a4': ['inq', 'lbw', 'loss_aware'],
-    'w2a8': ['fgq'],
-    'w2a4': ['inq', 'lbw', 'loss_aware', 'fgq', 'twn', 'ttq', 'syq'],
-    'w2a2': ['tsq', 'hwgq'],
-    'w1a1': ['bnn'],
-}
 trials = {  # two for each method beside its defaults, which are its paper's where it has any
     'gdrq': {
         'search': {'quantization.weight.gdrq.threshold': 'search'},
@@ -73,8 +65,6 @@ runs = [
     ),
     dict(cifar10, methods=methods, bits=['w3a3', 'w2a2'], seeds=[0]),
     dict(cifar10, methods=['ptq'], bits=['w8a8', 'w4a4', 'w4a32', 'w32a4'], seeds=[0]),
-    # What GDRQ's paper compares with or builds on, at the bits that each is made for.
-    *(dict(cifar10, methods=references[bits], bits=[bits], seeds=[0]) for bits in references),
     dict(digits, **digits_det, float_config='configs/det/yolox_nano_digits.py'),
     dict(digits, **digits_seg, float_config='configs/seg/pspnet_r18_digits.py'),
     dict(
@@ -119,4 +109,4 @@ runs = [
         for part in (cifar10, digits_det, digits_seg)
     ),
 ]
-del methods, references, cifar10, digits, digits_det, digits_seg, ablation, full_range, learned, trials
+del methods, cifar10, digits, digits_det, digits_seg, ablation, full_range, learned, trials

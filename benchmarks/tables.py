@@ -114,16 +114,19 @@ def by_bits(records: Records) -> str:
 # ---- tables of records ------------------------------------------------------------------------------------------
 
 CAMVID_SEEDS = r'.*_seed\d_camvid'
+CONTROL = 'recipe/cifar10_12e-gdrq-control-w4a4-seed0.json'
+"""The float model that the cells of benchmarks/continued.py start from."""
 HEADLINE = (
-    ('ResNet-18, CIFAR-10', 'resnet18_*cifar10.json', 'ResNet-18', ' ¹'),
-    ('Faster R-CNN, BCCD', 'faster_rcnn_*bccd.json', 'Faster R-CNN R18', ''),
-    ('YOLOX, BCCD', 'yolox_*bccd.json', 'YOLOX', ''),
-    ('PSPNet, CamVid', 'pspnet_*camvid.json', 'PSPNet R18', ''),
+    ('ResNet-18, CIFAR-10', 'continued/*.json', r'cifar10-gdrq-(control-)?w4a4-seed\d', 'ResNet-18', ' ¹'),
+    ('Faster R-CNN, BCCD', 'faster_rcnn_*bccd.json', '.*', 'Faster R-CNN R18', ''),
+    ('YOLOX, BCCD', 'tasks/*.json', r'yolox-(float|gdrq-(control-)?w4a4-seed\d)', 'YOLOX', ''),
+    ('PSPNet, CamVid', 'pspnet_*camvid.json', '.*', 'PSPNet R18', ''),
 )
-"""Title, records, name in docs/figures/inference.json, and a mark where that model is not the one of the records."""
+"""Title, records and which of them, name in docs/figures/inference.json, and a mark where that model is not the one of
+the records."""
 
 
-def over_seeds(pattern: str) -> list[Row]:
+def over_seeds(pattern: str, fits: str = '.*') -> list[Row]:
     """Rows of records of seed 0 below docs/records/ and of other seeds below docs/records/gpu/.
 
     The other seeds start from the same float weights in a file of its own, so each folder is compared by itself.
@@ -131,7 +134,7 @@ def over_seeds(pattern: str) -> list[Row]:
     Raises:
         UserError: the two folders have different float models.
     """
-    own, others = read(pattern), read(f'gpu/{pattern}', CAMVID_SEEDS)
+    own, others = read(pattern, fits), read(f'gpu/{pattern}', CAMVID_SEEDS)
     rows = rows_of(own)
     floats = {r['model']['name']: main_metric(r)[1] for r in read(f'gpu/{pattern}') if r['quantization'] is None}
     for row in rows:
@@ -144,7 +147,8 @@ def over_seeds(pattern: str) -> list[Row]:
         found = [r for r in (*own, *others) if _key(r) == key and backend_of(r) == 'torch']
         values = [main_metric(r)[1] for r in found]
         mean = statistics.fmean(values)
-        row.update(quantized=f'{mean:.2f} ± {statistics.stdev(values):.2f}', seeds=str(len(values)))
+        mark = f' {OLDER}' * any(map(is_older, found))
+        row.update(quantized=f'{mean:.2f} ± {statistics.stdev(values):.2f}{mark}', seeds=str(len(values)))
         row['drop'] = f'{before - mean:.2f}'
     return rows
 
@@ -153,16 +157,18 @@ def headline() -> str:
     """Four models: accuracy and size at W4A4, and speed in ONNX Runtime."""
     speed = json.loads((FIGURES / 'inference.json').read_text())['rows']
     lines = []
-    for title, pattern, timed, mark in HEADLINE:
-        (row,) = [r for r in over_seeds(pattern) if r['bits'] == 'W4A4']
+    for title, pattern, fits, timed, mark in HEADLINE:
+        (row,) = [r for r in over_seeds(pattern, fits) if r['bits'] == 'W4A4' and r['seeds']]
         (faster,) = [
             r['faster']
             for r in speed
             if (r['model'], r['runtime'], r['bits'], r['batch'], r['threads']) == (timed, 'onnxruntime', 'W4A4', 1, 2)
         ]
-        values = (row['float'], row['quantized'], row['size in MB'])
+        before = row['float'].replace(NOT_RUN, f'{main_metric(read_record(RECORDS / CONTROL))[1]:.2f}')
+        values = (before, row['trained on'], row['quantized'], row['size in MB'])
         lines.append((row['task'], title, row['metric'], *values, f'{faster:.2f}{mark}'))
-    return markdown(('task', 'model, data', 'metric', 'float', 'W4A4', 'size in MB', 'times faster'), lines)
+    columns = ('task', 'model, data', 'metric', 'float', 'trained on', 'W4A4', 'size in MB', 'times faster')
+    return markdown(columns, lines)
 
 
 def camvid() -> str:
@@ -200,15 +206,13 @@ def grid_cost() -> str:
     )
 
 
-COMPARED = '(gdrq|dorefa|pact|lsq|lsq_plus|minmax)'
-"""Methods that are compared with several seeds."""
 GRID = {
-    'grid_cifar10': rf'cifar10-(float|{COMPARED}-w[42]a4-seed\d)',
-    'grid_low_bits': rf'cifar10-(float|{COMPARED}-w(3a3|2a2)-seed0)',
+    'grid_cifar10': r'cifar10-(float|(?!ptq)\w+-w[42]a4-seed\d)',
+    'grid_low_bits': r'cifar10-(float|(?!ptq)\w+-w(3a3|2a2)-seed0)',
     **{f'grid_{task}': rf'digits_{task}-(?!gdrq-undeployable).*' for task in ('det', 'seg', 'vgg')},
     'grid_ablation': r'cifar10-(float|gdrq(-(?!lsq|groups16_|\w*full_range)\w+)?-w2a4-seed0)',
     'grid_w2a4': r'cifar10-(float|(gdrq(-(lsq|straight|groups16_|\w*full_range)\w+)?|lsq_plus)-w2a4-seed\d)',
-    'grid_trials': rf'cifar10-(float|(?!gdrq-undeployable){COMPARED}(-\w+)?-w4a4-seed0)',
+    'grid_trials': r'cifar10-(float|(?!ptq|gdrq-undeployable)\w+(-\w+)?-w4a4-seed0)',
 }
 """Tables of benchmarks/grid.py, and the names of the cells that stand in them."""
 
@@ -276,9 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'bccd': lambda: comparison(rows_of(read('*_bccd.json'))),
     **{f'quickstart_{task}': partial(quickstart, task) for task in ('cls', 'det', 'seg')},
     **{name: partial(grid, cells) for name, cells in GRID.items()},
-    'grid_references': lambda: comparison(
-        rows_of(read('grid/*.json', rf'cifar10-(float|(?!{COMPARED}-|ptq-)\w+-w\d+a\d+-seed0)'))
-    ),
+    'references': lambda: comparison(rows_of(read('references/*.json'))),
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{
         f.__name__: f
