@@ -15,7 +15,7 @@ from torch import Tensor
 from .core.attention import names_written_out
 from .core.calibrate import calibrate as _calibrate
 from .core.calibrate import wrong_statistics
-from .core.config import FLOAT_BITS, Quantization, Schedule, settings_of
+from .core.config import Quantization, Schedule, settings_of
 from .core.convert import Report, quantize_model
 from .core.errors import UserError, extras_named
 from .core.modules import quant_layers
@@ -24,7 +24,7 @@ from .core.reading import read_torch
 from .core.step import after_step as after_step  # offered as it is
 from .core.step import set_stage
 from .core.topology import Plan, record
-from .core.typed import near
+from .core.typed import FLOAT_BITS, near
 
 if TYPE_CHECKING:
     from .core.mixed.allocation import Allocation

@@ -33,9 +33,8 @@ from .distill import Distill
 from .errors import UserError
 from .products import Attention
 from .quantizers import ACTIVATION_METHODS, METHODS, OF_BITS, WEIGHT_METHODS
-from .typed import Bounds, check_fields, near
+from .typed import FLOAT_BITS, Bounds, check_fields, near
 
-FLOAT_BITS = 32
 Fraction = Annotated[float, Bounds(0, 1, closed=True)]
 
 

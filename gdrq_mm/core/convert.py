@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 
 from .attention import Projection, attention_to_quantize, write_out
-from .config import FLOAT_BITS, Quantization
+from .config import Quantization
 from .deployable import QuantizedOutput, simulate_integers
 from .errors import UserError
 from .layers import QUANTIZED, QuantLayer
@@ -15,6 +15,7 @@ from .modules import quant_layers, replace_modules, settle_in
 from .prepare import prepare_weights
 from .pyramid import split_pyramid
 from .topology import Plan
+from .typed import FLOAT_BITS
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention, Projection)
 

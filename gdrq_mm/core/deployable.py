@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .config import FLOAT_BITS, Quantization
+from .config import Quantization
 from .layers import QuantLayer, make_activation_quantizer
 from .modules import quant_layers
 from .products import attach
 from .quantizers import ActivationQuantizer
 from .quantizers.minmax import AttentionWeights
 from .topology import Plan
+from .typed import FLOAT_BITS
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _KEEP_NOTHING = (_BatchNorm, QuantLayer)

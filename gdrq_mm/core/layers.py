@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .compat import after_state_dict
-from .config import FLOAT_BITS, Activation, Quantization, Weight
+from .config import Activation, Quantization, Weight
 from .errors import UserError
 from .fused import fused
 from .integer_bias import bias_in_use
 from .pyramid import InputQuant, PyramidQuantizers, quantizers_of
 from .quantizers import ACTIVATION_METHODS, WEIGHT_METHODS, ActivationQuantizer, ModeOfModel, WeightQuantizer
 from .quantizers.base import in_backward
+from .typed import FLOAT_BITS
 
 
 def make_weight_quantizer(cfg: Weight, filters: Tensor) -> WeightQuantizer | None:

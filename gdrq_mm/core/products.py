@@ -17,6 +17,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .typed import FLOAT_BITS
+
 KINDS: dict[Any, str] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), 'matmul'),
     Tensor.__rmatmul__: 'rmatmul',
@@ -177,7 +179,7 @@ def factor_quantizers(model: nn.Module, product: str) -> list[Any]:
 
 def factor_bits(model: nn.Module, product: str) -> tuple[int, int]:
     """Bits of both factors of a product; 32 is float."""
-    bits = [quant.bits_in_use for quant in factor_quantizers(model, product)] or [32, 32]
+    bits = [quant.bits_in_use for quant in factor_quantizers(model, product)] or [FLOAT_BITS, FLOAT_BITS]
     return bits[0], bits[1]
 
 

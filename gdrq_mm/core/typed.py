@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from .errors import UserError
 
+FLOAT_BITS = 32
+"""Bits of what is not quantized."""
+
 
 @dataclass(frozen=True)
 class Bounds:

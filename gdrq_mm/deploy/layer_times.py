@@ -11,8 +11,8 @@ import onnx
 import torch.nn as nn
 from onnx import TensorProto, helper, numpy_helper
 
-from ..core.config import FLOAT_BITS
 from ..core.layers import QuantLayer
+from ..core.typed import FLOAT_BITS
 from .measure import timed_rounds
 from .onnx_export import OPSET
 from .runtime import open_runtime

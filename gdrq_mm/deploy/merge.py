@@ -29,6 +29,7 @@ from ..core.modules import quant_layers, replace_modules
 from ..core.pyramid import PyramidQuantizers, move_pyramid, quantizers_of
 from ..core.quantizers import ActivationQuantizer, Stage
 from ..core.topology import Plan
+from ..core.typed import FLOAT_BITS
 
 
 class IntegerLayer(nn.Module):
@@ -231,8 +232,10 @@ def _integer_layer(
 def _check(layer: QuantLayer, activation: ActivationQuantizer | None, norm: _BatchNorm | None, name: str) -> None:
     """Raise UserError if the layer is not a sum of integers times a multiplier a channel."""
     weight = layer.weight_quant
-    if weight is None or activation is None or 32 in layer.bits:
-        raise UserError(f'layer {name} cannot be merged: its {"weight" if layer.bits[0] == 32 else "input"} is float')
+    if weight is None or activation is None or FLOAT_BITS in layer.bits:
+        raise UserError(
+            f'layer {name} cannot be merged: its {"weight" if layer.bits[0] == FLOAT_BITS else "input"} is float'
+        )
     for quantizer in (weight, activation):
         if quantizer.uneven:
             raise UserError(f'layer {name} cannot be merged: {quantizer.uneven}')

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from ..core.config import FLOAT_BITS, Quantization
+from ..core.config import Quantization
+from ..core.typed import FLOAT_BITS
 from ..report.provenance import versions
 from ..report.record import plain
 from .models import quantization_of

@@ -9,12 +9,12 @@ import torch.nn as nn
 from rich.console import Console
 from rich.table import Table
 
-from ..core.config import FLOAT_BITS
 from ..core.convert import Report
 from ..core.modules import quant_layers
 from ..core.products import factor_bits, factor_quantizers
 from ..core.pyramid import InputQuant
 from ..core.quantizers import learned_parameters
+from ..core.typed import FLOAT_BITS
 
 FLOAT_BYTES = 4
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch.nn as nn
 
-from ..config import FLOAT_BITS
 from ..convert import LayerReport, Report
 from ..errors import UserError
 from ..modules import quant_layers
 from ..products import factor_bits
-from ..typed import near
+from ..typed import FLOAT_BITS, near
 from .choices import Candidates, Choice
 from .program import UNITS, Budget, Pair
 

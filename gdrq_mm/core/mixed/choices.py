@@ -12,13 +12,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..config import FLOAT_BITS, Quantization, Side
+from ..config import Quantization, Side
 from ..convert import Report
 from ..errors import UserError
 from ..layers import QuantLayer, make_activation_quantizer, make_weight_quantizer
 from ..modules import hooked, modes_kept, mute_leaves, only, quant_layers
 from ..pyramid import quantizers_of
 from ..quantizers import Quantizer, Stage
+from ..typed import FLOAT_BITS
 
 BITS = (2, 3, 4, 8)
 """What is tried where nobody says what."""
