@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS
+from gdrq_mm.report.provenance import installed
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {
@@ -15,6 +16,8 @@ ENV = {
     'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
 }
 """Environment of a process that a test starts."""
+UPSTREAM = installed('mmengine') is not None
+"""Whether OpenMMLab's own packages are installed, and not those of onedl."""
 
 
 def same(one, other):

@@ -222,10 +222,10 @@ def main() -> None:
         raise UserError(f'--out {out} exists')
     if args.compress and args.format != 'packed':
         raise UserError('--compress is for --format packed; an ONNX graph holds its codes as they are')
-    if args.target != 'both' and args.target not in installed_backends():
-        raise UserError(f"--for {args.target}: it is not installed: uv pip install 'gdrq-mm[deploy]'")
     if args.target != 'both' and args.format == 'packed':
         raise UserError(f'--for {args.target}: a packed file is for no runtime')
+    if args.target != 'both' and args.target not in installed_backends():
+        raise UserError(f"--for {args.target}: it is not installed: uv pip install 'gdrq-mm[deploy]'")
     if is_packed(args.checkpoint):
         raise UserError(f'{args.checkpoint} is packed already; export the checkpoint of the training')
     if args.format == 'onnx':

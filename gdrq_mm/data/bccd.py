@@ -17,11 +17,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from ..core.errors import UserError
 from .checks import read_picture
-from .layout import building, require, source_folder
+from .layout import building, require, source_folder, tracked
 
 CLASSES = ('RBC', 'WBC', 'Platelets')
 SPLITS = ('train', 'val', 'trainval', 'test')
@@ -75,11 +73,12 @@ def build(source: str | Path, root: str | Path) -> Path:
             (folder / part).mkdir()
         for split in SPLITS:
             (folder / 'annotations' / f'{split}.json').write_text(json.dumps(_coco(source, names[split])))
-        for image in track(_coco(source, everything)['images'], 'BCCD'):
-            picture = source / 'JPEGImages' / image['file_name']
-            height, width = read_picture(picture).shape[:2]
-            if (width, height) != (image['width'], image['height']):
-                said = f'{image["width"]}x{image["height"]}'
-                raise UserError(f'{picture} is {width}x{height}, and {said} in its annotation')
-            shutil.copyfile(picture, folder / 'JPEGImages' / picture.name)
+        with tracked(_coco(source, everything)['images'], 'BCCD') as images:
+            for image in images:
+                picture = source / 'JPEGImages' / image['file_name']
+                height, width = read_picture(picture).shape[:2]
+                if (width, height) != (image['width'], image['height']):
+                    said = f'{image["width"]}x{image["height"]}'
+                    raise UserError(f'{picture} is {width}x{height}, and {said} in its annotation')
+                shutil.copyfile(picture, folder / 'JPEGImages' / picture.name)
     return root

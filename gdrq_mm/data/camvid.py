@@ -13,11 +13,10 @@ import shutil
 from pathlib import Path
 
 import cv2
-from rich.progress import track
 
 from ..core.errors import UserError
 from .checks import read_mask, read_picture
-from .layout import building, require, source_folder, write_picture
+from .layout import building, require, source_folder, tracked, write_picture
 
 SPLITS = ('train', 'val', 'test')
 SIZE = (240, 180)
@@ -59,7 +58,8 @@ def build(source: str | Path, root: str | Path) -> Path:
             require('CamVid', [masks / f'{p.stem}.png' for p in files])
             (out / split).mkdir()
             (out / 'masks' / split).mkdir(parents=True)
-            for picture in track(files, f'CamVid, {split}'):
-                mask = f'{picture.stem}.png'
-                _write(picture, masks / mask, out / split / f'{picture.stem}.jpg', out / 'masks' / split / mask)
+            with tracked(files, f'CamVid, {split}') as each:
+                for picture in each:
+                    mask = f'{picture.stem}.png'
+                    _write(picture, masks / mask, out / split / f'{picture.stem}.jpg', out / 'masks' / split / mask)
     return root

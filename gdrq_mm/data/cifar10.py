@@ -13,11 +13,10 @@ from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
-from rich.progress import track
 
 from ..core.errors import UserError, of_machine
 from ..core.reading import read_pickle
-from .layout import building
+from .layout import building, tracked
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 COUNTS = {'train': 50000, 'test': 10000}
@@ -79,10 +78,9 @@ def _unpack(source: Path, folder: Path, show_progress: bool) -> None:
     """Write the pictures of an archive into a folder, which exists."""
     counts = {split: dict.fromkeys(CLASSES, 0) for split in COUNTS}
     try:
-        with tarfile.open(source) as archive:
-            for place, name, data in track(
-                _pictures(archive), 'CIFAR-10', total=sum(COUNTS.values()), disable=not show_progress
-            ):
+        bar = dict(total=sum(COUNTS.values()), disable=not show_progress)
+        with tarfile.open(source) as archive, tracked(_pictures(archive), 'CIFAR-10', **bar) as pictures:
+            for place, name, data in pictures:
                 split, kind = place.split('/')
                 if not counts[split][kind]:
                     (folder / place).mkdir(parents=True, exist_ok=True)

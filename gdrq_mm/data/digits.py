@@ -17,11 +17,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.progress import track
 from sklearn.datasets import load_digits
 
 from ..core.files import write_whole
-from .layout import write_picture
+from .layout import tracked, write_picture
 
 SEED = 1797
 TEST_DIGITS = 500
@@ -90,13 +89,14 @@ def _write(path: Path, picture: np.ndarray) -> None:
 def _build_cls(root: Path, split: str, images: np.ndarray, labels: np.ndarray, show: bool) -> None:
     rng = np.random.default_rng([SEED, split == 'test', 0])
     size = SIZES['cls']
-    for number in track(range(COUNTS['cls'][split]), f'digits, {split} pictures', disable=not show):
-        index = number % len(images)
-        picture = texture(rng, size)
-        side = int(rng.integers(20, 29))
-        x, y = rng.integers(0, size - side + 1, 2)
-        draw(picture, images[index], int(x), int(y), side, rng)
-        _write(root / 'cls' / split / str(labels[index]) / f'{number:05}.png', picture)
+    with tracked(range(COUNTS['cls'][split]), f'digits, {split} pictures', disable=not show) as numbers:
+        for number in numbers:
+            index = number % len(images)
+            picture = texture(rng, size)
+            side = int(rng.integers(20, 29))
+            x, y = rng.integers(0, size - side + 1, 2)
+            draw(picture, images[index], int(x), int(y), side, rng)
+            _write(root / 'cls' / split / str(labels[index]) / f'{number:05}.png', picture)
 
 
 def _build_scenes(root: Path, split: str, images: np.ndarray, labels: np.ndarray, show: bool) -> None:
@@ -104,34 +104,35 @@ def _build_scenes(root: Path, split: str, images: np.ndarray, labels: np.ndarray
     size = SIZES['scenes']
     pictures: list[dict] = []
     boxes: list[dict] = []
-    for number in track(range(COUNTS['scenes'][split]), f'digits, {split} scenes', disable=not show):
-        picture, classes = texture(rng, size), np.zeros((size, size), np.uint8)
-        taken = np.zeros((size, size), bool)
-        for _ in range(int(rng.integers(2, 6))):
-            side = int(rng.integers(22, 41))
-            x, y = (int(v) for v in rng.integers(0, size - side + 1, 2))
-            if taken[y : y + side, x : x + side].any():
-                continue  # digits do not overlap
-            taken[y : y + side, x : x + side] = True
-            index = int(rng.integers(len(images)))
-            mask = draw(picture, images[index], x, y, side, rng)
-            classes[mask] = labels[index] + 1
-            rows, columns = np.nonzero(mask)
-            left, top = int(columns.min()), int(rows.min())
-            width, height = int(columns.max()) - left + 1, int(rows.max()) - top + 1
-            boxes.append(
-                dict(
-                    id=len(boxes) + 1,
-                    image_id=number,
-                    category_id=int(labels[index]),
-                    bbox=[left, top, width, height],
-                    area=width * height,
-                    iscrowd=0,
+    with tracked(range(COUNTS['scenes'][split]), f'digits, {split} scenes', disable=not show) as numbers:
+        for number in numbers:
+            picture, classes = texture(rng, size), np.zeros((size, size), np.uint8)
+            taken = np.zeros((size, size), bool)
+            for _ in range(int(rng.integers(2, 6))):
+                side = int(rng.integers(22, 41))
+                x, y = (int(v) for v in rng.integers(0, size - side + 1, 2))
+                if taken[y : y + side, x : x + side].any():
+                    continue  # digits do not overlap
+                taken[y : y + side, x : x + side] = True
+                index = int(rng.integers(len(images)))
+                mask = draw(picture, images[index], x, y, side, rng)
+                classes[mask] = labels[index] + 1
+                rows, columns = np.nonzero(mask)
+                left, top = int(columns.min()), int(rows.min())
+                width, height = int(columns.max()) - left + 1, int(rows.max()) - top + 1
+                boxes.append(
+                    dict(
+                        id=len(boxes) + 1,
+                        image_id=number,
+                        category_id=int(labels[index]),
+                        bbox=[left, top, width, height],
+                        area=width * height,
+                        iscrowd=0,
+                    )
                 )
-            )
-        pictures.append(dict(id=number, file_name=f'{number:05}.png', width=size, height=size))
-        _write(root / 'scenes' / split / f'{number:05}.png', picture)
-        _write(root / 'scenes' / 'masks' / split / f'{number:05}.png', classes)
+            pictures.append(dict(id=number, file_name=f'{number:05}.png', width=size, height=size))
+            _write(root / 'scenes' / split / f'{number:05}.png', picture)
+            _write(root / 'scenes' / 'masks' / split / f'{number:05}.png', classes)
     categories = [dict(id=digit, name=name) for digit, name in enumerate(CLASSES)]
     annotations = root / 'scenes' / 'annotations' / f'{split}.json'
     annotations.parent.mkdir(parents=True, exist_ok=True)

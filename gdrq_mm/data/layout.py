@@ -8,11 +8,25 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+from rich.progress import track
 
 from ..core.errors import UserError
+
+T = TypeVar('T')
+
+
+@contextmanager
+def tracked(items: Iterable[T], text: str, **options: Any) -> Iterator[Iterable[T]]:
+    """rich.progress.track, with a bar that ends with the block, by an error too: rich before 14.1 allows only one."""
+    found: Any = track(items, text, **options)
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 def source_folder(source: str | Path, name: str = '') -> Path:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from ..core.errors import UserError
 from .checks import check_annotations, read_annotations, read_mask
-from .layout import building, link, require, source_folder, write_picture
+from .layout import building, link, require, source_folder, tracked, write_picture
 
 VOC_LISTS = {
     'VOC2007': ('Main/trainval', 'Main/test'),
@@ -56,7 +55,8 @@ def voc(source: str | Path, root: str | Path) -> Path:
             for number in path.read_text().split()
             for pattern in VOC_FILES[name.split('/')[0]]
         }
-        require(year, track(sorted(files), year))
+        with tracked(sorted(files), year) as each:
+            require(year, each)
     if 'VOC2012' in years and not (source / 'VOC2012/SegmentationClassAug').is_dir():
         print(f'Note: {source}/VOC2012 has no SegmentationClassAug, and segmentation (voc12aug) trains on it.')
     return link(source, root, years)
@@ -71,12 +71,13 @@ def coco(source: str | Path, root: str | Path) -> Path:
     source, root = source_folder(source), Path(root)
     files = {split: source / 'annotations' / f'instances_{split}.json' for split in ('train2017', 'val2017')}
     require('COCO', [*files.values(), *(source / split for split in files)])
-    for split, path in track(files.items(), 'COCO'):
-        content = read_annotations(path)
-        warning = check_annotations(content, path)
-        if warning:
-            print(warning)
-        require(f'COCO, {split}', [source / split / image['file_name'] for image in content['images']])
+    with tracked(files.items(), 'COCO') as each:
+        for split, path in each:
+            content = read_annotations(path)
+            warning = check_annotations(content, path)
+            if warning:
+                print(warning)
+            require(f'COCO, {split}', [source / split / image['file_name'] for image in content['images']])
     return link(source, root, ['annotations', *files])
 
 
@@ -101,16 +102,17 @@ def cityscapes(source: str | Path, root: str | Path) -> Path:
     require('Cityscapes', masks.values())
     with building(root) as out:
         (out / 'leftImg8bit').symlink_to((source / 'leftImg8bit').resolve())
-        for picture, mask in track(masks.items(), 'Cityscapes'):
-            place = out / mask.parent.relative_to(source)
-            place.mkdir(parents=True, exist_ok=True)
-            with Image.open(picture) as opened:  # without decoding it: only its size is needed
-                labels = read_mask(mask, opened.size[::-1], max(CITYSCAPES_CLASSES) + 1, [255])
-            made = mask.name.replace('labelIds', 'labelTrainIds')
-            for file in mask.parent.glob(mask.name.replace('labelIds.png', '*')):
-                if file.name != made:
-                    (place / file.name).symlink_to(file.resolve())
-            write_picture(place / made, train_ids[labels])
+        with tracked(masks.items(), 'Cityscapes') as each:
+            for picture, mask in each:
+                place = out / mask.parent.relative_to(source)
+                place.mkdir(parents=True, exist_ok=True)
+                with Image.open(picture) as opened:  # without decoding it: only its size is needed
+                    labels = read_mask(mask, opened.size[::-1], max(CITYSCAPES_CLASSES) + 1, [255])
+                made = mask.name.replace('labelIds', 'labelTrainIds')
+                for file in mask.parent.glob(mask.name.replace('labelIds.png', '*')):
+                    if file.name != made:
+                        (place / file.name).symlink_to(file.resolve())
+                write_picture(place / made, train_ids[labels])
     return root
 
 
@@ -128,7 +130,8 @@ def imagenet(source: str | Path, root: str | Path) -> Path:
         listed = source / 'meta' / f'{split}.txt'
         if listed.is_file():
             names = [line.rsplit(' ', 1)[0] for line in listed.read_text().splitlines()]
-            require(f'ImageNet, {split}', track([source / split / name for name in names], f'ImageNet, {split}'))
+            with tracked([source / split / name for name in names], f'ImageNet, {split}') as each:
+                require(f'ImageNet, {split}', each)
             continue
         folders = sorted(folder for folder in (source / split).iterdir() if folder.is_dir())
         if len(folders) != IMAGENET_CLASSES:
@@ -136,7 +139,8 @@ def imagenet(source: str | Path, root: str | Path) -> Path:
                 f'ImageNet: {source / split} has {len(folders)} class folders, not {IMAGENET_CLASSES}, '
                 f'and there is no list {listed}'
             )
-        empty = [f.name for f in track(folders, f'ImageNet, {split}') if not any(f.iterdir())]
+        with tracked(folders, f'ImageNet, {split}') as each:
+            empty = [folder.name for folder in each if not any(folder.iterdir())]
         if empty:
             raise UserError(f'ImageNet: {len(empty)} class folders of {source / split} are empty: {empty[0]}, ...')
         classes[split] = {folder.name for folder in folders}

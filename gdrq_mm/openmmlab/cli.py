@@ -19,7 +19,7 @@ from mmengine.runner import Runner
 from ..core.errors import Stopped, UserError, command, extras_named, of_machine
 from ..core.files import check_writable
 from .checkpoint_runner import CheckpointRunner
-from .compat import check_environment, mend_bases
+from .compat import check_environment, mend_bases, mute_warnings
 from .mistakes import config_mistake
 from .processes import keep_freed_memory, leave
 from .runner import QuantRunner
@@ -260,6 +260,7 @@ def _near_files(path: Path) -> str:
 def main(function: Callable[[], None]) -> NoReturn:
     """Run a command and end the process as `ending` says."""
     keep_freed_memory()
+    mute_warnings()
     leave(ending(function))
 
 

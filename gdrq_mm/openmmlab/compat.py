@@ -14,6 +14,7 @@ import functools
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,15 @@ def check_environment() -> None:
             f'two stacks of OpenMMLab are installed, and overwrite each other: {", ".join(ours)} and '
             f'{", ".join(theirs)}; remove both (pip uninstall {" ".join(ours + theirs)}) and install one again'
         )
+
+
+def mute_warnings() -> None:
+    """Keep a warning off the screen that is for mmengine, not for its users.
+
+    mmengine 0.10.7 imports pkg_resources where a config has a base in a package, and setuptools 80 warns whoever sees
+    that import; onedl-mmengine 0.10.12 does not import it.
+    """
+    warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 
 
 TOLD_BY = {

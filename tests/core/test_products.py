@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from gdrq_mm.core import compat
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import mute_leaves
@@ -90,7 +91,17 @@ def test_an_einsum_of_several_factors_stays_float_and_says_so():
 
 @pytest.mark.parametrize(
     'options',
-    [{}, dict(is_causal=True), dict(scale=0.3), dict(attn_mask='bool'), dict(attn_mask='float'), dict(enable_gqa=True)],
+    [
+        {},
+        dict(is_causal=True),
+        dict(scale=0.3),
+        dict(attn_mask='bool'),
+        dict(attn_mask='float'),
+        pytest.param(
+            dict(enable_gqa=True),
+            marks=pytest.mark.skipif(compat.TORCH < (2, 5), reason='torch before 2.5 has no enable_gqa'),
+        ),
+    ],
 )
 def test_attention_in_one_function_is_written_out(options):
     heads = 2 if options.get('enable_gqa') else 4
@@ -231,6 +242,7 @@ def test_copies_have_quantizers_of_their_own():
     assert torch.equal(model(x), before) and not torch.equal(other(x), before)
 
 
+@pytest.mark.skipif(not compat.COMPILES, reason='torch.compile of a quantized model needs torch 2.6')
 def test_torch_compile_traces_it_whole():
     model, x = Between(lambda m, x: (x @ x.mT).softmax(-1) @ x), torch.randn(2, 5, 6)
     calibrated(model, x)

@@ -12,6 +12,7 @@ from gdrq_mm.core.mixed.program import Pair
 from gdrq_mm.deploy import measure
 from gdrq_mm.deploy.layer_times import FORMS, costs_of, form_of, layer_graph, time_layers, timed_layer
 from gdrq_mm.deploy.runtime import RUNTIMES, integer_layers, open_runtime
+from tests.deploy.builders import needs_runtimes
 
 LAYERS = {
     'convolution': (nn.Conv2d(8, 6, (3, 1), stride=(2, 1), padding=(1, 0)), (2, 8, 9, 7)),
@@ -27,6 +28,7 @@ def timed(name):
     return timed_layer(QUANTIZED[type(layer)].from_float(layer, Weight(), Activation()), shape)
 
 
+@needs_runtimes
 @pytest.mark.parametrize('name', LAYERS)
 def test_a_graph_is_that_layer(name):
     """The float form against torch, with the weight of the graph; the integer ones have integer kernels."""
@@ -56,6 +58,7 @@ def test_a_layer_whose_form_is_not_known_has_no_time():
     assert timed_layer(layer, (1, 8, 9, 9)) is None
 
 
+@needs_runtimes
 def test_the_cost_of_a_layer_is_the_sum_of_its_calls(monkeypatch):
     monkeypatch.setattr(measure, 'PAUSE', 0)
     conv, linear = timed('convolution'), timed('linear')

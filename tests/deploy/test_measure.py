@@ -18,7 +18,7 @@ from gdrq_mm.deploy.export import export
 from gdrq_mm.deploy.float_twin import float_twin
 from gdrq_mm.deploy.measure import ExportedGraph, graphs_of, inputs_for, peak_memory, timed_rounds, traced_size
 from gdrq_mm.deploy.runtime import INTEGER_KERNELS, open_runtime
-from tests.deploy.builders import trained_network
+from tests.deploy.builders import needs_runtimes, trained_network
 from tests.helpers import ENV, ROOT
 
 TOOL = ROOT / 'tools/benchmark.py'
@@ -121,6 +121,7 @@ def test_the_float_twin_has_the_layers_in_float32(backend, network):
     assert float_twin(twin) is None and float_twin(parsed(FLOAT_GRAPH)) is None
 
 
+@needs_runtimes
 def test_the_float_twin_computes_with_the_rounded_weights():
     """INT4 weights times a factor, a scale a channel; codes are clipped, pooled, read in a subgraph too."""
     model = parsed(
@@ -165,6 +166,7 @@ def test_rounds_run_every_contestant_twice_in_changing_order(monkeypatch):
     assert len(set(orders)) > 1 and all(sorted(order) == list('abcd') for order in orders)
 
 
+@needs_runtimes
 def test_memory_grows_with_the_graph(tmp_path):
     big = parsed(OPSET + '(float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Relu(x) }')
     onnx.save(big, tmp_path / 'g.onnx')
@@ -293,6 +295,7 @@ def test_no_folder_and_no_runtime_are_one_line(refused, monkeypatch):
     assert run(folder, '--runtime', 'onnxruntime') == expected
 
 
+@needs_runtimes
 def test_a_runtime_that_cannot_run_a_graph_is_one_line(refused, tmp_path):
     run, _ = refused
     add = OPSET + '(float[N,3,H,W] x) => (float[N,3,H,W] y) <float[1,3,8,8] c> { y = Add(x, c) }'

@@ -114,6 +114,7 @@ def test_by_search(tool, tiny, float_checkpoint, tmp_path):
 
 
 def test_by_times_of_a_runtime(tool, tiny, float_checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime')
     monkeypatch.setattr(measure, 'PAUSE', 0)
     arguments = (float_checkpoint, '--batches', 1, '--bits', 4, 8, '--threads', 1)
     line = tool(*arguments, '--budget', 'ms=1e-6', '--out', 'mixed.py')

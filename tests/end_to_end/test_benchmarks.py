@@ -15,7 +15,8 @@ def run(run_in):
 
 
 def test_quantized_loss_reproduces_the_orders(run, tmp_path):
-    done = run('quantized_loss.py', '--samples', 20_000, '--out', tmp_path)
+    # With 20,000 the numbers that torch 2.1 draws are 1.03 % away from the loss below
+    done = run('quantized_loss.py', '--samples', 50_000, '--out', tmp_path)
     assert done.returncode == 0, done.stderr
     for order in ('QL: Laplace > Gaussian > uniform', 'T*/sigma: Laplace > Gaussian > uniform'):
         assert f'{order}: reproduced at 4 bits, p = 1' in done.stdout

@@ -5,11 +5,15 @@ import subprocess
 import sys
 
 import pytest
-import tomllib
 
 from gdrq_mm.commands import COMMANDS, doctor
 from gdrq_mm.core.errors import command
 from tests.helpers import ENV, ROOT
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10 has none; this is the same, and pytest needs it there
+    import tomli as tomllib
 
 SCRIPTS = sorted((ROOT / 'tools').glob('*.py'))
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']

@@ -9,7 +9,7 @@ import torch
 
 from gdrq_mm.data import digits
 from tests.campaigns.fuzz import Commands, attack
-from tests.helpers import ENV, ROOT
+from tests.helpers import ENV, ROOT, UPSTREAM
 from tests.tools import TEST, TINY, TRAIN, W4A4, holds, weights
 
 # ---- configs --------------------------------------------------------------------------------------------------------
@@ -195,6 +195,11 @@ def test_options_that_do_not_go_together(home, error_of, trained, options, fragm
     ('packages', 'fragments'),
     [
         (
+            {'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1'},
+            ['onedl-mmcv, onedl-mmdetection and mmengine, ', 'pip uninstall onedl-mmcv'],
+        )
+        if UPSTREAM
+        else (
             {'mmcv': '2.1.0', 'mmdet': '3.3.0'},
             ['and mmcv, mmdet', 'pip uninstall onedl-mmengine'],
         ),
@@ -203,7 +208,7 @@ def test_options_that_do_not_go_together(home, error_of, trained, options, fragm
 )
 def test_packages_that_break_openmmlab(home, tmp_path, packages, fragments):
     for name, version in packages.items():
-        folder = tmp_path / f'{name}-{version}.dist-info'
+        folder = tmp_path / f'{name.replace("-", "_")}-{version}.dist-info'
         folder.mkdir()
         (folder / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
     path = os.pathsep.join([str(tmp_path), *filter(None, [ENV.get('PYTHONPATH')])])

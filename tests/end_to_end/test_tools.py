@@ -207,5 +207,6 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(home, run, trained):
 
 @pytest.mark.parametrize('example', ['classify.py', 'segment.py'])
 def test_an_example_says_how_it_is_called(run, example):
+    pytest.importorskip('onnxruntime')
     done = run(ROOT / 'examples' / example, 'nowhere', 'picture.png', *['mask.png'] * (example == 'segment.py'))
     assert done.returncode == 1 and 'EXPORTED_FOLDER PICTURE' in done.stderr and 'Traceback' not in done.stderr

@@ -23,10 +23,9 @@ from gdrq_mm.openmmlab.compat import ONEDL, PRIVATE, TOLD_BY, check_environment,
 from gdrq_mm.openmmlab.data_only import data_only
 from gdrq_mm.openmmlab.models import use_memory_format
 from gdrq_mm.openmmlab.runner import QuantRunner
-from tests.helpers import ENV, ROOT
+from tests.helpers import ENV, ROOT, UPSTREAM
 from tests.tools import Payload
 
-UPSTREAM = compat.installed('mmsegmentation') is not None
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='what is missing without a GPU')
 
 
@@ -85,6 +84,12 @@ def test_mend_bases_is_needed(tmp_path, scope, message):
     done = base_of(scope, tmp_path)
     assert done.returncode != 0 and message in done.stderr
     assert utils.MODULE2PACKAGE.get('mmdet') == 'mmdet'
+
+
+@pytest.mark.skipif(not UPSTREAM, reason="onedl's mmengine does not import pkg_resources")
+def test_mmengine_lets_setuptools_warn(tmp_path):
+    done = base_of('mmpretrain::_base_/models/resnet18.py', tmp_path)
+    assert done.returncode == 0 and 'pkg_resources is deprecated' in done.stderr
 
 
 def test_the_scope_of_a_base_is_a_package_with_registries(tmp_path):

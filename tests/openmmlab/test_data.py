@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -299,6 +300,18 @@ def test_a_source_that_is_not_whole(tmp_path, error_of, name, path, damage, frag
     named = [] if path.endswith(('n00000003', 'x.JPEG')) else [f'source/{path}']
     holds(error_of(PREPARE, name, '--source', 'source', '--out', 'data/out'), *named, *fragments)
     assert not (tmp_path / 'data').exists() or os.listdir(tmp_path / 'data') == []
+
+
+def test_a_progress_bar_ends_with_an_error(tmp_path):
+    """Also while the caller holds it: rich before 14.1 refuses another bar beside one that was left."""
+    make_coco(tmp_path)
+    put('junk')(tmp_path / 'annotations/instances_val2017.json')
+    with pytest.raises(UserError) as held:
+        standard.coco(tmp_path, tmp_path / 'out')
+    drawing = [each for each in threading.enumerate() if each.__module__.startswith('rich')]
+    for thread in drawing:
+        thread.join(5)  # it was told to end
+    assert held and not any(thread.is_alive() for thread in drawing)
 
 
 def test_a_source_and_a_place_that_cannot_be_used(tmp_path, error_of):

@@ -9,6 +9,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.structures import InstanceData
 
+from gdrq_mm.core import compat
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.hooks.guard import FiniteLossHook
 from gdrq_mm.openmmlab.origin import tensors_in
@@ -124,6 +125,7 @@ class Scaled(OptimWrapper):
         self.scaler.update()
 
 
+@pytest.mark.skipif(compat.TORCH < (2, 4), reason='torch 2.4 has both GradScaler and fused SGD for a CPU')
 @pytest.mark.parametrize('fused', [False, True])
 def test_steps_that_gradscaler_leaves_out_are_normal(make, fused):
     optimizer = dict(type='SGD', lr=0.01, fused=fused, weight_decay=0.0, momentum=0.0, nesterov=False)
