@@ -53,7 +53,7 @@ def totals(model: nn.Module, report: Report) -> Totals:
             counted.add(layer.weight_key)
             quantized += layer.weight.numel()
             saved += layer.weight.numel() * (FLOAT_BYTES - layer.bits[0] / 8)
-            saved -= layer.weight_quant.groups * FLOAT_BYTES
+            saved -= layer.weight_quant.scale_count * FLOAT_BYTES
     float_bytes = (parameters + statistics) * FLOAT_BYTES
     operations = 0
     for row in report.layers:

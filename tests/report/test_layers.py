@@ -40,6 +40,17 @@ def test_totals_equal_the_hand_count():
     assert total.bit_operations == 13_824 * 8 * 8 + 36_864 * 4 * 3 + 80 * 8 * 8
 
 
+@pytest.mark.parametrize('method, scales', [('ttq', 2), ('syq', 3 * 3), ('fgq', 8 * 2 * 3 * 3)])
+def test_totals_count_the_scales_that_a_method_has(method, scales):
+    """Beside TWN, which has one for the middle layer."""
+
+    def size(method):
+        model = tiny()
+        return totals(model, quantize(model, image((1, 3, 8, 8)), weight=dict(method=method, bits=2))).bytes
+
+    assert size(method) - size('twn') == 4 * (scales - 1)
+
+
 def test_totals_of_a_float_model():
     model, x = tiny(), image((1, 3, 8, 8))
     total = totals(model, float_report(model, record(model, lambda: model(x))))

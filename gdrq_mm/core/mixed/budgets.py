@@ -79,7 +79,7 @@ class Costs:
         }
         self.layers = quant_layers(model)
         weights = [place for place in candidates.places if place.choice.side == 'weight']
-        self.groups = {place.layer: {b: other.groups for b, other in place.others.items()} for place in weights}
+        self.scales = {place.layer: {b: other.scale_count for b, other in place.others.items()} for place in weights}
 
     def budget(self, kind: str, limit: float) -> Budget:
         """A budget; the limit of a size or of bit operations up to 1 is a share of the float model.
@@ -93,12 +93,12 @@ class Costs:
         return Budget(kind, limit * whole if kind != 'ms' and limit <= 1 else limit, whole, fixed, costs, kept)
 
     def weight_bytes(self, name: str, bits: int) -> float:
-        """Bytes of a layer's weight, with a float32 step for each group; as report.layers.totals counts them."""
+        """Bytes of a layer's weight, with its float32 scales; as report.layers.totals counts them."""
         layer = self.layers[name]
         if bits == FLOAT_BITS:
             return layer.weight.numel() * FLOAT_BYTES
-        groups = self.groups[layer][bits] if layer in self.groups else layer.weight_quant.groups
-        return layer.weight.numel() * bits / 8 + groups * FLOAT_BYTES
+        scales = self.scales[layer][bits] if layer in self.scales else layer.weight_quant.scale_count
+        return layer.weight.numel() * bits / 8 + scales * FLOAT_BYTES
 
     def _size(self) -> Any:
         first: dict[tuple[int, int], str] = {}  # a weight that two layers have counts once

@@ -49,6 +49,10 @@ class TTQWeight(WeightQuantizer):
         self.negative = nn.Parameter(torch.ones(self.groups))
         self.register_buffer('frozen', torch.zeros(2, self.groups))
 
+    @property
+    def scale_count(self) -> int:
+        return 2 * self.groups
+
     def start(self, weight: Tensor) -> None:
         code = self.round(weight, weight)
         for sign, scale in ((1, self.positive), (-1, self.negative)):

@@ -63,6 +63,11 @@ class WeightQuantizer(Quantizer):
         """Number of thresholds."""
         return len(self.sizes)
 
+    @property
+    def scale_count(self) -> int:
+        """Number of float32 scales that its levels take in a file."""
+        return self.groups
+
     def start(self, weight: Tensor) -> None:
         """Set what must be known before training, from the loaded weight."""
         self.threshold.copy_(self.start_threshold(weight).detach())  # a first training forward is not under no_grad
