@@ -1,6 +1,6 @@
 # GDRQ's settings one at a time, for tools/sweep.py: 2-bit weights and 4-bit activations, one epoch from the float model
-# of benchmarks/grid.py, one seed; three of the defaults. `python tools/sweep.py benchmarks/ablation.py` goes on where it
-# stopped.
+# of benchmarks/grid.py, one seed; three of the defaults. `python tools/sweep.py benchmarks/ablation.py` goes on where
+# it stopped.
 work_dir = 'work_dirs/ablation'
 records = 'docs/records/ablation'
 
