@@ -57,7 +57,7 @@ FLOATS := work_dirs/resnet18_width16_12e_cifar10/epoch_12.pth work_dirs/vgg11_bn
     work_dirs/yolox_nano_digits/epoch_20.pth work_dirs/pspnet_r18_digits/epoch_20.pth
 
 benchmark: $(VENV)/.ready data/digits $(FLOATS)
-	@$(PY) tools/sweep.py benchmarks/grid.py --jobs $(shell nproc)
+	@for sweep in grid references ablation; do $(PY) tools/sweep.py benchmarks/$$sweep.py --jobs $(shell nproc) || exit 1; done
 	@$(PY) benchmarks/tables.py
 
 data/digits:

@@ -1,6 +1,6 @@
-# The small-scale grid, for tools/sweep.py: methods x bits x seeds under one recipe (float model, epochs, rate),
-# then GDRQ's ablation, and as many trials of each method's own setting. `make benchmark` trains the float models that
-# are missing, runs what is not finished, and writes the tables anew.
+# The small-scale grid, for tools/sweep.py: methods x bits x seeds under one recipe (float model, epochs, rate), and two
+# trials of each method's own settings. `make benchmark` trains the float models that are missing, runs what is not
+# finished, and writes the tables anew.
 work_dir = 'work_dirs/grid'
 records = 'docs/records/grid'
 
@@ -32,29 +32,6 @@ trials = {  # two for each method beside its defaults, which are its paper's whe
         'groups4': {'quantization.weight.groups': 4},
     },
 }
-# GDRQ's weights with a step that learns: LSQ in 4 groups, from the T of Scale-Clip.
-learned = {
-    'quantization.weight.method': 'lsq',
-    'quantization.weight.groups': 4,
-    'quantization.weight.lsq.start': 'scale_clip',
-}
-ablation = {
-    'project': {'quantization.weight.gdrq.clip': 'project'},
-    'straight_through': {'quantization.weight.gdrq.gradient': 'straight_through'},
-    'groups1': {'quantization.weight.groups': 1},
-    'groups16': {'quantization.weight.groups': 16},
-    'channel': {'quantization.weight.groups': 'channel'},
-    'search': {'quantization.weight.gdrq.threshold': 'search'},
-    'channel_search': {'quantization.weight.groups': 'channel', 'quantization.weight.gdrq.threshold': 'search'},
-    'learned': {**learned, 'quantization.weight.lsq.narrow_range': True},
-    'weight_k15': {'quantization.weight.gdrq.k': 1.5},  # the default is 1.875
-    'weight_k25': {'quantization.weight.gdrq.k': 2.5},
-    'activation_k36': {'quantization.activation.gdrq.k': 3.6},  # the default is 4.6
-    'activation_k6': {'quantization.activation.gdrq.k': 6},
-    'reshape': {'quantization.weight.gdrq.clip': 'project', 'quantization.schedule.reshape': 0.3},
-    'undeployable': {'quantization.deployable': False},
-}
-full_range = {'quantization.weight.gdrq.levels': 'full', 'quantization.weight.gdrq.k': 4}
 runs = [
     dict(
         cifar10,
@@ -74,29 +51,6 @@ runs = [
         float_config='configs/cls/vgg11_bn_digits.py',
         amp=True,
     ),
-    dict(cifar10, methods=['gdrq'], bits=['w2a4'], seeds=[0], variants=ablation),
-    # Three seeds of what may be better than the defaults, and of both mixtures with LSQ+: which side makes it better.
-    dict(
-        cifar10,
-        methods=['gdrq'],
-        bits=['w2a4'],
-        seeds=[1, 2],
-        variants={'straight_through': ablation['straight_through']},
-    ),
-    dict(
-        cifar10,
-        methods=['gdrq'],
-        bits=['w2a4'],
-        seeds=[0, 1, 2],
-        variants={
-            'groups16_straight_through': {**ablation['groups16'], **ablation['straight_through']},
-            # Four levels of 2 bits with a zero, as LSQ's paper has them. T is that of the code -2.
-            'full_range_k4': full_range,
-            'learned_full_range_k4': learned,
-            'lsq_plus_weight': {'quantization.weight.method': 'lsq_plus'},
-            'lsq_plus_activation': {'quantization.activation.method': 'lsq_plus'},
-        },
-    ),
     *(dict(cifar10, methods=[method], bits=['w4a4'], seeds=[0], variants=trials[method]) for method in trials),
     *(  # what 8-bit additions cost each task
         dict(
@@ -109,4 +63,4 @@ runs = [
         for part in (cifar10, digits_det, digits_seg)
     ),
 ]
-del methods, cifar10, digits, digits_det, digits_seg, ablation, full_range, learned, trials
+del methods, cifar10, digits, digits_det, digits_seg, trials

@@ -210,8 +210,6 @@ GRID = {
     'grid_cifar10': r'cifar10-(float|(?!ptq)\w+-w[42]a4-seed\d)',
     'grid_low_bits': r'cifar10-(float|(?!ptq)\w+-w(3a3|2a2)-seed0)',
     **{f'grid_{task}': rf'digits_{task}-(?!gdrq-undeployable).*' for task in ('det', 'seg', 'vgg')},
-    'grid_ablation': r'cifar10-(float|gdrq(-(?!lsq|groups16_|\w*full_range)\w+)?-w2a4-seed0)',
-    'grid_w2a4': r'cifar10-(float|(gdrq(-(lsq|straight|groups16_|\w*full_range)\w+)?|lsq_plus)-w2a4-seed\d)',
     'grid_trials': r'cifar10-(float|(?!ptq|gdrq-undeployable)\w+(-\w+)?-w4a4-seed0)',
 }
 """Tables of benchmarks/grid.py, and the names of the cells that stand in them."""
@@ -236,6 +234,12 @@ def deployable() -> str:
         for name, pair in pairs.items()
     ]
     return table(rows, ('model', 'data', 'metric', 'float', 'deployable=True', 'deployable=False'))
+
+
+def ablation() -> str:
+    """GDRQ's settings one at a time, the best first (benchmarks/ablation.py)."""
+    rows = [row for row in rows_of(read('ablation/*.json')) if row['seeds']]
+    return comparison(sorted(rows, key=lambda row: float(row['quantized'].split()[0]), reverse=True))
 
 
 def references() -> str:
@@ -294,6 +298,7 @@ TABLES: dict[str, Callable[[], str]] = {
             camvid,
             published,
             grid_cost,
+            ablation,
             references,
             deployable,
             per_level,
