@@ -48,10 +48,6 @@ class FGQWeight(WeightQuantizer):
         self.each = math.ceil(channels / max(self.count, 1))
         self.register_buffer('threshold', torch.zeros(shape[0], self.count, self.rows[2]))
 
-    @property
-    def scale_count(self) -> int:
-        return self.threshold.numel()
-
     def current_threshold(self, weight: Tensor) -> Tensor:
         rows = weight.detach().abs().double().reshape(self.rows)
         parts = nn.functional.pad(rows, (0, 0, 0, self.count * self.each - rows.shape[1]))

@@ -46,10 +46,6 @@ class SYQWeight(WeightQuantizer):
         self.alpha = nn.Parameter(torch.ones(places))
         self.register_buffer('threshold', torch.zeros(places))
 
-    @property
-    def scale_count(self) -> int:
-        return self.alpha.numel()
-
     def start(self, weight: Tensor) -> None:
         values = weight.abs().float().flatten(2) if len(self.shape) > 2 else weight.abs()
         mean = values.mean((0, 1))

@@ -51,7 +51,7 @@ class TTQWeight(WeightQuantizer):
 
     @property
     def scale_count(self) -> int:
-        return 2 * self.groups
+        return self.frozen.numel()
 
     def start(self, weight: Tensor) -> None:
         code = self.round(weight, weight)

@@ -66,7 +66,7 @@ class WeightQuantizer(Quantizer):
     @property
     def scale_count(self) -> int:
         """Number of float32 scales that its levels take in a file."""
-        return self.groups
+        return self.threshold.numel()
 
     def start(self, weight: Tensor) -> None:
         """Set what must be known before training, from the loaded weight."""
