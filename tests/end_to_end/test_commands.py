@@ -8,8 +8,7 @@ import pytest
 
 from gdrq_mm.commands import COMMANDS, doctor
 from gdrq_mm.core.errors import command
-from tests.helpers import ENV, ROOT
-from tests.helpers import UPSTREAM as UPSTREAM_IS_HERE
+from tests.helpers import ENV, ROOT, UPSTREAM
 
 try:
     import tomllib
@@ -157,8 +156,8 @@ def test_what_an_import_says(tmp_path, monkeypatch):
     assert re.fullmatch(r'its import ended the process \(-\d+\)', found['deadly'])
 
 
-ONEDL = {pair[0]: '1.0' for pair in doctor.OPENMMLAB.values()}
-UPSTREAM = {pair[1]: '1.0' for pair in doctor.OPENMMLAB.values()}
+ONEDL_PACKAGES = {pair[0]: '1.0' for pair in doctor.OPENMMLAB.values()}
+UPSTREAM_PACKAGES = {pair[1]: '1.0' for pair in doctor.OPENMMLAB.values()}
 TORCH = dict(torch='2.13.0')
 
 
@@ -166,19 +165,25 @@ TORCH = dict(torch='2.13.0')
     ('stack', 'packages', 'failures', 'broken', 'mends'),
     [
         ('none', TORCH, {}, [], []),
-        ('onedl', TORCH | ONEDL, {}, [], []),
-        ('upstream', TORCH | UPSTREAM, {}, [], []),
+        ('onedl', TORCH | ONEDL_PACKAGES, {}, [], []),
+        ('upstream', TORCH | UPSTREAM_PACKAGES, {}, [], []),
         (
             'mixture',
-            TORCH | ONEDL | {'mmengine': '0.10.7'},
+            TORCH | ONEDL_PACKAGES | {'mmengine': '0.10.7'},
             {},
             ['both lines of OpenMMLab'],
             ['uv pip uninstall mmengine && uv pip install --reinstall --no-deps onedl-mmengine'],
         ),
-        ('onedl', TORCH | dict([*ONEDL.items()][:-1]), {}, ['onedl-mmpretrain not installed'], ["'gdrq-mm[onedl]'"]),
+        (
+            'onedl',
+            TORCH | dict([*ONEDL_PACKAGES.items()][:-1]),
+            {},
+            ['onedl-mmpretrain not installed'],
+            ["'gdrq-mm[onedl]'"],
+        ),
         (
             'upstream',
-            TORCH | UPSTREAM,
+            TORCH | UPSTREAM_PACKAGES,
             {'mmcv.ops': "ModuleNotFoundError: No module named 'mmcv._ext'"},
             ['mmcv cannot be imported: its operators were not built'],
             ['MMCV_WITH_OPS=1 uv pip install --no-build-isolation --no-binary mmcv mmcv'],
@@ -216,7 +221,7 @@ def test_export_needs_a_newer_torch_than_training():
 
 
 @pytest.mark.full
-@pytest.mark.skipif(UPSTREAM_IS_HERE, reason='looks for the packages of onedl')
+@pytest.mark.skipif(UPSTREAM, reason='looks for the packages of onedl')
 def test_the_doctor_looks_at_what_is_really_installed(tmp_path):
     done = gdrq('doctor')
     assert done.returncode == 0, done.stdout + done.stderr

@@ -187,22 +187,22 @@ def test_a_loss_that_diverges_leaves_only_finite_checkpoints(home, run, config, 
 
 
 def test_a_diverging_run_keeps_the_last_good_checkpoint(home, run, trained):
-    shutil.copytree(trained, home / 'work')
-    (home / 'work' / 'last_checkpoint').write_text(str(home / 'work' / 'epoch_1.pth'))
-    state = torch.load(home / 'work' / 'epoch_1.pth', weights_only=False)
+    shutil.copytree(trained, home / 'runs')
+    (home / 'runs' / 'last_checkpoint').write_text(str(home / 'runs' / 'epoch_1.pth'))
+    state = torch.load(home / 'runs' / 'epoch_1.pth', weights_only=False)
     for group in state['optimizer']['param_groups']:
         group['lr'] = group['initial_lr'] = 1e30
-    torch.save(state, home / 'work' / 'epoch_1.pth')
-    before = (home / 'work' / 'epoch_1.pth').read_bytes()
-    done = run(TRAIN, W4A4, '--work-dir', 'work', '--resume', '--cfg-options', *TINY, 'train_cfg.max_epochs=2')
+    torch.save(state, home / 'runs' / 'epoch_1.pth')
+    before = (home / 'runs' / 'epoch_1.pth').read_bytes()
+    done = run(TRAIN, W4A4, '--work-dir', 'runs', '--resume', '--cfg-options', *TINY, 'train_cfg.max_epochs=2')
     assert done.returncode == 1
     holds(
         done.stderr,
         'has values that are not finite',
-        f'the last good checkpoint is {home}/work/epoch_1.pth',
+        f'the last good checkpoint is {home}/runs/epoch_1.pth',
     )
-    assert [p.name for p in (home / 'work').glob('*.pth')] == ['epoch_1.pth']
-    assert (home / 'work' / 'epoch_1.pth').read_bytes() == before
+    assert [p.name for p in (home / 'runs').glob('*.pth')] == ['epoch_1.pth']
+    assert (home / 'runs' / 'epoch_1.pth').read_bytes() == before
 
 
 @pytest.mark.parametrize('example', ['classify.py', 'segment.py'])
