@@ -65,6 +65,17 @@ CASES = {
         'find_unused_parameters': True,
     },
     'accumulation': {**SYNC, 'optim_wrapper.accumulative_counts': 2},
+    'attention': {
+        'model.backbone': dict(
+            _delete_=True,
+            type='VisionTransformer',
+            arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64),
+            img_size=32,
+            patch_size=8,
+        ),
+        'model.head': dict(_delete_=True, type='VisionTransformerClsHead', num_classes=10, in_channels=32),
+        'model.neck': None,
+    },
 }
 
 
