@@ -114,6 +114,16 @@ def kept_signal_stack() -> Iterator[None]:
             swap(ctypes.byref(before), None)
 
 
+@contextmanager
+def _failures_of_openvino() -> Iterator[None]:
+    """Its messages begin with the places in its own source where they were passed on."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith('Exception from ')]
+        raise RuntimeFailed('\n'.join(lines) or str(error)) from error
+
+
 class OpenVino:
     """A model compiled by OpenVINO, its float layers in float32.
 
@@ -127,12 +137,10 @@ class OpenVino:
 
         self.core = openvino.Core()
         source = model if isinstance(model, bytes) else str(model)
-        try:
+        with _failures_of_openvino():
             self.model = self.core.read_model(
                 source if has_vnni() else without_saturation(_read(model)).SerializeToString()
             )
-        except RuntimeError as error:
-            raise RuntimeFailed(str(error)) from error
         # Else it takes bfloat16 on CPUs that have it, and quantizes the inputs of the last layer a second time.
         self.options: dict[str, Any] = {'INFERENCE_PRECISION_HINT': 'f32', 'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0}
         if threads is not None:
@@ -141,11 +149,8 @@ class OpenVino:
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for inputs in the order of the graph."""
-        try:
-            with kept_signal_stack():
-                return self._run(inputs)
-        except RuntimeError as error:
-            raise RuntimeFailed(str(error)) from error
+        with _failures_of_openvino(), kept_signal_stack():
+            return self._run(inputs)
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         shapes = tuple(x.shape for x in inputs)

@@ -205,3 +205,24 @@ def test_without_positions_sequences_may_have_any_length(tmp_path):
         (found,) = open_runtime(backend, tmp_path / 'exported/model.onnx')([longer.numpy()])
         with torch.no_grad():
             assert abs(found - model(longer).numpy()).max() < 0.05 * abs(found).max()
+
+
+def test_a_decoder_that_starts_from_zeros_runs_in_both_runtimes(tmp_path):
+    """As DETR's first one, whose values are all 0: its inputs are constants to a runtime, and it has no threshold."""
+
+    def run(m, x):
+        queries = m.queries.repeat(x.shape[0], 1, 1)
+        first, positions = (each.transpose(0, 1) for each in (torch.zeros_like(queries), queries))
+        found = m.attn(positions, positions, first)[0].transpose(0, 1)
+        return m.head(found + m.patches(x).flatten(2).mean(-1)[:, None])
+
+    torch.manual_seed(0)
+    model = Function(run, patches=nn.Conv2d(3, WIDTH, 4, 4), attn=nn.MultiheadAttention(WIDTH, HEADS))
+    model.queries, model.head = nn.Parameter(torch.randn(1, 6, WIDTH)), nn.Linear(WIDTH, 5)
+    x = torch.randn(4, 3, 16, 16)
+    plan = record(model, lambda: model(x))
+    quantize_model(model, Quantization.from_dict({}), plan)
+    calibrate(model, [x])
+    report = export(model.eval(), plan, x, tmp_path / 'exported')
+    assert set(report.differing) == {'onnxruntime', 'openvino'} and report.wrong == 0
+    assert not quant_layers(model)['attn.v_proj'].next_quant.step() > 0

@@ -204,9 +204,9 @@ NOT_COVERED = {
     'SOLOv2': 'SOLOv2 predicts in a way of its own',
 }
 """Models without end2end.onnx, and why."""
-IN_BOTH = ('HTC', 'SOLO', 'SOLOv2')
+IN_BOTH = ('DETR', 'HTC', 'SOLO', 'SOLOv2', 'OCRNet', 'Cascade Mask R-CNN')
 """Models that are exported for both runtimes, and verified there part by part; the others for ONNX Runtime."""
-COMPARED = [(name, 'onnxruntime') for name in MODELS] + [(name, 'openvino') for name in ('SOLO', 'SOLOv2')]
+COMPARED = [(name, backend) for name in MODELS for backend in ('onnxruntime', 'openvino')]
 """Models and runtimes whose predictions are compared."""
 VARIES = {'OCRNet': (0.5, 0.1)}
 """Weights and biases of last layers; by default those of a detector."""
