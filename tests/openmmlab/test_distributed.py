@@ -347,7 +347,7 @@ def test_a_data_worker_that_hangs_does_not_keep_a_run_from_its_end(run, config, 
 
 
 def test_data_workers_that_stay_until_the_end_leave_no_error(run, config, tmp_path):
-    workers = {'train_dataloader.num_workers': 2, 'train_dataloader.persistent_workers': True}
+    workers = {'train_dataloader.num_workers': 1, 'train_dataloader.persistent_workers': True}
     config(epochs=1, **workers).dump(tmp_path / 'run.py')
     done = run(TRAIN, 'run.py')
     assert (done.returncode, done.stderr) == (0, '')

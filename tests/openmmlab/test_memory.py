@@ -15,8 +15,8 @@ import resource, sys, torch
 from gdrq_mm.openmmlab.cli import main
 
 def command():
-    for i in range(12):
-        if i == 2:
+    for i in range(30):
+        if i == 20:  # by then the heap has grown to what fits; with torch 2.1 that took up to eight tensors
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(1 << 24)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -26,7 +26,7 @@ main(command)
 
 
 def faults(**variables):
-    """Pages that the system gave for ten tensors of 64 MiB, one after the other."""
+    """Pages that the system gave for the last ten of thirty tensors of 64 MiB, one after the other."""
     command = [sys.executable, '-c', FAULTS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, check=True)
     return int(done.stdout.split()[-1])
@@ -34,5 +34,5 @@ def faults(**variables):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='not glibc')
 def test_tensors_take_the_memory_of_freed_ones_unless_the_environment_says_otherwise():
-    assert faults() < 3 * PAGES
+    assert faults() < PAGES
     assert faults(MALLOC_TRIM_THRESHOLD_='131072') > 8 * PAGES
