@@ -104,10 +104,11 @@ def by_bits(records: Records) -> str:
 CAMVID_SEEDS = r'.*_seed\d_camvid'
 CONTROL = 'recipe/cifar10_12e-gdrq-control-w4a4-seed0.json'
 """The float model that the cells of benchmarks/continued.py start from."""
+W4A4 = r'(float|gdrq-(control-)?w4a4-seed\d)'
 HEADLINE = (
     ('ResNet-18, CIFAR-10', 'continued/*.json', r'cifar10-gdrq-(control-)?w4a4-seed\d', 'ResNet-18', ' ¹'),
-    ('Faster R-CNN, BCCD', 'faster_rcnn_*bccd.json', '.*', 'Faster R-CNN R18', ''),
-    ('YOLOX, BCCD', 'tasks/*.json', r'yolox-(float|gdrq-(control-)?w4a4-seed\d)', 'YOLOX', ''),
+    ('Faster R-CNN, BCCD', 'tasks/*.json', f'faster_rcnn-{W4A4}', 'Faster R-CNN R18', ''),
+    ('YOLOX, BCCD', 'tasks/*.json', f'yolox-{W4A4}', 'YOLOX', ''),
     ('PSPNet, CamVid', 'pspnet_*camvid.json', '.*', 'PSPNet R18', ''),
 )
 """Title, records and which of them, name in docs/figures/inference.json, and a mark where that model is not the one of

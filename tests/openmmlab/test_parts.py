@@ -5,6 +5,7 @@ merged model, whose sums are exact.
 """
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 
 from gdrq_mm.deploy.merge import merge_model
+from gdrq_mm.deploy.runtime import RUNTIMES
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import export_graphs, use_runtime, write_bundle
 from gdrq_mm.openmmlab.cli import read_config
@@ -204,10 +206,6 @@ NOT_COVERED = {
     'SOLOv2': 'SOLOv2 predicts in a way of its own',
 }
 """Models without end2end.onnx, and why."""
-IN_BOTH = ('DETR', 'HTC', 'SOLO', 'SOLOv2', 'OCRNet', 'Cascade Mask R-CNN')
-"""Models that are exported for both runtimes, and verified there part by part; the others for ONNX Runtime."""
-COMPARED = [(name, backend) for name in MODELS for backend in ('onnxruntime', 'openvino')]
-"""Models and runtimes whose predictions are compared."""
 VARIES = {'OCRNet': (0.5, 0.1)}
 """Weights and biases of last layers; by default those of a detector."""
 SIZE = 64
@@ -229,17 +227,25 @@ def config_of(name):
     return cfg
 
 
-@pytest.fixture(scope='module', params=MODELS)
-def exported(request, tmp_path_factory):
+@pytest.fixture(scope='module')
+def exports(tmp_path_factory):
+    """Exports a model by its name; once, as it takes a minute."""
+    return functools.cache(lambda name: exported_model(name, tmp_path_factory.mktemp('parts')))
+
+
+@pytest.fixture
+def exported(request, exports):
+    return exports(request.param)
+
+
+def exported_model(name, folder):
     """Config, merged model, checkpoint, folder and a picture of an exported model."""
-    name, folder = request.param, tmp_path_factory.mktemp('parts')
     cfg, picture = config_of(name), np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
     model = calibrated_detector(cfg, [picture], *VARIES.get(name, ()))
     checkpoint = str(folder / 'model.pth')
     torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
     merged = merge_model(model, model.plan)
-    target = 'both' if name in IN_BOTH else 'onnxruntime'
-    report = export_graphs(model, merged, lambda: infer(model, picture), lambda part: None, target)
+    report = export_graphs(model, merged, lambda: infer(model, picture), lambda part: None)
     assert [part.name for part in report.parts] == PARTS[name]
     if name in NOT_COVERED:
         with pytest.raises(NotCovered, match=NOT_COVERED[name]):
@@ -249,7 +255,8 @@ def exported(request, tmp_path_factory):
     return cfg, merged, checkpoint, folder / 'exported', picture
 
 
-@pytest.mark.parametrize(('exported', 'backend'), COMPARED, indirect=['exported'])
+@pytest.mark.parametrize('exported', MODELS, indirect=True)
+@pytest.mark.parametrize('backend', RUNTIMES)
 @pytest.mark.parametrize('parts', [True, False], ids=['parts', 'end2end'])
 def test_a_runtime_predicts_what_the_merged_model_does(exported, parts, backend):
     """Without end2end.onnx it is the parts in both cases."""
