@@ -47,9 +47,19 @@ def saturating_inputs(model: onnx.ModelProto) -> list[str]:
 
 
 def share_weights(model: onnx.ModelProto) -> bool:
-    """Whether several layers read the same weights, as those of an RPN do for its levels."""
-    weights = [node.input[1] for node in model.graph.node if node.op_type in LAYERS]
+    """Whether several layers read the same codes of weights, as those of an RPN do for its levels."""
+    made = makers(model.graph)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    codes = [_source(node.input[1], made) for node in model.graph.node if node.op_type in LAYERS]
+    weights = [name for name in codes if name in constants]
     return len(set(weights)) < len(weights)
+
+
+def _source(name: str, made: Mapping[str, Any]) -> str:
+    """The tensor whose codes a tensor is made from: levels with thresholds of their own scale the same codes."""
+    while name in made and made[name].op_type in SAME_CODES:
+        name = made[name].input[0]
+    return name
 
 
 def without_saturation(model: onnx.ModelProto) -> onnx.ModelProto:
