@@ -158,7 +158,7 @@ def _of_the_inputs(graph: ir.Graph) -> set[ir.Value]:
     """The tensors whose values, and not only their shapes, come from an input of the graph."""
     found = set(graph.inputs) - set(graph.initializers.values())
     for node in graph:
-        if node.op_type != 'Shape' and not found.isdisjoint(value for value in node.inputs if value is not None):
+        if node.op_type != 'Shape' and not found.isdisjoint(node.inputs):
             found.update(node.outputs)
     return found
 
