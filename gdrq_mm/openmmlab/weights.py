@@ -134,7 +134,8 @@ def load_weights(
     mismatch = other_quantization(model, checkpoint, quantization, resume=use == 'resume')
     if mismatch and use != 'start':
         raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}')
-    load_state_dict(model, state_of(without_quantizers(checkpoint) if mismatch else checkpoint), strict)
+    state = state_of(without_quantizers(checkpoint) if mismatch else checkpoint)
+    load_state_dict(model, _without_other_heads(model, state), strict)
     check_finite(model, filename)
     return mismatch
 
@@ -262,6 +263,16 @@ def other_quantization(
         if state[name].shape != value.shape:
             return f'{name} has shape {tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} in the config'
     return ''
+
+
+def _without_other_heads(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without the quantizers of weights that have another shape here: theirs start from the new weight."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    other = [name for name in shapes if name in state and getattr(state[name], 'shape', None) != shapes[name]]
+    prefixes = tuple(f'{name.removesuffix(".weight")}.weight_quant.' for name in other if name.endswith('.weight'))
+    for name in [name for name in state if name.startswith(prefixes)]:
+        del state[name]
+    return state
 
 
 def without_quantizers(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -288,6 +288,19 @@ def test_a_checkpoint_without_its_quantizers_is_that_of_the_float_model():
         assert other_quantization(model, bare, None) == ''
 
 
+def test_a_new_head_starts_with_a_step_of_its_own():
+    """The weight of a head with other classes is not in the checkpoint, so its learned step does not belong to it."""
+    learned = dict(LEARNED, first_last_bits=4)
+    old, new = network(**learned), network(**learned)
+    for layer in (old[0], old[2]):
+        layer.weight_quant.start(layer.weight.detach() * 100)
+    state = old.state_dict()
+    state['2.weight'] = torch.rand(7, 8, 1, 1)
+    load_weights(new, dict(state_dict=state), 'x.pth', learned, share=0.5, use='start')
+    assert new[0].weight_quant.calibrated and same(new[0].weight_quant.state_dict(), old[0].weight_quant.state_dict())
+    assert not new[2].weight_quant.calibrated
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
