@@ -157,6 +157,13 @@ def fusions() -> str:
     return markdown(('fusion', *found), rows)
 
 
+def sensitivity_rank() -> str:
+    """What predicts the accuracy of mixed bits after training (benchmarks/sensitivity_rank.py)."""
+    found = json.loads((FIGURES / 'sensitivity_rank.json').read_text())['rows']
+    cells = [(row['predictor'], f'{row["rank_correlation"]:.2f}', f'{row["p"]:.2f}') for row in found]
+    return markdown(('predictor', 'rank correlation with the drop', 'p'), cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f'train_step{name}': partial(train_step, f'train_step{name}')
@@ -180,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
             synchronization,
             quantized_loss,
             fusions,
+            sensitivity_rank,
         )
     },
 }
