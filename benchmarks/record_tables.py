@@ -109,7 +109,7 @@ HEADLINE = (
     ('ResNet-18, CIFAR-10', 'continued/*.json', r'cifar10-gdrq-(control-)?w4a4-seed\d', 'ResNet-18', ' ¹'),
     ('Faster R-CNN, BCCD', 'tasks/*.json', f'faster_rcnn-{W4A4}', 'Faster R-CNN R18', ''),
     ('YOLOX, BCCD', 'tasks/*.json', f'yolox-{W4A4}', 'YOLOX', ''),
-    ('PSPNet, CamVid', 'pspnet_*camvid.json', '.*', 'PSPNet R18', ''),
+    ('PSPNet, CamVid', 'tasks/*.json', f'pspnet-{W4A4}', 'PSPNet R18', ''),
 )
 """Title, records and which of them, name in docs/figures/inference.json, and a mark where that model is not the one of
 the records."""
@@ -236,14 +236,24 @@ def recipe() -> str:
     return by_bits(read('recipe/*.json', r'cifar10-(?!.*w(3a3|2a2)).*'))
 
 
-def tasks() -> str:
-    """Detection and segmentation by one recipe (benchmarks/tasks.py)."""
-    return by_bits(read('tasks/*.json', r'.*(float|w[42]a4-seed\d)'))
+def tasks(models: str) -> str:
+    """Detection or segmentation by one recipe (benchmarks/tasks.py)."""
+    return by_bits(read('tasks/*.json', rf'({models})-.*(float|w[42]a4-seed\d)'))
 
 
 def task_parts() -> str:
-    """What 4-bit weights and 4-bit activations cost the YOLOX, each alone."""
-    return by_bits(read('tasks/yolox-*.json', r'yolox-(float|gdrq-(control-w4a4|w(4|32)a(4|32))-seed0)'))
+    """What 4-bit weights and 4-bit activations cost the YOLOX after 20 epochs, each alone."""
+    return by_bits(read('tasks/yolox_20e-*.json'))
+
+
+def mixed() -> str:
+    """Bits chosen for each layer beside uniform ones (benchmarks/mixed.py), the smallest models first."""
+    rows = []
+    for bits, cells in (('', r'.*-gdrq-w\d.*'), ('mixed', r'.*-mixed-.*'), ('mixed, bitops', r'.*-mixed_bitops-.*')):
+        for row in rows_of(read('mixed/*.json', cells)):
+            rows.append({**row, 'bits': bits or row['bits'], 'size in MB': row['size in MB'].split()[-1]})
+    columns = ('model', 'data', 'metric', 'bits', 'quantized', 'seeds', 'size in MB', 'G bit operations')
+    return table(sorted((r for r in rows if r['seeds']), key=lambda r: (r['data'], float(r['size in MB']))), columns)
 
 
 def continued() -> str:
@@ -273,6 +283,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f'quickstart_{task}': partial(quickstart, task) for task in ('cls', 'det', 'seg')},
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     **{sweep: partial(ranked, sweep) for sweep in ('ablation', 'references')},
+    'tasks_bccd': partial(tasks, 'faster_rcnn|yolox'),
+    'tasks_camvid': partial(tasks, 'pspnet|fcn'),
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{
         f.__name__: f
@@ -286,7 +298,7 @@ TABLES: dict[str, Callable[[], str]] = {
             recipe,
             longer,
             continued,
-            tasks,
+            mixed,
             task_parts,
         )
     },
