@@ -246,10 +246,18 @@ def task_parts() -> str:
     return by_bits(read('tasks/yolox_20e-*.json'))
 
 
+CHOSEN = (
+    ('', r'.*-gdrq-w\d.*'),
+    ('mixed weights', r'.*-mixed-.*'),
+    ('mixed weights and inputs', r'.*-mixed_bitops-.*'),
+)
+"""What was chosen for each layer, and the cells of benchmarks/mixed.py."""
+
+
 def mixed() -> str:
     """Bits chosen for each layer beside uniform ones (benchmarks/mixed.py), the smallest models first."""
     rows = []
-    for bits, cells in (('', r'.*-gdrq-w\d.*'), ('mixed', r'.*-mixed-.*'), ('mixed, bitops', r'.*-mixed_bitops-.*')):
+    for bits, cells in CHOSEN:
         for row in rows_of(read('mixed/*.json', cells)):
             rows.append({**row, 'bits': bits or row['bits'], 'size in MB': row['size in MB'].split()[-1]})
     columns = ('model', 'data', 'metric', 'bits', 'quantized', 'seeds', 'size in MB', 'G bit operations')
