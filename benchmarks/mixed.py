@@ -6,7 +6,7 @@ work_dir = 'work_dirs/mixed'
 records = 'docs/records/mixed'
 
 short = {'train_cfg.max_epochs': 20, 'train_cfg.val_interval': 5, 'param_scheduler.T_max': 20}
-yolox = dict(name='yolox', methods=['gdrq'], seeds=[0], last=3, options=short)
+yolox = dict(name='yolox', methods=['gdrq'], seeds=[0, 1], last=3, options=short)
 runs = [
     dict(yolox, config='configs/det/yolox_nano_gdrq_w4a4_bccd.py', bits=['w3a4', 'w4a4']),
     dict(yolox, config='work_dirs/mixed_bits/yolox.py', bits=['w4a4'], variants={'mixed': {}}),
