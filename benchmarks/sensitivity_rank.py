@@ -25,6 +25,8 @@ from gdrq_mm.core.errors import UserError, check_least
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.cli import check_writable, main
 from gdrq_mm.openmmlab.weights import state_of
+from gdrq_mm.report.metrics import main_metric
+from gdrq_mm.report.record import read_record
 
 CONFIG = 'configs/cls/resnet18_width16_gdrq_w4a4_12e_cifar10.py'
 CHECKPOINT = 'work_dirs/resnet18_width16_12e_cifar10/epoch_12.pth'
@@ -75,8 +77,7 @@ def train(draws: list[dict[str, int]]) -> list[float]:
     file = WORK_DIR / 'sweep.py'
     file.write_text(f'work_dir = {str(WORK_DIR)!r}\nrecords = {str(RECORDS)!r}\nruns = [{run!r}]\n')
     subprocess.run([sys.executable, 'tools/sweep.py', file], check=True)
-    records = [json.loads((RECORDS / f'cifar10-gdrq-{name}-w4a4-seed0.json').read_text()) for name in variants]
-    return [record['metrics']['accuracy/top1'] for record in records]
+    return [main_metric(read_record(RECORDS / f'cifar10-gdrq-{name}-w4a4-seed0.json'))[1] for name in variants]
 
 
 def run() -> None:
