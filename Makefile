@@ -64,7 +64,7 @@ data/digits:
 	@$(PY) tools/prepare_data.py digits
 
 work_dirs/resnet18_width16_12e_cifar10/epoch_12.pth: ARGS := configs/cls/resnet18_width16_12e_cifar10.py --amp
-work_dirs/vgg11_bn_digits/epoch_4.pth: ARGS := configs/cls/vgg11_bn_digits.py --amp
+work_dirs/vgg11_bn_digits/epoch_4.pth: ARGS := configs/cls/vgg11_bn_digits.py
 work_dirs/yolox_nano_digits/epoch_20.pth: ARGS := configs/det/yolox_nano_digits.py
 work_dirs/pspnet_r18_digits/epoch_20.pth: ARGS := configs/seg/pspnet_r18_digits.py
 $(FLOATS):

@@ -21,7 +21,7 @@ class BuildWithRevision(build_py):
         try:
             if self.editable_mode or Path(git('rev-parse', '--show-toplevel')) != here:
                 return
-            dirty = bool(git('status', '--porcelain', '--untracked-files=no'))
+            dirty = bool(git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!docs'))
             found = dict(commit=git('rev-parse', 'HEAD'), dirty=dirty)
         except (OSError, subprocess.CalledProcessError):
             return

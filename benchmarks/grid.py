@@ -9,6 +9,7 @@ cifar10 = dict(name='cifar10', config='configs/cls/resnet18_width16_gdrq_w4a4_12
 digits = dict(methods=methods, bits=['w4a4', 'w2a4'], seeds=[0])
 digits_det = dict(name='digits_det', config='configs/det/yolox_nano_gdrq_w4a4_digits.py')
 digits_seg = dict(name='digits_seg', config='configs/seg/pspnet_r18_gdrq_w4a4_digits.py')
+digits_vgg = dict(name='digits_vgg', config='configs/cls/vgg11_bn_gdrq_w4a4_digits.py')
 trials = {  # two for each method beside its defaults, which are its paper's where it has any
     'gdrq': {
         'search': {'quantization.weight.gdrq.threshold': 'search'},
@@ -44,12 +45,16 @@ runs = [
     dict(cifar10, methods=['ptq'], bits=['w8a8', 'w4a4', 'w4a32', 'w32a4'], seeds=[0]),
     dict(digits, **digits_det, float_config='configs/det/yolox_nano_digits.py'),
     dict(digits, **digits_seg, float_config='configs/seg/pspnet_r18_digits.py'),
-    dict(
-        digits,
-        name='digits_vgg',
-        config='configs/cls/vgg11_bn_gdrq_w4a4_digits.py',
-        float_config='configs/cls/vgg11_bn_digits.py',
-        amp=True,
+    dict(digits, **digits_vgg, float_config='configs/cls/vgg11_bn_digits.py'),
+    *(  # the float models, trained on
+        dict(
+            part,
+            methods=['gdrq'],
+            bits=['w4a4'],
+            seeds=[0],
+            variants={'control': {'quantization.control': True}},
+        )
+        for part in (digits_det, digits_seg, digits_vgg)
     ),
     *(dict(cifar10, methods=[method], bits=['w4a4'], seeds=[0], variants=trials[method]) for method in trials),
     *(  # what 8-bit additions cost each task
@@ -63,4 +68,4 @@ runs = [
         for part in (cifar10, digits_det, digits_seg)
     ),
 ]
-del methods, cifar10, digits, digits_det, digits_seg, trials
+del methods, cifar10, digits, digits_det, digits_seg, digits_vgg, trials

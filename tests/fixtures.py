@@ -5,8 +5,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mmengine.dataset import base_dataset
+from mmengine.runner import runner as mmengine_runner
 from yapf.yapflib import yapf_api
 
 from gdrq_mm.data import digits
@@ -16,10 +19,11 @@ from tests.helpers import ENV
 from tests.runs import COUNTS, SCENES, checkpoint_of, tiny_config
 
 TOLD = 'ONNX export needs torch 2.8 or newer'
-# mmengine formats the config for every checkpoint; here each text is formatted once.
-_format = yapf_api.FormatCode
-_formatted = functools.cache(lambda text, style: _format(text, style_config=dict(style)))
-yapf_api.FormatCode = lambda text, style_config: _formatted(text, tuple(style_config.items()))
+# What mmengine does for every run and no test looks at: a third of the time of a small one. It formats the config, asks
+# compilers and drivers for their versions, and collects garbage for every data set.
+yapf_api.FormatCode = lambda text, style_config: (text, True)
+mmengine_runner.collect_env = functools.cache(mmengine_runner.collect_env)
+base_dataset.gc = SimpleNamespace(collect=lambda: None)
 
 
 @pytest.fixture(scope='session')
@@ -67,13 +71,16 @@ def float_checkpoint(digits_root, tmp_path_factory):
     return checkpoint_of(runner)
 
 
-# Importing the libraries takes 4 s, so one process does it once and forks for each command. What the command does, its
-# exit code and its output are those of `python TOOL ARGS`. A command can have several processes, each with variables
-# and output of its own. One that hangs ends after five minutes and says where.
+# Importing the libraries and asking for versions takes 5 s: one process does it once and forks for each command. What
+# the command does, its exit code and its output are those of `python TOOL ARGS`. A command can have several processes,
+# each with variables and output of its own. One that hangs ends after five minutes and says where.
 SERVER = """
-import faulthandler, gc, json, os, runpy, sys
+import faulthandler, functools, gc, json, os, runpy, sys
+import mmengine.runner.runner as runner
 import mmpretrain.datasets, mmpretrain.engine, mmpretrain.evaluation, mmpretrain.models
 import gdrq_mm.data.cifar10, gdrq_mm.data.digits, gdrq_mm.report.record, gdrq_mm.openmmlab.runner
+runner.collect_env = functools.cache(runner.collect_env)
+runner.collect_env()
 gc.freeze()
 print('ready', flush=True)
 for line in sys.stdin:

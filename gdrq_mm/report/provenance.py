@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 def git_revision(package: Path = PACKAGE) -> dict[str, Any]:
-    """Commit of the project, and whether there were uncommitted changes; None where neither can be known.
+    """Commit of the project, and whether anything but `docs/` had uncommitted changes; None where neither can be known.
 
     In a checkout it is asked of git; an installed package has it in a file. That package may lie in a repository of its
     user (a `.venv` in a project), whose commit is not ours.
@@ -45,7 +45,8 @@ def git_revision(package: Path = PACKAGE) -> dict[str, Any]:
     try:
         ours = '\nname = "gdrq-mm"\n' in (folder / 'pyproject.toml').read_text()
         if ours and Path(git('rev-parse', '--show-toplevel')) == folder.resolve():
-            dirty = bool(git('status', '--porcelain', '--untracked-files=no'))
+            # A sweep writes its records below docs/: they change no result of its other cells.
+            dirty = bool(git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!docs'))
             return dict(commit=git('rev-parse', 'HEAD'), dirty=dirty)
     except (OSError, ValueError, subprocess.CalledProcessError):
         pass  # no pyproject.toml or that of another project, no git, no repository, or one without a commit

@@ -60,8 +60,11 @@ def test_only_the_projects_own_checkout_is_named(tmp_path):
     assert git_revision(tmp_path) == nothing  # no repository
     git(tmp_path, 'init', '-q')
     assert git_revision(tmp_path) == nothing  # no commit
+    (tmp_path / 'docs/records').mkdir(parents=True)
+    (tmp_path / 'docs/records/a.json').write_text('{}')
     git(tmp_path, 'add', '.')
     git(tmp_path, 'commit', '-q', '-m', 'first')
+    (tmp_path / 'docs/records/a.json').write_text('{"a": 1}')  # a cell of a sweep is done; the next one runs on
     found = git_revision(tmp_path)
     assert len(found['commit']) == 40 and found['dirty'] is False
     (tmp_path / 'pyproject.toml').write_text(ours + 'version = "1"\n')
