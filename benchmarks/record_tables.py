@@ -287,7 +287,8 @@ def per_level() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     'cifar10': lambda: comparison(rows_of(read('*_cifar10.json'))),
-    'bccd': lambda: comparison(rows_of(read('*_bccd.json'))),
+    'bccd': lambda: comparison(rows_of(read('*faster_rcnn*_bccd.json'))),
+    'bccd_older': lambda: comparison(rows_of(read('*yolox*_bccd.json'))),
     **{f'quickstart_{task}': partial(quickstart, task) for task in ('cls', 'det', 'seg')},
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     **{sweep: partial(ranked, sweep) for sweep in ('ablation', 'references')},

@@ -1,6 +1,6 @@
 """GDRQ low-bit quantization: for OpenMMLab (gdrq_mm.openmmlab, the command gdrq, configs) and for a plain torch loop.
 
-The functions below are the door for plain torch; docs/api.md explains them, examples/plain_torch.py uses them all:
+The functions below are the door for plain torch; docs/api.md explains them, examples/plain_torch.py uses most of them:
 
     import gdrq_mm as gq
 

@@ -56,7 +56,7 @@ log=$VENV/mmcv-build.log
 if [ -n "$(ls "$cache/$name"/*.whl 2>/dev/null)" ]; then
   echo "Setting up $VENV: about 1 minute (mmcv's operators are already compiled: $cache/$name)."
 else
-  echo "Setting up $VENV: the first time compiles mmcv's operators, about 5 minutes on 2 cores. Later set-ups take 1 minute."
+  echo "Setting up $VENV: the first time compiles mmcv's operators, 4 to 7 minutes on 2 cores in all. Later set-ups take 1 minute."
 fi
 
 "$python" -m pip install --quiet "$(pin uv)"

@@ -1,5 +1,7 @@
 """The `quantization` dict of a config: schema, defaults and validation.
 
+An example; the defaults stand in the classes below:
+
     quantization = dict(
         method='gdrq',
         weight=dict(bits=4, groups=4, gdrq=dict(k=None, clip='forward')),

@@ -6,7 +6,7 @@
 
 The integer kernels of ONNX Runtime add the bias to the sum, so they round it to a multiple of one unit of the sum,
 scale of the input times that of the weight. A model trained with `deployable=True` has such biases from the start, see
-layers.integer_bias. Weights of few bits are spread over int8, times the largest factor that fits, which makes the unit
+core/integer_bias.py. Weights of few bits are spread over int8, times the largest factor that fits, which makes the unit
 so much smaller.
 """
 

@@ -27,7 +27,7 @@ from .registry import register
 from .weight import WeightQuantizer
 
 WEIGHT_K = {2: 2.0, 3: 3.0, 4: 4.5, 5: 5.0, 6: 5.5, 7: 6.0, 8: 7.0}
-"""Default k for weights by bits (ours; docs/ablations.md says for which bits there was a search). With the full range T
+"""Default k for weights by bits (ours; only that of 4 bits was searched, docs/ablations.md). With the full range T
 belongs to the code -2^(n-1), so there k is larger by 2^(n-1) / (2^(n-1) - 1), and the step the same."""
 
 WEIGHT_K_WITHOUT_ZERO = {2: 1.875, 3: 2.5}
@@ -60,7 +60,7 @@ class GDRQWeight(WeightQuantizer):
     @dataclass(frozen=True)
     class Options(FixedPoint):
         k: Annotated[float, Bounds(0, 1000)] | None = field(default=None, metadata=OF_BITS)
-        """T_g = k * mean(|w|) of the group; None: WEIGHT_K."""
+        """T_g = k * mean(|w|) of the group; None: `default_weight_k`."""
         clip: Literal['forward', 'project'] = 'forward'
         """'forward', clipped on the way into the layer, or 'project', clipped as stored after each optimizer step."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
@@ -68,7 +68,8 @@ class GDRQWeight(WeightQuantizer):
         threshold: Literal['scale_clip', 'search'] = 'scale_clip'
         """'scale_clip', or 'search', the T of least quantized loss."""
         levels: Literal['narrow', 'full', 'without_zero'] | None = field(default=None, metadata=OF_BITS)
-        """Of 2 bits -1, 0, 1 steps; -2 too; or -3, -1, 1, 3 half steps, the default at 2 bits and possible at 3."""
+        """Codes of n bits. 'narrow': -(2^(n-1) - 1) to 2^(n-1) - 1; 'full': -2^(n-1) too; 'without_zero', for 2 and 3
+        bits: odd half steps, -3, -1, 1, 3 at 2 bits. None: 'without_zero' at 2 bits, else 'narrow'."""
 
     options: Options
     k: Tensor

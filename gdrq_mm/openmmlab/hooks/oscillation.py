@@ -17,9 +17,10 @@ KEY = 'oscillations'
 
 @HOOKS.register_module()
 class OscillationHook(Hook):
-    """Freezes weights that jump to and fro between two codes (docs/method.md, section 8), for every method.
+    """Freezes weights that jump to and fro between two codes (docs/method.md, section 8).
 
-    The log gets the share of weights that oscillate (frequency above 0.005) and of those that are frozen.
+    It needs a method with even steps. The log gets the share of weights that oscillate (frequency above 0.005) and
+    of those that are frozen.
 
     Args:
         limits: frequency from which a weight is frozen, at the beginning and at the end; None only counts.
