@@ -66,7 +66,9 @@ def without_saturation(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a graph in which such layers are computed in float: exact for sums up to 2^24.
 
     A maximum in front of a layer keeps runtimes from taking its input as integers. OpenVINO has no option for that;
-    that of ONNX Runtime is `session.x64quantprecision`.
+    that of ONNX Runtime is `session.x64quantprecision`. The other operand of the maximum is the lowest float, made from
+    the graph's first input: OpenVINO 2026.4 fails where it folds the maximum of two constants, as it would for layers
+    that read learned queries.
     """
     safe = onnx.ModelProto()
     safe.CopyFrom(model)
@@ -75,14 +77,18 @@ def without_saturation(model: onnx.ModelProto) -> onnx.ModelProto:
         source = node.input[0]
         inputs.setdefault(source, f'{source}.float')
         node.input[0] = inputs[source]
+    if not inputs:
+        return safe
     del safe.graph.node[:]
-    lowest = numpy_helper.from_array(np.array(np.finfo(np.float32).min), 'lowest')
+    safe.graph.initializer.append(numpy_helper.from_array(np.array(np.finfo(np.float32).min), 'lowest'))
+    safe.graph.node.append(helper.make_node('Cast', [safe.graph.input[0].name], ['first.float'], to=TensorProto.FLOAT))
+    safe.graph.node.append(helper.make_node('ReduceMin', ['first.float'], ['first.min'], keepdims=0))
+    safe.graph.node.append(helper.make_node('Min', ['first.min', 'lowest'], ['lowest.float']))
     for node in nodes:
         safe.graph.node.append(node)
         for name in node.output:
             if name in inputs:
-                safe.graph.node.append(helper.make_node('Max', [name, lowest.name], [inputs[name]]))
-    safe.graph.initializer.extend([lowest] if inputs else [])
+                safe.graph.node.append(helper.make_node('Max', [name, 'lowest.float'], [inputs[name]]))
     return safe
 
 

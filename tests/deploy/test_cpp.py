@@ -42,6 +42,14 @@ SATURATING = f"""{HEAD} (float[N,4] scores, float[N,3] topk_scores, int64[N,3] t
    q = QuantizeLinear(p, step, zero) x = DequantizeLinear(q, step, zero) w = DequantizeLinear(codes, weight_step)
    c = Conv(x, w) means = GlobalAveragePool(c) y = Flatten(means)
    scores = Softmax<axis = 1>(y) topk_scores, topk_labels = TopK(scores, k) }}"""
+ROWS = ', '.join(str(127 - 30 * label) for label in range(4) for _ in range(12))
+QUERIES = f"""{HEAD} (float[N,4] scores, float[N,3] topk_scores, int64[N,3] topk_labels)
+<float[1,12] queries = {{{', '.join(['0.98'] * 12)}}}, int8[4,12] codes = {{{ROWS}}}, float step = {{0.00390625}},
+ uint8 zero = {{0}}, float weight_step = {{0.001}}, int64[1] k = {{3}}, int64[1] one = {{1}}>
+{{ n = Shape<start = 0, end = 1>(image) r = Concat<axis = 0>(n, one) p = Tile(queries, r)
+   q = QuantizeLinear(p, step, zero) x = DequantizeLinear(q, step, zero) rows = DequantizeLinear(codes, weight_step)
+   w = Transpose<perm = [1, 0]>(rows) y = MatMul(x, w)
+   scores = Softmax<axis = 1>(y) topk_scores, topk_labels = TopK(scores, k) }}"""
 CLASSES = ['zero', 'a "one"', 'two, too]', 'three']
 
 
@@ -150,6 +158,13 @@ def test_layers_that_saturate_are_exact_without_vnni(predict, folder, tmp_path, 
     assert done.returncode == 0 and abs(float(re.search(r'[0-9.]+', done.stdout)[0]) - best[0]) > 5, 'it saturates'
     done = predict(folder(SATURATING, saturating=['z']), tmp_path / 'picture.ppm', **without_vnni)
     assert done.stderr == 'error: end2end.onnx has no tensor z\n'
+
+
+def test_layers_that_read_constants_are_exact_without_vnni(predict, folder, picture, without_vnni):
+    """As a decoder reads its learned queries; OpenVINO 2026.4 cannot fold them alone."""
+    scores = np.exp(0.001 * 12 * 251 / 256 * (127 - 30 * np.arange(4)))
+    done = predict(folder(QUERIES, saturating=['x']), picture(), **without_vnni)
+    assert_printed(done, CLASSES[:3], (100 * scores / scores.sum())[:3, None], 0.051)
 
 
 @pytest.mark.parametrize(

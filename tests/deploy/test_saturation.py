@@ -42,6 +42,23 @@ def test_sums_beyond_16_bits(large_sums, vnni, monkeypatch):
     assert opened.integer_layers() == (3 if runtime.has_vnni() else 1)
 
 
+def test_a_layer_that_reads_constants(monkeypatch):
+    """As a decoder of transformers reads its learned queries. OpenVINO 2026.4 cannot fold them alone."""
+    monkeypatch.setattr(runtime, 'has_vnni', lambda: False)
+    torch.manual_seed(0)
+    model = Function(
+        lambda m, x: m.last(x + m.first(m.queries.weight.repeat(x.shape[0], 1, 1))),
+        queries=nn.Embedding(6, 16),
+        first=nn.Linear(16, 16),
+        last=nn.Linear(16, 8),
+    )
+    x = torch.randn(2, 6, 16)
+    model, plan = prepared(model.eval(), x, bits=8, deployable=True, method='minmax')
+    graph, seen, out = exported(model, plan, x)
+    assert len(saturating_inputs(graph)) == 2
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+
+
 def test_openvino_keeps_the_names_of_inputs_that_saturate(large_sums):
     """A program in another language finds them by these names, as predict.cpp does."""
     _, graph, *_ = large_sums

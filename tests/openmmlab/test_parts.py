@@ -214,8 +214,7 @@ SIZE = 64
 def config_of(name):
     """W4A7: with fewer bits one float32 sum at a rounding tie changes most outputs of random weights.
 
-    Sums of 7 bits fit without VNNI too. Where 8-bit layers are float beside constants, as in DETR's decoder, OpenVINO
-    2026.4 does not compile the graph there.
+    Sums of 7 bits fit without VNNI too.
     """
     segments = 'decode_head' in MODELS[name]
     cfg = read_config(ROOT / f'configs/{"seg/fcn_r18" if segments else "det/yolox_nano"}_gdrq_w4a4_digits.py')
