@@ -18,7 +18,7 @@ from .core.calibrate import wrong_statistics
 from .core.config import Quantization, Schedule, settings_of
 from .core.convert import Report, quantize_model
 from .core.errors import UserError, extras_named
-from .core.modules import quant_layers
+from .core.modules import detached_copy, quant_layers, uncompiled
 from .core.quantizers import Stage, learned_parameters
 from .core.reading import read_torch
 from .core.step import after_step as after_step  # offered as it is
@@ -59,9 +59,11 @@ def quantize(
     Raises:
         UserError: the config is wrong, or the model has nothing to quantize or is quantized already.
     """
+    if _bare(model) is not model:
+        raise UserError(f'quantize takes the model before it is wrapped, not a {type(model).__name__}')
     if quant_layers(model):
         raise UserError('the model is quantized already')
-    settings = settings_of(config)
+    settings = copy.deepcopy(settings_of(config))
     quantization = Quantization.from_dict(settings)
     if quantization.schedule != Schedule():
         raise UserError(
@@ -77,7 +79,9 @@ def quantize(
     for name in last:
         if name not in known:
             raise UserError(f'quantize: last={name!r} is no layer of the model{near(name, known)}')
-    report = _quantized(model, settings, record(model, lambda: _run(model, example), last=last))
+    with uncompiled():
+        plan = record(model, lambda: _run(model, example), last=last)
+    report = _quantized(model, settings, plan)
     if show:
         from .report.layers import layer_table
 
@@ -122,7 +126,7 @@ def allocate(
     limits = read_budgets(budget)
     if 'ms' in limits:
         raise UserError('allocate: a budget in ms needs times of layers; tools/allocate.py measures them')
-    copied = copy.deepcopy(model)
+    copied = detached_copy(model)
     report = quantize(copied, config, example, last, show=False)
     quantization = Quantization.from_dict(settings_of(config))
     device = next(copied.parameters()).device
@@ -272,6 +276,10 @@ def export(model: nn.Module, example: Tensor, out: str | Path) -> ExportReport:
         UserError: a layer cannot be merged or exported, or a runtime disagrees; nothing is written then.
     """
     _, plan = _remembered(model)
+    if not isinstance(example, Tensor):
+        raise UserError(f'export: example is a {type(example).__name__}, not a tensor')
+    if not example.numel():
+        raise UserError('export: example is empty, there is nothing to compare with')
     with extras_named():
         from .deploy.export import export as write
 

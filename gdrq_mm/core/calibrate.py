@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UserError
-from .modules import activation_quantizers, hooked, modes_kept, mute_leaves, quant_layers, uncompiled
+from .modules import (
+    activation_quantizers,
+    every_module,
+    follow,
+    hooked,
+    modes_kept,
+    mute_leaves,
+    quant_layers,
+    uncompiled,
+)
 from .quantizers import ActivationQuantizer, Quantizer, Stage
 from .ranks import all_gather, all_reduce, world_size
 
@@ -55,6 +64,7 @@ def calibrate(
         thresholds that fit wrong statistics would clip almost everything, or nothing. Those that training leaves alone
         (`norm_eval`) are not judged and keep their statistics.
     """
+    follow(model, every_module(model))
     for layer in quant_layers(model).values():
         layer.seen = False
     predict, batches = predict or model, iter(batches)

@@ -80,7 +80,7 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
     edges = _first_and_last(named, plan)
     rows, replaced = [], {}
     for name, layer in named.items():
-        note = _reason_to_skip(name, layer, config)
+        note = _reason_to_skip(name, layer, config, plan)
         if not note:
             weight, activation = config.for_layer(name, name in edges)
             replaced[layer] = QUANTIZED[type(layer)].from_float(layer, weight, activation)  # type: ignore[attr-defined]
@@ -112,11 +112,13 @@ def _weights(layer: nn.Module) -> int:
     return sum(parameter.numel() for parameter in found if parameter.dim() > 1)
 
 
-def _reason_to_skip(name: str, layer: nn.Module, config: Quantization) -> str:
+def _reason_to_skip(name: str, layer: nn.Module, config: Quantization, plan: Plan) -> str:
     if isinstance(layer, QuantLayer):
         return 'quantized by the model config'
     if config.skipped(name):
         return 'float: skipped by config'
+    if name in plan.by_function:
+        return 'float: a function reads its weight, its forward is not called'
     if type(layer) not in QUANTIZED:
         module = type(layer).__module__.split('.')[0]
         return f'float: {module} {type(layer).__name__} has a forward of its own'

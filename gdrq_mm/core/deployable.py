@@ -172,6 +172,7 @@ def quantize_products(model: nn.Module, config: Quantization, plan: Plan, deploy
                 AttentionWeights(bits) if mark else make_activation_quantizer(settings) for mark in product.softmax
             ]
             attach(module, product.number, [] if note else makers)  # one that stays float counts too
+            module.products_recorded = product.module, product.number + 1
     return notes
 
 

@@ -42,7 +42,7 @@ def fused(layer: QuantLayer, x: Tensor, quant: ActivationQuantizer | None) -> Te
     how = quant.uniform() if operators is not None and not autocast_to_half() else None
     if how is None:
         return None
-    codes = weight_quant.codes_in_use()
+    codes = weight_quant.codes_in_use(layer.filters())
     if codes is None:
         found = codes_of([layer])
         if found is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
 
 from . import compat
 from .layers import QuantLayer
@@ -70,6 +72,27 @@ def settle_in(model: nn.Module) -> None:
         for quantizer in (layer.weight_quant, layer.own_input_quant):
             if quantizer is not None and not layer.learns:
                 quantizer.requires_grad_(False)
+
+
+def follow(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Let quantizers of another model go by the mode of this one: a quantized backbone becomes a part of a new model.
+
+    Where that model is a part of this one, or this one of that, they stay as they are.
+
+    Args:
+        modules: all modules of the model.
+    """
+    roots = {each.root[0] for each in modules if isinstance(each, ModeOfModel) and each.root} - {model}
+    strange = {root for root in roots.difference(modules) if model not in every_module(root)} if roots else set()
+    for each in modules if strange else ():
+        if isinstance(each, ModeOfModel) and strange.intersection(each.root):
+            each.root = (model,)
+
+
+def detached_copy(model: nn.Module) -> Any:
+    """A deep copy, also right after a training step, when weights that a hook makes are part of a graph."""
+    made = [x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor) and not x.is_leaf]
+    return copy.deepcopy(model, {id(x): x.detach().clone() for x in made})
 
 
 @contextmanager

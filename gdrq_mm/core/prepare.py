@@ -2,8 +2,9 @@
 
 A layer that is called on its own, or whose method has levels or a gradient of its own, quantizes its weight itself; so
 does one with a hook before its forward: there pruning, weight_norm and spectral_norm make the weight.
-Nothing is kept from one forward to the next, in evaluation neither: nothing tells that somebody wrote to a weight's
-`.data`, as averages of weights do, and quantizing all weights takes 2 % of a forward.
+A layer whose weight the forward has changed meanwhile quantizes it anew, but for a change in place of its `.data`, of
+which nothing tells. That is also why nothing is kept from one forward to the next, in evaluation neither: averages of
+weights write so, and quantizing all weights takes 2 % of a forward.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .compat import is_compiling
 from .fused import codes_of
 from .layers import QuantLayer
 from .modules import every_module
+from .quantizers.weight import version_of
 
 
 def prepare_weights(model: nn.Module) -> None:
@@ -35,7 +37,7 @@ def _prepare(model: nn.Module, args: Any) -> None:
     layers = [layer for layer in layers if layer.weight_quant is not None and not _has_hook(layer)]
     layers = [layer for layer in layers if layer.weight_quant.is_uniform()]  # type: ignore[union-attr]
     for layer, codes in zip(layers, codes_of(layers) or ()):
-        layer.weight_quant.prepared = codes  # type: ignore[union-attr]
+        layer.weight_quant.prepared = version_of(layer.filters()), codes  # type: ignore[union-attr]
     model.in_forward = True  # type: ignore[assignment]
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .compat import is_compiling
 from .typed import FLOAT_BITS
 
 KINDS: dict[Any, str] = {
@@ -197,12 +200,30 @@ def attach(module: Any, number: int, quantizers: list[nn.Module]) -> None:
 
 
 def _run(module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _Quantizing(module.product_quant):
-        return forward(*args, **kwargs)
+    with _Quantizing(module.product_quant) as running:
+        out = forward(*args, **kwargs)
+    if (recorded := getattr(module, 'products_recorded', None)) is not None and not is_compiling():
+        name, count = recorded
+        if running.count != count:
+            module.products_recorded = None  # told once
+            warnings.warn(
+                f'{name or "the model"} multiplies {running.count} times, and {count} times when it was recorded: its '
+                'products are quantized in the order of their calls, so some may get the quantizers of others; '
+                'attention=dict(bits=32) leaves all of them in float',
+                stacklevel=2,
+            )
+    return out
 
 
-_RUNNING: list[_Quantizing] = []
-"""Modules that multiply and are running, innermost last: a product belongs to the innermost one."""
+class _Running(threading.local):
+    """Modules that multiply and are running in a thread."""
+
+    def __init__(self) -> None:
+        self.modules: list[_Quantizing] = []
+        """Innermost last: a product belongs to the innermost one."""
+
+
+_RUNNING = _Running()
 
 
 class _Quantizing(TorchFunctionMode):
@@ -211,15 +232,15 @@ class _Quantizing(TorchFunctionMode):
         self.products, self.count = products, 0
 
     def __enter__(self) -> Any:
-        _RUNNING.append(self)
+        _RUNNING.modules.append(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _RUNNING.pop()
+        _RUNNING.modules.pop()
         super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in KINDS and _RUNNING[-1] is self:
+        if func in KINDS and _RUNNING.modules[-1] is self:
             return multiply(func, args, kwargs or {}, self.pair)
         return func(*args, **(kwargs or {}))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from .layers import QuantLayer
-from .modules import every_module, moves, quant_layers
+from .modules import every_module, follow, moves, quant_layers
 from .quantizers import ActivationQuantizer, Quantizer, Stage
 from .quantizers.following import move_thresholds
 
@@ -22,6 +22,7 @@ def after_step(model: nn.Module, step: int | None = None, progress: float | None
     if step is None:
         step = model.steps_taken = getattr(model, 'steps_taken', -1) + 1  # type: ignore[assignment]
     modules = every_module(model)
+    follow(model, modules)
     for layer in modules:
         if isinstance(layer, QuantLayer) and layer.weight_quant is not None and layer.weight_quant.calibrated:
             layer.weight_quant.progress = progress
@@ -41,6 +42,7 @@ def set_stage(model: nn.Module, stage: Stage) -> Stage | None:
     Returns:
         The stage before; None if the model has no quantizer.
     """
+    follow(model, every_module(model))
     filters = {layer.weight_quant: layer.filters for layer in quant_layers(model).values()}
     before = None
     for quantizer in model.modules():

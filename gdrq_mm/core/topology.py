@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,8 @@ class Plan:
     """Modules all of whose results an activation function other than ReLU and ReLU6 reads."""
     products: list[Product] = field(default_factory=list)
     """Products of two tensors in the forward of a module, as in attention, in the order of each module's forward."""
+    by_function: list[str] = field(default_factory=list)
+    """Layers that are not called, whose weight a function reads, as torchvision's Swin reads that of `attn.qkv`."""
     last: list[str] = field(default_factory=list)
     """Layers that make the model's outputs; empty: the one that was called last."""
     training_only: list[str] = field(default_factory=list)
@@ -81,8 +84,9 @@ class Plan:
         """The first module of this plan that a model does not have, its attention written out; None: it has all."""
         known = names_written_out(model)
         products = (each.module for each in self.products)
-        named = (*self.calls, *self.inputs, *self.norms, *self.norms.values(), *self.activated, *self.last, *products)
-        return next((name for name in (*named, *self.training_only) if name not in known), None)
+        named = (*self.calls, *self.inputs, *self.norms, *self.norms.values(), *self.activated, *self.by_function)
+        others = (*self.last, *self.training_only, *products)
+        return next((name for name in (*named, *others) if name not in known), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what :meth:`from_dict` takes."""
@@ -97,7 +101,7 @@ class Plan:
         """
         names = [f.name for f in dataclasses.fields(Plan)]
         if isinstance(content, Mapping):
-            content = {'products': [], **content}  # which the first plans do not have
+            content = {'products': [], 'by_function': [], **content}  # which older plans do not have
         if not isinstance(content, Mapping) or set(content) != set(names):
             raise ValueError(f'a plan has {", ".join(names)}')
         for name in ('calls', 'inputs', 'macs'):
@@ -105,7 +109,7 @@ class Plan:
                 raise ValueError(f'{name} of the plan is not a dict of integers')
         if not _is_dict(content['norms'], str):
             raise ValueError('norms of the plan is not a dict of names')
-        for name in ('activated', 'last', 'training_only'):
+        for name in ('activated', 'by_function', 'last', 'training_only'):
             if not _is_names(content[name]):
                 raise ValueError(f'{name} of the plan is not a list of names')
         additions, products = content['additions'], content['products']
@@ -135,6 +139,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.names = {module: name for name, module in model.named_modules()}
         self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.owners = {id(p): name for name, m in model.named_modules() for p in m.parameters(recurse=False)}
         self.softmaxed: set[int] = set()
         self.multiplied: dict[str, int] = {}
         self.convs = {n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
@@ -151,16 +156,18 @@ class _Recorder(TorchFunctionMode):
         self.producers: dict[int, list[str]] = {}
         self.made_by: dict[int, str] = {}
         self.reads: dict[str, int] = {}
-        self.norms: dict[str, str] = {}
+        self.norms: dict[str, Counter[str]] = {}
+        """Convolution -> how often each batch normalization read a result of it."""
         self.activated: dict[str, set[int]] = {}
 
     def number(self, tensor: Tensor) -> int:
         """The number of this version of a tensor."""
         versions: dict[int, int] = self.numbers.setdefault(tensor, {})  # type: ignore[assignment]
-        if tensor._version not in versions:
+        version = -1 if tensor.is_inference() else tensor._version
+        if version not in versions:
             self.count += 1
-            versions[tensor._version] = self.count
-        return versions[tensor._version]
+            versions[version] = self.count
+        return versions[version]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -172,14 +179,22 @@ class _Recorder(TorchFunctionMode):
         if getattr(func, '__name__', '').rstrip('_') in _ACTIVATIONS and pair and isinstance(pair[0], Tensor):
             for producer in self.producers.get(self.number(pair[0]), [])[:1]:
                 self.activated.setdefault(producer, set()).add(self.number(pair[0]))
-        numbers = {self.number(a) for a in args if isinstance(a, Tensor)}
+        given = list(_tensors([args, kwargs]))
+        numbers = {self.number(a) for a in given}
         out = multiply(func, args, kwargs, self._multiply) if func in KINDS else func(*args, **kwargs)
         if isinstance(out, Tensor):
             self._follow(getattr(func, '__name__', ''), pair[:1], out)
-        if isinstance(out, (Tensor, tuple)) and not isinstance(out, torch.Size):  # a size or a type is no reading
-            for name in (self.made_by[n] for n in numbers if n in self.made_by):
-                self.reads[name] = self.reads.get(name, 0) + 1
+        if func is Tensor.__setitem__ or next(_tensors(out), None) is not None:  # a size or a type is no reading
+            self._read(numbers)
+            owners = (self.owners.get(id(a)) for a in given)
+            found = [n for n in owners if n is not None and n not in (*self.running, *self.plan.by_function)]
+            self.plan.by_function.extend(dict.fromkeys(found))
         return out
+
+    def _read(self, numbers: Iterable[int]) -> None:
+        """Count readings of what convolutions have made."""
+        for name in (self.made_by[n] for n in numbers if n in self.made_by):
+            self.reads[name] = self.reads.get(name, 0) + 1
 
     def _add(self, a: Tensor, b: Tensor) -> None:
         if a.shape == b.shape and a.dim() > 2 and a.is_floating_point():
@@ -232,7 +247,7 @@ class _Recorder(TorchFunctionMode):
             if isinstance(module, _NORMS):
                 for producer in self.producers.get(number, [])[:1]:
                     if producer in self.convs:
-                        self.norms.setdefault(producer, name)
+                        self.norms.setdefault(producer, Counter())[name] += 1
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = self.names[module]
@@ -244,6 +259,8 @@ class _Recorder(TorchFunctionMode):
             self.repeated -= 1
             return
         self.stack.pop()
+        if self.whole and not self.stack:
+            self._read({self.number(each) for each in _tensors(out)})
         if isinstance(out, Tensor):
             number = self.number(out)
             self.producers.setdefault(number, []).append(name)
@@ -253,15 +270,30 @@ class _Recorder(TorchFunctionMode):
     def finish(self) -> Plan:
         """The plan, from what was seen."""
         calls = self.plan.calls
-        alone = {conv: norm for conv, norm in self.norms.items() if self.reads.get(conv, 0) <= calls[conv]}
-        read: dict[str, int] = {}
+        alone = {
+            conv: norm
+            for conv, norms in self.norms.items()
+            for norm, times in norms.items()
+            if times == calls[conv] and self.reads.get(conv, 0) <= calls[conv]
+        }
+        read = Counter[str]()
         for conv, norm in alone.items():
-            read[norm] = read.get(norm, 0) + calls[conv]
+            read[norm] += calls[conv]
         self.plan.norms = {conv: norm for conv, norm in alone.items() if read[norm] == calls[norm]}
+        self.plan.by_function = [name for name in self.plan.by_function if name not in calls]
         self.plan.activated = [name for name, results in self.activated.items() if len(results) == calls.get(name)]
         order = {number: i for i, number in enumerate(dict.fromkeys(self.plan.inputs.values()))}
         self.plan.inputs = {name: order[number] for name, number in self.plan.inputs.items()}
         return self.plan
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
 
 
 def _macs(module: nn.Module, x: Tensor, out: Tensor, images: int) -> int:
@@ -271,9 +303,9 @@ def _macs(module: nn.Module, x: Tensor, out: Tensor, images: int) -> int:
 
 def _handles(recorder: _Recorder) -> Iterator[Any]:
     for module in recorder.names:
-        yield module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
-        yield module.register_forward_hook(recorder.leave, with_kwargs=True)
-        if not isinstance(module, torch.jit.ScriptModule):
+        if not isinstance(module, torch.jit.ScriptModule):  # it takes neither hooks nor another forward
+            yield module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
+            yield module.register_forward_hook(recorder.leave, with_kwargs=True)
             yield _Forward(module, recorder)
 
 

@@ -20,7 +20,7 @@ from ..core.compat import check_export
 from ..core.deployable import activated_outputs, float_output
 from ..core.errors import UserError
 from ..core.files import whole_folder, write_whole
-from ..core.modules import quant_layers
+from ..core.modules import detached_copy, quant_layers
 from ..core.topology import Plan
 from .flat import Flat
 from .merge import IntegerLayer, merge_model
@@ -127,7 +127,7 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
     out = Path(out)
     if out.exists():
         raise UserError(f'{out} exists')
-    trained, x = copy.deepcopy(model).cpu().eval(), example_batch(example.cpu())
+    trained, x = detached_copy(model).cpu().eval(), example_batch(example.cpu())
     merged = merge_model(trained, plan)
     difference = first_difference(compare(trained, merged, plan, lambda m: m(x)))
     if difference:

@@ -10,7 +10,6 @@ from zero, c = round(x / s) in [lo, hi]; with a zero point z the unsigned code o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..core.errors import UserError
 from ..core.functional import fake_quantize
 from ..core.integer_bias import LARGEST_BIAS, integer_bias, multiplier_and_bias, spread
 from ..core.layers import QUANTIZED, QuantLayer
-from ..core.modules import quant_layers, replace_modules
+from ..core.modules import detached_copy, quant_layers, replace_modules
 from ..core.pyramid import PyramidQuantizers, move_pyramid, quantizers_of
 from ..core.quantizers import ActivationQuantizer, Stage
 from ..core.topology import Plan
@@ -89,7 +88,8 @@ class IntegerLayer(nn.Module):
     def scale(self, accumulated: Tensor) -> Tensor:
         """y = M * acc + B in float32."""
         shape = [1] * accumulated.dim()
-        shape[-1 if isinstance(self.bare, LINEAR) else 1] = -1
+        # An image may come without a batch.
+        shape[-1 if isinstance(self.bare, LINEAR) else accumulated.dim() - self.codes.dim() + 1] = -1
         return accumulated.float() * self.multiplier.view(shape) + self.bias.view(shape)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,7 +158,7 @@ def merge_model(model: nn.Module, plan: Plan) -> nn.Module:
         UserError: a layer cannot be expressed with one multiplier and one bias a channel; names it and says why. Or no
             layer is quantized.
     """
-    merged = copy.deepcopy(model).eval()
+    merged = detached_copy(model).eval()
     modules = dict(merged.named_modules())
     norms = folded_norms(merged, plan)
     replaced: dict[nn.Module, nn.Module] = {}

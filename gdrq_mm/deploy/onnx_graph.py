@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 
 from .names import Site, quantizer_of, weight_node
 
-MOVES = ('MaxPool', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose', 'Concat')
+MOVES = ('MaxPool', 'ReduceMax', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose', 'Concat')
 """Operators that only pick, move or join values: rounding before them and after them is the same."""
 
 

@@ -316,3 +316,93 @@ def test_a_model_is_loaded_on_its_device(tmp_path):
     assert {tensor.device.type for tensor in (*again.parameters(), *again.buffers())} == {'cuda'}
     torch.testing.assert_close(again.eval()(x.cuda()).cpu(), model.eval()(x), atol=1e-2, rtol=1e-2)
     gq.calibrate(again, [dict(input=x)])
+
+
+def test_a_layer_whose_weight_a_function_reads_stays_float_and_is_exported(tmp_path):
+    """As torchvision's Swin does with `attn.qkv`."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.c(nn.functional.linear(self.a(x).relu(), self.b.weight, self.b.bias).relu())
+
+    model, x = Net(), torch.randn(16, 8)
+    report = gq.quantize(model, 'w4a4', example=x, show=False)
+    (row,) = [row for row in report.layers if row.name == 'b']
+    assert row.note == 'float: a function reads its weight, its forward is not called'
+    assert type(model.b) is nn.Linear
+    gq.calibrate(model, [x])
+    gq.export(model.eval(), x, tmp_path / 'exported')
+    loaded = gq.load(Net(), tmp_path / 'exported/model.safetensors')
+    torch.testing.assert_close(loaded(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_quantized_part_of_a_new_model_follows_the_new_one():
+    old, x = quantized().eval(), images()
+    new = nn.Sequential(*old[:-1], nn.Linear(256, 2)).train()
+    gq.after_step(new)
+    assert moves(new, x)
+    assert not moves(new.eval(), x)
+    gq.after_step(old[3])  # of a part of it: the model stays the one that tells
+    assert moves(new.train(), x)
+
+
+def moves(model, x):
+    """Whether a step moves the thresholds."""
+    before = [float(q.threshold) for q in activation_quantizers(model).values()]
+    model(3 * x)
+    gq.after_step(model)
+    return [float(q.threshold) for q in activation_quantizers(model).values()] != before
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('method', ['gdrq', 'lsq'])
+def test_thresholds_stay_float32(method, dtype):
+    """In half precision a running mean stops, since a hundredth of its way is below its resolution."""
+    model = quantized(f'{method}_w4a4').to(dtype)
+    assert model[0].weight.dtype == dtype
+    kept = [*activation_quantizers(model).values(), *(layer.weight_quant for layer in quant_layers(model).values())]
+    for quantizer in kept:
+        tensors = [*quantizer.buffers(), *quantizer.parameters()]
+        assert {each.dtype for each in tensors if each.is_floating_point()} == {torch.float32}
+    model.train()(images().to(dtype))
+    assert {each.dtype for each in quantized(f'{method}_w4a4').double()[0].weight_quant.buffers()} >= {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ('wrap', 'message'),
+    [
+        (nn.DataParallel, 'wrapped'),
+        (lambda model: torch.compile(model, backend='eager'), 'wrapped'),
+    ],
+)
+def test_a_wrapped_model_is_refused(wrap, message):
+    with pytest.raises(UserError, match=message):
+        gq.quantize(wrap(network()), 'w4a4', example=images(), show=False)
+
+
+def test_a_scripted_part_and_an_example_of_inference_mode():
+    model = nn.Sequential(conv(3, 4), torch.jit.script(nn.ReLU()), conv(4, 4))
+    with torch.inference_mode():
+        x = images()
+    gq.quantize(model, 'w4a4', example=x, show=False)
+    gq.calibrate(model, [images()])
+    assert len(quant_layers(model)) == 2
+
+
+def test_an_example_of_export_is_one_tensor(tmp_path):
+    with pytest.raises(UserError, match='export: example is a tuple, not a tensor'):
+        gq.export(quantized(), (images(),), tmp_path / 'exported')
+    with pytest.raises(UserError, match='export: example is empty'):
+        gq.export(quantized(), images()[:0], tmp_path / 'exported')
+
+
+def test_the_settings_are_kept_as_they_were_given():
+    config = dict(weight=dict(bits=4))
+    model = network()
+    gq.quantize(model, config, example=images(), show=False)
+    config['weight']['bits'] = 2
+    assert gq.checkpoint(model)['meta']['quantization']['weight']['bits'] == 4

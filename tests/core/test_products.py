@@ -1,6 +1,8 @@
 """gdrq_mm/core/products.py: products of two activations, quantized where they are."""
 
 import copy
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -311,3 +313,49 @@ def test_wrong_settings_are_one_line(settings, message):
 )
 def test_operations_of_a_product(shapes, equation, expected):
     assert operations([torch.empty(shape) for shape in shapes], equation) == expected
+
+
+def test_two_threads_predict_with_one_model():
+    """As nn.DataParallel does with its replicas: a product belongs to the module that runs in its thread."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+    model, batches = nn.Sequential(*(Attention() for _ in range(3))), [torch.randn(2, 50, 16) for _ in range(20)]
+    calibrated(model, batches[0])
+    model.eval()
+
+    def predict(x):
+        with torch.no_grad():
+            return model(x)
+
+    expected = [predict(x) for x in batches]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(predict, batches))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_product_that_was_not_recorded_is_told():
+    """Quantizers are numbered by the calls, so those behind it may not be theirs."""
+
+    def forward(m, x):
+        if m.training:
+            m.penalty = (x.transpose(1, 2) @ x).square().mean()
+        return (x @ x.transpose(1, 2)).softmax(-1) @ x
+
+    model, x = Between(forward), torch.randn(2, 5, 6)
+    calibrated(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model.eval()(x)
+    with pytest.warns(UserWarning, match='between multiplies 3 times, and 2 times when it was recorded'):
+        model.train()(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model(x)  # told once

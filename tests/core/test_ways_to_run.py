@@ -168,3 +168,37 @@ def test_what_a_step_stores_goes_into_weights_that_learn_alone(cfg):
         after_step(model, step, progress=(step + 1) / 3)
     moved = {name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])}
     assert moved == {'t.out_proj.weight'}
+
+
+def heads_that_change_their_weight():
+    def normalized(m, x):
+        m.head.weight.data = nn.functional.normalize(m.head.weight.data, dim=1)
+        return m.head(m.first(x).relu())
+
+    def averaged(m, x):
+        with torch.no_grad():
+            m.head.weight.mul_(0.5).add_(m.other.weight)
+        return m.head(m.first(x).relu()) + m.other(m.first(x).relu())
+
+    return dict(normalized=normalized, averaged=averaged)
+
+
+@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('way', heads_that_change_their_weight())
+def test_a_weight_that_changes_in_the_forward_is_the_new_one(way, grad):
+    """As those of cosine heads and of momentum encoders."""
+    torch.manual_seed(0)
+    layers = dict(first=nn.Linear(8, 16), head=nn.Linear(16, 5, bias=False), other=nn.Linear(16, 5, bias=False))
+    model, x = Function(heads_that_change_their_weight()[way], **layers), torch.randn(16, 8)
+    quantize(model, x)
+    calibrate(model, [x])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.head.weight.mul_(7)
+        other.head.weight.mul_(7)
+    model.train(grad), other.train(grad)
+    with torch.set_grad_enabled(grad):
+        out = model(x)
+        other.in_forward = False
+        other._forward_pre_hooks.clear()  # each layer quantizes its weight itself
+        torch.testing.assert_close(out, other(x))

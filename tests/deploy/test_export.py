@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import whole_folder
@@ -412,3 +413,16 @@ def test_a_fault_is_refused_where_values_are_ties(ties, place, factor):
     pieces = pieces_of(graph, seen, x, out)
     for backend in RUNTIMES:
         assert first_wrong({backend: pieces[backend]}, True)
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*')
+@pytest.mark.parametrize(
+    'makes', [weight_norm, spectral_norm, lambda layer: prune.l1_unstructured(layer, 'weight', 0.5)]
+)
+def test_export_right_after_a_training_step_of_a_weight_that_a_hook_makes(makes, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    makes(model[2])
+    x = torch.randn(4, 3, 12, 12)
+    model, plan = prepared(model, x)
+    model.train()(x).sum().backward()
+    assert export(model, plan, x, tmp_path / 'exported').wrong == 0

@@ -107,3 +107,27 @@ def test_silu_is_one_kernel_of_onnx_runtime():
     assert ran['QuickGelu'] == 3 and not ran['Sigmoid'] and not ran['Mul']
     assert ran['DequantizeLinear'] == 3 + 2  # for SiLU, and for the last layer, which is float
     assert 'Max' not in operators(float_twin(graph)) and kernels(float_twin(graph))['QuickGelu'] == 3
+
+
+@pytest.mark.parametrize(
+    'pool',
+    [
+        lambda x: x.amax((2, 3)),
+        lambda x: nn.functional.adaptive_max_pool2d(x, 1).flatten(1),
+        lambda x: x.amax((-2, -1), keepdim=True).flatten(1),
+    ],
+    ids=['amax', 'adaptive_max_pool2d', 'keepdim'],
+)
+def test_the_largest_value_of_each_channel_is_exact(pool):
+    """OpenVINO 2026.4 is wrong at a ReduceMax between an integer convolution and a quantizer."""
+    model = Function(
+        lambda m, x: m.last(pool(m.middle(m.first(x).relu()).relu())),
+        first=nn.Conv2d(3, 8, 3, padding=1),
+        middle=nn.Conv2d(8, 8, 3, padding=1),
+        last=nn.Linear(8, 3),
+    )
+    x = torch.randn(4, 3, 8, 8)
+    model, plan = prepared(model.eval(), x, deployable=True)
+    graph, seen, out = exported(model, plan, x)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+    assert integer_layers(graph) == (3, 3)

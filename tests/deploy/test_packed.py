@@ -1,5 +1,6 @@
 """Packed files: bit-exact, small, and refused where they are damaged or do not fit."""
 
+import copy
 import json
 import zlib
 
@@ -310,3 +311,13 @@ def test_a_file_of_another_network_is_refused(packed, tmp_path):
     other.a = nn.Conv1d(3, 4, 3)
     with pytest.raises(UserError, match='that of another model: a is a Conv1d'):
         load_packed(other, tmp_path / 'model.safetensors')
+
+
+def test_an_image_without_a_batch(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3, padding=1))
+    empty, x = copy.deepcopy(model), torch.randn(4, 3, 8, 8)
+    model, plan = prepared(model.eval(), x)
+    write_packed(merge_model(model, plan), tmp_path / 'model.safetensors')
+    loaded, _ = load_packed(empty, tmp_path / 'model.safetensors')
+    torch.testing.assert_close(loaded(x[0]), loaded(x)[0])

@@ -190,6 +190,16 @@ class Quantizer(ModeOfModel, nn.Module):
             step, scale = step + 0 * sum(p.sum() for p in self.parameters()), 0.0
         return F.learned_step_quantize(x, step, self.lo, self.hi, scale, inside)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.half()` and `.bfloat16()` of the model leave thresholds in float32: a running mean moves by a hundredth."""
+
+        def kept(x: Tensor) -> Tensor:
+            found = fn(x)
+            narrower = x.is_floating_point() and found.dtype in (torch.float16, torch.bfloat16)
+            return x.to(found.device) if narrower else found
+
+        return super()._apply(kept, recurse)
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: list[str]
     ) -> None:

@@ -40,8 +40,9 @@ class WeightQuantizer(Quantizer):
     def __init__(self, bits: int, shape: Sequence[int], groups: int | str | None = None, **options: Any) -> None:
         super().__init__(bits, **options)
         self.shape = tuple(shape)
-        self.prepared: Codes | None = None
-        """The filters as prepare.py has quantized them for this forward of the model; see `codes_in_use`."""
+        self.prepared: tuple[Any, Codes] | None = None
+        """The filters as prepare.py has quantized them for this forward of the model, see `codes_in_use`, behind what
+        `version_of` said of them."""
         groups = self.default_groups if groups is None else groups
         count = shape[0] if groups == 'channel' else min(int(groups), shape[0])
         lo, hi = self.code_range()
@@ -94,11 +95,14 @@ class WeightQuantizer(Quantizer):
         """Fake quantization with a step that broadcasts against the weight."""
         return fake_quantize(weight, self.uniform(step))
 
-    def codes_in_use(self) -> Codes | None:
-        """The filters as they are quantized already, in a forward of the model. None elsewhere, and where torch.compile
-        traces: there they would be constants."""
+    def codes_in_use(self, weight: Tensor) -> Codes | None:
+        """The filters as they are quantized already, in a forward of the model that has not changed them. None
+        elsewhere, and where torch.compile traces: there they would be constants."""
         runs = any(getattr(model, 'in_forward', False) for model in self.root)
-        return self.prepared if runs and not is_compiling() else None
+        if self.prepared is None or not runs or is_compiling():
+            return None
+        version, codes = self.prepared
+        return codes if version == version_of(weight) else None
 
     def is_uniform(self) -> bool:
         """Whether the filters are rounded now, and as in :meth:`quantize` of this class."""
@@ -136,7 +140,7 @@ class WeightQuantizer(Quantizer):
             if not self.trains:
                 raise UserError(uncalibrated(self.name))
             self.start(weight.detach())
-        codes = None if torch.is_grad_enabled() else self.codes_in_use()
+        codes = None if torch.is_grad_enabled() else self.codes_in_use(weight)
         if codes is not None:
             return restored(codes)
         with torch.autocast(weight.device.type, enabled=False):
@@ -146,3 +150,8 @@ class WeightQuantizer(Quantizer):
 
     def extra_repr(self) -> str:
         return f'bits={self.bits}, groups={self.groups}'
+
+
+def version_of(weight: Tensor) -> tuple[int, int]:
+    """Another one after each change of a tensor that torch knows of: not after one in place of its `.data`."""
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
