@@ -16,7 +16,7 @@ from .core.attention import names_written_out
 from .core.calibrate import calibrate as _calibrate
 from .core.calibrate import wrong_statistics
 from .core.config import Quantization, Schedule, settings_of
-from .core.convert import Report, quantize_model
+from .core.convert import Report, has_filters, quantize_model
 from .core.errors import UserError, extras_named
 from .core.modules import detached_copy, quant_layers, uncompiled
 from .core.quantizers import Stage, learned_parameters
@@ -76,9 +76,13 @@ def quantize(
             'gdrq_mm.core.distill.Distillation to the loss'
         )
     last, known = [last] if isinstance(last, str) else list(last), names_written_out(model)
+    modules = dict(model.named_modules())
     for name in last:
         if name not in known:
             raise UserError(f'quantize: last={name!r} is no layer of the model{near(name, known)}')
+        module = modules.get(name)  # None: a layer of attention that is not written out yet
+        if module is not None and not has_filters(module):
+            raise UserError(f'quantize: last={name!r} is a {type(module).__name__}, which has no weights to quantize')
     with uncompiled():
         plan = record(model, lambda: _run(model, example), last=last)
     report = _quantized(model, settings, plan)

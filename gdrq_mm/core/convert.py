@@ -17,7 +17,10 @@ from .pyramid import split_pyramid
 from .topology import Plan
 from .typed import FLOAT_BITS
 
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention, Projection)
+_KINDS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention, Projection),
+    *(nn.RNNBase, nn.RNNCellBase),
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Report:
 
 def float_report(model: nn.Module, plan: Plan) -> Report:
     """The report of a model that stays float."""
-    layers = {name: m for name, m in model.named_modules() if _has_filters(m)}
+    layers = {name: m for name, m in model.named_modules() if has_filters(m)}
     rows = [LayerReport(n, type(m).__name__, _weights(m), plan.macs.get(n, 0)) for n, m in layers.items()]
     return Report(rows, [], plan)
 
@@ -75,7 +78,7 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
     if (unknown := plan.unknown_to(model)) is not None:
         raise UserError(f'the plan is that of another model: this one has no {unknown}')
     write_out(model, attention_to_quantize(model, config.skipped, plan))
-    named = {name: m for name, m in model.named_modules() if _has_filters(m)}
+    named = {name: m for name, m in model.named_modules() if has_filters(m)}
     config.check_patterns([*named, *(product.module for product in plan.products)])
     edges = _first_and_last(named, plan)
     rows, replaced = [], {}
@@ -100,8 +103,8 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
     return Report(rows, outputs, plan, edges, notes)
 
 
-def _has_filters(module: nn.Module) -> bool:
-    """Whether it is a convolution, a linear layer or attention, of torch or another package (mmcv's deformable)."""
+def has_filters(module: nn.Module) -> bool:
+    """Whether it is a convolution, a linear or recurrent layer or attention, of torch or of another package."""
     weight = getattr(module, 'weight', None)
     return isinstance(module, _KINDS) or (isinstance(weight, nn.Parameter) and weight.dim() > 2)
 
@@ -121,7 +124,7 @@ def _reason_to_skip(name: str, layer: nn.Module, config: Quantization, plan: Pla
         return 'float: a function reads its weight, its forward is not called'
     if type(layer) not in QUANTIZED:
         module = type(layer).__module__.split('.')[0]
-        return f'float: {module} {type(layer).__name__} has a forward of its own'
+        return f'float: {module} {type(layer).__name__} has no quantized form'
     return ''
 
 

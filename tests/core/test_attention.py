@@ -272,7 +272,7 @@ def test_an_attention_of_an_unknown_kind_stays_float_and_says_so():
     model.attn = Own(WIDTH, HEADS, batch_first=True)
     report = quantize(model, torch.randn(3, 5, 6))
     notes = {row.name: row.note for row in report.layers}
-    assert type(model.attn) is Own and notes['attn'].endswith('Own has a forward of its own')
+    assert type(model.attn) is Own and notes['attn'].endswith('Own has no quantized form')
     assert set(quant_layers(model)) == {'first', 'last'}
 
 

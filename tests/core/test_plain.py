@@ -83,7 +83,7 @@ def test_the_table_says_what_was_quantized_and_what_not(capsys):
     model[6] = nn.Sequential(nn.Linear(256, 5), nn.Unflatten(1, (1, 5)))
     gq.quantize(model, dict(weight=dict(bits=4), skip=['4.downsample.*']), example=images())
     text = capsys.readouterr().out
-    assert 'float: skipped by config' in text and 'Conv1d has a forward of its own' in text and 'first' in text
+    assert 'float: skipped by config' in text and 'Conv1d has no quantized form' in text and 'first' in text
 
 
 def test_example_may_be_several_arguments_or_keywords():
@@ -406,3 +406,25 @@ def test_the_settings_are_kept_as_they_were_given():
     gq.quantize(model, config, example=images(), show=False)
     config['weight']['bits'] = 2
     assert gq.checkpoint(model)['meta']['quantization']['weight']['bits'] == 4
+
+
+def test_the_last_layers_are_layers():
+    with pytest.raises(UserError, match="last='2' is a ReLU, which has no weights to quantize"):
+        gq.quantize(network(), 'w4a4', example=images(), last='2', show=False)
+
+
+def test_a_recurrent_layer_has_a_row():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.rnn, self.b = nn.Linear(4, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.rnn(self.a(x))[0])
+
+    model, x = Net(), torch.randn(2, 5, 4)
+    report = gq.quantize(model, 'w4a4', example=x, show=False)
+    (row,) = [row for row in report.layers if row.name == 'rnn']
+    assert row.note.startswith('float: ') and row.weights == 2 * 24 * 8
+    gq.calibrate(model, [x])
+    assert model(x).shape == (2, 5, 2)

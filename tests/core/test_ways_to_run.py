@@ -59,7 +59,7 @@ def test_a_weight_of_torch_parametrizations_stays_float_and_says_so():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
     parametrizations.weight_norm(model[1])
     notes = {row.name: row.note for row in quantize(model).layers}
-    assert 'has a forward of its own' in notes['1'] and '1' not in quant_layers(model)
+    assert 'has no quantized form' in notes['1'] and '1' not in quant_layers(model)
 
 
 @pytest.mark.parametrize('reentrant', [False, True])

@@ -292,7 +292,7 @@ def check_layers(runner, first, last, floats, missed, products):
     assert by_note == dict(first=first, last=last)
     table = {line.split()[0]: line for line in layer_table(model, runner.report).splitlines() if line}
     assert set(rows) - set(layers) == {name for name in rows if re.search(floats, name)}
-    assert all(re.match('float: .* has a forward of its own', rows[name].note) for name in set(rows) - set(layers))
+    assert all(re.match('float: .* has no quantized form', rows[name].note) for name in set(rows) - set(layers))
     assert not_reached(model) == {name for name in layers if re.search(missed, name)}
     assert all('not reached by calibration' in table[name] for name in not_reached(model))
     for name in set(layers) - not_reached(model):
