@@ -22,7 +22,9 @@ from ..openmmlab.describe import model_name
 from ..openmmlab.mixed import check_target, open_chooser, prepare, search_bits, times_of, written_settings
 from ..openmmlab.models import read_quantization
 from ..openmmlab.sensitivities import SensitivityFile, batches_of, measure_loss, measure_metric
+from ..openmmlab.sweep_cell import digest_of
 from ..report.allocation import allocation_page, curve_picture
+from ..report.record import plain
 
 UNITS = dict(loss='expected rise of the loss', metric='summed loss of {}', search='-log of the learned share')
 """Way -> what its sensitivities are."""
@@ -62,10 +64,13 @@ def parse_args() -> argparse.Namespace:
 def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple[Allocation, str]:
     """Measure and choose; the answer, and what its sensitivities are."""
     file = args.sensitivities or Path(cfg.work_dir) / f'sensitivities_{args.by}.json'
+    read = ['model', 'data_preprocessor', 'train_dataloader', 'randomness']
+    read += ['test_dataloader', 'test_evaluator'] if args.by == 'metric' else []
     about = dict(
         by=args.by,
         checkpoint=file_digest(args.checkpoint) or args.checkpoint,
         quantization=cfg.quantization.to_dict(),
+        config=digest_of({key: plain(cfg[key]) for key in read if cfg.get(key)}),
         batches=args.batches,
         **(dict(samples=args.samples, metric=args.metric) if args.by == 'metric' else {}),
     )

@@ -52,7 +52,8 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args, ('test_dataloader',))
     task_of(cfg)  # the record states it: what has none is refused before it is tested
-    name = f'record_{args.backend}.json' if args.backend else 'record.json'
+    ways = [args.backend, 'tta' if args.tta else None, f'last{args.last}' if args.last != 1 else None]
+    name = '_'.join(filter(None, ['record', *ways])) + '.json'
     record = Path(args.record or Path(cfg.work_dir) / name)
     check_file(record, '--record')
     earlier = checkpoints_before(args.checkpoint, args.last - 1)

@@ -45,6 +45,9 @@ def read_torch(
     Raises:
         UserError: missing, empty, truncated, compressed, or with anything in it but tensors and plain data.
     """
+    if content is None and Path(path).is_dir():
+        found = ', '.join(sorted(each.name for each in Path(path).glob('*.pth'))[:5]) or 'none'
+        raise UserError(f'checkpoint {path} is a folder; the checkpoints in it: {found}')
     if content is None and not Path(path).is_file():
         raise UserError(f'checkpoint {path} does not exist{_neighbours(Path(path))}')
     size = Path(path).stat().st_size if content is None else len(content)

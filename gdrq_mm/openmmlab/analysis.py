@@ -232,7 +232,7 @@ def metric_key(values: dict[str, Any], key: str | None, task: str) -> str:
     numbers = sorted(name for name, value in values.items() if isinstance(value, (int, float, np.number)))
     found = next((each for each in wanted if each in numbers), None)
     if found is None:
-        raise UserError(f'--metric: the test computes no {" or ".join(wanted)}, but {", ".join(numbers)}')
+        raise UserError(f'--metric: the test computes no {" or ".join(wanted)}, but {", ".join(numbers) or "nothing"}')
     return found
 
 

@@ -12,10 +12,9 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..core.convert import Report
 from ..core.errors import UserError
-from ..core.files import file_digest
 from ..core.topology import Plan
 from .accumulation import accumulated, is_between_steps, restore
-from .checkpoints import last_written, read_checkpoint, written_whole
+from .checkpoints import checkpoint_digest, last_written, read_checkpoint, written_whole
 from .data_only import data_only
 from .hooks import StopHook, WorkDirHook
 from .loading import go_on
@@ -91,8 +90,8 @@ class CheckpointRunner(Runner):
         if left_out:
             self.logger.info(f'Thresholds of {filename} are left out: {left_out}.')
         meta = self._meta = meta_of(checkpoint)
-        start = dict(file=Path(filename).name, sha256=file_digest(filename)) if self._starts else meta.get('start')
-        self.training = dict(start=start, **training_of(meta))
+        started = dict(file=Path(filename).name, sha256=checkpoint_digest(filename))
+        self.training = dict(start=started if self._starts else meta.get('start'), **training_of(meta))
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint

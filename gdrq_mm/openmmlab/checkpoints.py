@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
@@ -15,6 +16,7 @@ from mmengine.fileio import get as fetch
 from mmengine.logging.history_buffer import HistoryBuffer
 
 from ..core.errors import UserError
+from ..core.files import file_digest
 from ..core.reading import read_torch
 from ..core.unpickling import Stand
 
@@ -90,6 +92,15 @@ def checkpoints_before(checkpoint: str, number: int) -> list[str]:
     return [found[count] for count in sorted(found, reverse=True)[:number]]
 
 
+_FETCHED: dict[str, str] = {}
+"""Address -> SHA-256 of what was fetched from it."""
+
+
+def checkpoint_digest(filename: str) -> str | None:
+    """SHA-256 of a file, or of what this process has fetched from an address; None of another address."""
+    return file_digest(filename) or _FETCHED.get(filename)
+
+
 def read_checkpoint(filename: str, unsafe: bool = False) -> dict[str, Any]:
     """A checkpoint as a dict, on the CPU; its tensors and plain data only.
 
@@ -104,6 +115,7 @@ def read_checkpoint(filename: str, unsafe: bool = False) -> dict[str, Any]:
     if '://' in filename:
         try:
             content = fetch(filename)
+            _FETCHED[filename] = hashlib.sha256(content).hexdigest()
         except Exception as error:  # each storage backend has errors of its own
             reason = f'{type(error).__name__} {error}'.splitlines()[0]
             raise UserError(f'checkpoint {filename} cannot be fetched: {reason}') from None

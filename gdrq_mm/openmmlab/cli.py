@@ -23,6 +23,7 @@ from .compat import check_environment, mend_bases, mute_warnings
 from .mistakes import config_mistake
 from .processes import keep_freed_memory, leave
 from .runner import QuantRunner
+from .tasks import scope_of
 
 LAUNCHERS = {
     'pytorch': ('RANK', 'torchrun ({0}/dist_train.sh, {0}/dist_test.sh)'),
@@ -130,6 +131,9 @@ def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Co
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python code: anything can go wrong in it
+        if str(error).startswith('Failed to import custom modules'):
+            cause = _first_cause(error)
+            raise UserError(f'config {path}, custom_imports: {cause}; is its folder in PYTHONPATH?') from error
         if any(frame.name == 'import_modules_from_strings' for frame in traceback.extract_tb(error.__traceback__)):
             raise  # in a module of custom_imports
         raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}'.splitlines()[0]) from error
@@ -139,7 +143,18 @@ def read_config(config: str | Path, options: dict[str, Any] | None = None) -> Co
         raise UserError(f'--cfg-options do not fit the config: {error}'.splitlines()[0]) from None
     if not isinstance(cfg.get('model'), dict):
         raise UserError(f'config {path} has no model')
+    if cfg.get('quantization', 0) is None:  # mmengine's way to switch off what a base config has
+        cfg.pop('quantization')
+    if cfg.get('default_scope') is None and (scope := scope_of(cfg)) is not None:  # as in the new style of configs
+        cfg.default_scope = scope
     return cfg
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The exception that began it, of those that were raised while one was handled."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def _in_package(config: str) -> Path:

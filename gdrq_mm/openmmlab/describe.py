@@ -19,11 +19,11 @@ from mmengine.config import Config
 
 from ..core.config import Quantization
 from ..core.convert import Report
-from ..core.files import file_digest
 from ..core.quantizers import Quantizer, Stage
 from ..report.layers import totals
 from ..report.provenance import git_revision, hardware, versions
 from ..report.record import VERSION, plain
+from .checkpoints import checkpoint_digest
 from .recipe import settings_of
 from .tasks import dataset_of, task_of, type_name
 
@@ -62,7 +62,7 @@ def make_record(
         **(dict(other_metrics=others) if others else {}),
         quantization=quantization,
         config=dict(file=_relative(cfg.filename), text=_config_text(cfg)),
-        checkpoint=dict(file=_relative(checkpoint), sha256=file_digest(checkpoint)),
+        checkpoint=dict(file=_relative(checkpoint), sha256=checkpoint_digest(checkpoint)),
         training={key: value for key, value in training.items() if key != 'quantization'},
         git=git_revision(),
         versions=versions(),
@@ -79,7 +79,7 @@ def mean_of(record: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) 
     """
     each = [{**record['checkpoint'], 'metrics': record['metrics']}]
     for checkpoint, metrics in others.items():
-        file = dict(file=_relative(checkpoint), sha256=file_digest(checkpoint))
+        file = dict(file=_relative(checkpoint), sha256=checkpoint_digest(checkpoint))
         each.append({**file, 'metrics': _metrics(metrics)[0]})
     found = [one['metrics'] for one in each]
     if record['task'] == 'det':  # a detector that detects nothing has no metrics: all of them are 0

@@ -172,8 +172,13 @@ def check_target(out: Path, config: str) -> str:
     `PACKAGE::PATH` is the same from everywhere.
 
     Raises:
-        UserError: it exists, is no .py file, or its folder cannot be written.
+        UserError: it exists, is no .py file, its folder cannot be written, or the user's config cannot be its base.
     """
+    if Path(config).is_file() and Config._is_lazy_import(config):
+        raise UserError(
+            f'{config} is a config in the new style (read_base), which a config with _base_ cannot inherit: write it '
+            f'anew first, Config.fromfile({config!r}).dump(NEW)'
+        )
     if out.suffix != '.py' or not out.stem.replace('-', '_').replace('.', '_').isidentifier():
         raise UserError(f'--out {out} is not the name of a config: write NAME.py')
     if out.exists():

@@ -203,7 +203,8 @@ def _kept_checkpoints(cfg: Config) -> float:
     steps = loop.get('max_epochs' if hook.get('by_epoch', True) else 'max_iters')
     if not isinstance(steps, int):
         return math.inf
-    interval = 1 if hook.get('save_best') else hook.get('interval', -1)  # a best score is saved as well
+    default = -1 if 'type' in hook else 1
+    interval = 1 if hook.get('save_best') else hook.get('interval', default)  # a best score is saved as well
     saved = set(range(hook.get('save_begin') or interval, steps + 1, interval) if interval > 0 else ())
     saved |= {steps} if hook.get('save_last', True) else set()
     kept = hook.get('max_keep_ckpts', -1)

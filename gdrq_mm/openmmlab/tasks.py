@@ -42,6 +42,13 @@ def task_of(cfg: Config) -> str:
     return TASKS[scope]
 
 
+def scope_of(cfg: Config) -> str | None:
+    """The library that a model's class is of, or is derived from; None where the config names no class."""
+    kind = cfg.model.get('type')
+    packages = [each.__module__.partition('.')[0] for each in getattr(kind, '__mro__', ())]
+    return next((package for package in packages if package in TASKS), None)
+
+
 def dataset_of(loader: Mapping[str, Any]) -> Any:
     """The innermost data set of a data loader's config."""
     dataset = (loader or {}).get('dataset') or {}

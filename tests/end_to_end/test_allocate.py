@@ -74,6 +74,8 @@ def test_by_loss_then_another_budget_in_no_time(tool, tiny, float_checkpoint, ca
     monkeypatch.setattr('gdrq_mm.openmmlab.sensitivities.loss_sensitivity', None)  # is not called again
     assert tool(*arguments[:2], 'size=0.3', 'bitops=0.05', '--batches', 1, '--bits', 3, 4, '--out', 'other.py') == 0
     assert {w for name, (w, _) in bits_of('other.py')[0].items() if 'layer' in name} <= {3, 4}
+    changed = (*arguments, '--out', 'third.py', '--cfg-options', 'data_preprocessor.mean=[0,0,0]')
+    assert 'has the sensitivities of another config' in tool(*changed)
 
 
 def test_by_metric_goes_on_where_it_stopped(tool, tiny, float_checkpoint, tmp_path, monkeypatch):

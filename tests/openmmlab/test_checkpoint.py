@@ -18,7 +18,7 @@ from mmpretrain.models import VisionTransformer
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.openmmlab.checkpoints import read_checkpoint
+from gdrq_mm.openmmlab.checkpoints import checkpoint_digest, read_checkpoint
 from gdrq_mm.openmmlab.weights import check_fits, load_weights, other_quantization, renamed, without_quantizers
 from tests.campaigns.fuzz import Checkpoints, attack
 from tests.helpers import same
@@ -173,6 +173,7 @@ def test_an_address_is_read_as_a_file_is(tmp_path, float_checkpoint, payload):
     try:
         address = f'http://127.0.0.1:{server.server_port}'
         assert same(read_checkpoint(f'{address}/good.pth'), read_checkpoint(float_checkpoint)['state_dict'])
+        assert checkpoint_digest(f'{address}/good.pth') == checkpoint_digest(str(tmp_path / 'good.pth'))
         assert 'more than tensors' in refusal(f'{address}/code.pth')
         assert not (tmp_path / 'executed').exists()
     finally:

@@ -68,7 +68,7 @@ def test_a_resumed_training_has_the_same_teacher(make, float_checkpoint):
 
 
 @pytest.mark.parametrize('task', ['cls', 'det', 'seg'])
-def test_every_task_distils(task, digits_root, scenes_root, tmp_path):
+def test_every_task_distils_and_settles(task, digits_root, scenes_root, tmp_path):
     data = digits_root if task == 'cls' else scenes_root
     cfg = task_config(task, data, tmp_path)
     teacher = tmp_path / 'teacher.pth'
@@ -76,7 +76,7 @@ def test_every_task_distils(task, digits_root, scenes_root, tmp_path):
     float_cfg.pop('quantization')
     torch.save(dict(state_dict=QuantRunner.from_cfg(float_cfg).model.state_dict()), teacher)
     cfg.load_from, cfg.experiment_name = str(teacher), f'distilled-{task}'
-    cfg.quantization.distill = dict(temperature=1.0)
+    cfg.quantization.update(distill=dict(temperature=1.0), schedule=dict(settle=0.5))
     assert all(loss > 0 for loss in losses_of(QuantRunner.from_cfg(cfg)))
 
 

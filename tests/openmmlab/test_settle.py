@@ -81,6 +81,22 @@ def test_strong_augmentation_is_left_out_at_any_depth():
     assert weak['dataset'] == cfg['dataset'] and len(cfg['pipeline']) == 4
 
 
+def test_tuples_stay_tuples():
+    """As sizes of crops, and ranges of mmcv's RandomResize, have to be."""
+    cfg = dict(pipeline=[dict(type='RandomResize', scale=(64, 48), ratio_range=(0.5, 2.0)), dict(sizes=[(1, 2)])])
+    assert weakly_augmented(cfg) == cfg
+
+
+def test_a_training_that_stops_early_says_that_it_did_not_settle(make, monkeypatch):
+    stop = dict(type='EarlyStoppingHook', monitor='accuracy/top1', patience=1, min_delta=100.0)
+    runner = make(quantization=SETTLED, custom_hooks=[stop], epochs=4)
+    told = []
+    monkeypatch.setattr(runner.logger, 'warning', told.append)
+    train(runner)
+    assert runner.iter < 16
+    assert [text for text in told if 'ended early: BN statistics and thresholds are not settled' in text]
+
+
 def test_the_pictures_of_the_run_go_on_as_they_would(make):
     """The random state and the sampler of the training are not moved: validation and a longer run see the same."""
     states = []

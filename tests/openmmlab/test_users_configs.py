@@ -14,7 +14,8 @@ from mmengine.hooks import CheckpointHook
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.amp import use_amp
 from gdrq_mm.openmmlab.apis import draw, infer, init_model
-from gdrq_mm.openmmlab.cli import check_data
+from gdrq_mm.openmmlab.checkpoints import read_checkpoint
+from gdrq_mm.openmmlab.cli import check_data, read_config
 from gdrq_mm.openmmlab.hooks import WholeCheckpointHook, with_whole_checkpoints
 from gdrq_mm.openmmlab.mixed import check_target
 from tests.runs import TASK_CONFIGS, task_config, tool_function
@@ -176,3 +177,86 @@ def test_predictions_that_are_not_evaluated_are_no_result(floats, tested, tmp_pa
     cfg.test_evaluator.update(format_only=True, outfile_prefix=str(tmp_path / 'found'))
     tested(cfg, '--record', tmp_path / 'record.json')
     assert (tmp_path / 'found.bbox.json').exists() and not (tmp_path / 'record.json').exists()
+
+
+# ---- what else users write ------------------------------------------------------------------------------------------
+
+
+def test_a_config_that_stops_early_is_tested(floats, tested):
+    cfg = floats('cls')
+    cfg.custom_hooks = [dict(type='EarlyStoppingHook', monitor='accuracy/top1', patience=3)]
+    tested(cfg)
+    assert (Path(cfg.work_dir) / 'record.json').is_file()
+
+
+def test_other_ways_to_evaluate_have_records_of_their_own(floats, tested):
+    cfg = floats('cls')
+    cfg.tta_model = dict(type='AverageClsScoreTTA')
+    cfg.tta_pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(
+            type='TestTimeAug',
+            transforms=[
+                [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+                [dict(type='PackInputs')],
+            ],
+        ),
+    ]
+    tested(cfg)
+    before = (Path(cfg.work_dir) / 'record.json').read_bytes()
+    tested(cfg, '--tta')
+    assert (Path(cfg.work_dir) / 'record.json').read_bytes() == before
+    assert (Path(cfg.work_dir) / 'record_tta.json').is_file()
+
+
+def test_a_hook_of_checkpoints_needs_no_type():
+    """As with `--cfg-options default_hooks.checkpoint.interval=2` and no default_hooks in the config."""
+    hook = with_whole_checkpoints(dict(checkpoint=dict(max_keep_ckpts=2)))['checkpoint']
+    assert hook == dict(type=WholeCheckpointHook, interval=1, max_keep_ckpts=2)
+
+
+def written(tmp_path, text):
+    (tmp_path / 'config.py').write_text(text)
+    return read_config(tmp_path / 'config.py')
+
+
+@pytest.mark.parametrize('text', ['import no_such_package\n', None], ids=['in the module', 'the module'])
+def test_a_module_that_cannot_be_imported_is_named(text, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = 'no_such_package'
+    if text:
+        name = 'module_that_imports_it'
+        (tmp_path / f'{name}.py').write_text(text)
+    with pytest.raises(UserError, match=r"custom_imports: No module named 'no_such_package'.*PYTHONPATH"):
+        written(tmp_path, f'custom_imports = dict(imports=[{name!r}])\nmodel = dict(type="x")\n')
+
+
+def test_a_config_in_the_new_style_has_the_scope_of_its_model(tmp_path):
+    text = """
+from mmengine.config import read_base
+from mmpretrain.models import ImageClassifier, LinearClsHead, ResNet_CIFAR
+default_scope = None
+model = dict(type=ImageClassifier, backbone=dict(type=ResNet_CIFAR, depth=18), head=dict(type=LinearClsHead))
+"""
+    assert written(tmp_path, text).default_scope == 'mmpretrain'
+
+
+def test_a_config_in_the_new_style_is_no_base_of_what_allocate_writes(tmp_path):
+    (tmp_path / 'new.py').write_text(
+        'from mmpretrain.models import ImageClassifier\nmodel = dict(type=ImageClassifier)\n'
+    )
+    with pytest.raises(UserError, match=r'a config in the new style \(read_base\).*dump\(NEW\)'):
+        check_target(tmp_path / 'out.py', str(tmp_path / 'new.py'))
+    Config.fromfile(tmp_path / 'new.py').dump(tmp_path / 'old.py')
+    assert check_target(tmp_path / 'out.py', str(tmp_path / 'old.py')) == 'old.py'
+
+
+def test_none_switches_an_inherited_quantization_off(tmp_path):
+    (tmp_path / 'base.py').write_text('model = dict(type="x")\nquantization = dict(weight=dict(bits=4))\n')
+    assert 'quantization' not in written(tmp_path, '_base_ = ["base.py"]\nquantization = None\n')
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    (tmp_path / 'epoch_3.pth').write_bytes(b'')
+    with pytest.raises(UserError, match=r'is a folder; the checkpoints in it: epoch_3\.pth'):
+        read_checkpoint(str(tmp_path))

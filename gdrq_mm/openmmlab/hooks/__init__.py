@@ -58,7 +58,10 @@ def hooks_of(quantization: Quantization | None) -> list[Hook]:
 
 def with_whole_checkpoints(default_hooks: Any) -> Any:
     """The `default_hooks` of a config with WholeCheckpointHook where they have mmengine's CheckpointHook."""
-    hook = (default_hooks or {}).get('checkpoint', dict(type='CheckpointHook', interval=1))
+    default = dict(type='CheckpointHook', interval=1)
+    hook = (default_hooks or {}).get('checkpoint', default)
+    if isinstance(hook, dict) and 'type' not in hook:
+        hook = {**default, **hook}
     if not isinstance(hook, dict) or registered(hook.get('type'), HOOKS) is not CheckpointHook:
         return default_hooks
     return {**(default_hooks or {}), 'checkpoint': {**hook, 'type': WholeCheckpointHook}}

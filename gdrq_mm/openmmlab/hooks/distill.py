@@ -38,7 +38,7 @@ class DistillHook(Hook):
 
         def add(module: Any, args: Any, kwargs: Any, losses: Any) -> None:
             mode = kwargs.get('mode', args[2] if len(args) > 2 else 'tensor')
-            if mode != 'loss' or not module.training:
+            if mode != 'loss' or not module.training or not torch.is_grad_enabled():  # as settling has it
                 return
             given = dict(zip(('inputs', 'data_samples'), args)) | kwargs
             losses['loss_distill'] = distance(given['inputs'], given.get('data_samples'))

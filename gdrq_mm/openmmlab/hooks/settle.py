@@ -32,7 +32,7 @@ def weakly_augmented(cfg: Any) -> Any:
         if isinstance(kept.get('pipeline'), list):
             kept['pipeline'] = [each for each in kept['pipeline'] if type_name(each) not in STRONG]
         return kept
-    return [weakly_augmented(each) for each in cfg] if isinstance(cfg, (list, tuple)) else cfg
+    return type(cfg)(weakly_augmented(each) for each in cfg) if isinstance(cfg, (list, tuple)) else cfg
 
 
 @HOOKS.register_module()
@@ -66,6 +66,10 @@ class SettleHook(Hook):
             batches = islice(own_loader(runner, dataset), max(1, round(self.length * runner.max_iters)))
             count = reestimate(model, batches, lambda batch: model(**preprocessor(batch, training=True), mode='loss'))
         runner.logger.info(f'BN statistics and thresholds settled on {count} batches.')
+
+    def after_train(self, runner: Runner) -> None:
+        if runner.iter < runner.max_iters:
+            runner.logger.warning('The training ended early: BN statistics and thresholds are not settled.')
 
 
 @contextmanager
