@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,19 @@ def recipe_notes(records: Sequence[Record]) -> list[str]:
         ]
         title = f'{title_of(of_model[0])}: ' if len(groups) > 1 else ''
         notes += [printable(f'{title}{line}') for line in differences(labelled)]
-    return notes
+    return notes + [printable(line) for line in _apart(records)]
+
+
+def _apart(records: Sequence[Record]) -> Iterator[str]:
+    """The quantized records whose float model is there and has another model config."""
+    floats = {checkpoint_of(record): record for record in records if record['quantization'] is None}
+    for record in _different(_quantized(records)):
+        before = floats.get(start_of(record))
+        if before is not None and before['model']['config_sha256'] != record['model']['config_sha256']:
+            yield (
+                f'{file_of(record)} was trained from {file_of(before)}, and they are not compared: the `model` of '
+                'their configs differs. Give the float config the same, such as its loss or frozen_stages, and test it again'
+            )
 
 
 def _recipes(of_model: Sequence[Record]) -> dict[tuple[str, int], str]:

@@ -340,3 +340,14 @@ def test_half_a_character_can_be_written(made, tmp_path):
     read = read_record(tmp_path / 'record.json')
     for text in (comparison_markdown([read]), comparison_csv([read]), html_report([read])):
         assert '\\ud800' in text.encode().decode()
+
+
+def test_a_float_model_with_another_model_config_is_told(made):
+    """As where the quantized config has another loss, or frozen stages: it is another model by its config."""
+    before, after = made('a', 91.0, quantized=False), made('b', start='a')
+    after['model'] = {**after['model'], 'config_sha256': 'another'}
+    (note,) = [note for note in recipe_notes([before, after]) if 'not compared' in note]
+    assert note.startswith(
+        'b.pth was trained from a.pth, and they are not compared: the `model` of their configs differs'
+    )
+    assert not [note for note in recipe_notes([before, made('c', start='a')]) if 'not compared' in note]
