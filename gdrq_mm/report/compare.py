@@ -153,13 +153,13 @@ def recipe_notes(records: Sequence[Record]) -> list[str]:
 
 def _apart(records: Sequence[Record]) -> Iterator[str]:
     """The quantized records whose float model is there and has another model config."""
-    floats = {checkpoint_of(record): record for record in records if record['quantization'] is None}
+    floats: dict[str | None, Record] = {checkpoint_of(r): r for r in records if r['quantization'] is None}
     for record in _different(_quantized(records)):
         before = floats.get(start_of(record))
         if before is not None and before['model']['config_sha256'] != record['model']['config_sha256']:
             yield (
                 f'{file_of(record)} was trained from {file_of(before)}, and they are not compared: the `model` of '
-                'their configs differs. Give the float config the same, such as its loss or frozen_stages, and test it again'
+                'their configs differs, as by another loss. Test the float model with the `model` of the quantized config'
             )
 
 
