@@ -159,7 +159,7 @@ def _apart(records: Sequence[Record]) -> Iterator[str]:
         if before is not None and before['model']['config_sha256'] != record['model']['config_sha256']:
             yield (
                 f'{file_of(record)} was trained from {file_of(before)}, and they are not compared: the `model` of '
-                'their configs differs, as by another loss. Test the float model with the `model` of the quantized config'
+                'their configs differs, as by another loss. Test the float model with that of the quantized config'
             )
 
 
