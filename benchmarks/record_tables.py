@@ -204,14 +204,16 @@ GRID = {
 """Tables of benchmarks/grid.py, and the names of the cells that stand in them."""
 
 
-def grid(cells: str) -> str:
+def grid(cells: str, folder: str = 'grid') -> str:
     """Records of the grid whose name fits."""
-    return by_bits(read('grid/*.json', cells))
+    return by_bits(read(f'{folder}/*.json', cells))
 
 
 def deployable() -> str:
     """What the operands of additions cost that `deployable` quantizes, seed 0."""
-    cells = read('grid/*.json', r'(cifar10|digits_det|digits_seg)-(float|gdrq-(undeployable-)?w4a4-seed0)')
+    names = '(float|gdrq-(undeployable-)?w4a4-seed0)'
+    cells = read('grid/*.json', rf'(cifar10|digits_seg)-{names}')
+    cells += read('older/*.json', rf'digits_det-{names}')
     records = read('*_camvid.json', r'(fcn|pspnet)_r18_(gdrq_w4a4_)?camvid')
     groups = (cells, records, read('gpu/*.json', r'.*undeployable|(fcn|pspnet)_r18_camvid'))
     pairs: dict[tuple[str, str, str, str], Row] = {}
@@ -291,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'bccd_older': lambda: comparison(rows_of(read('*yolox*_bccd.json'))),
     **{f'quickstart_{task}': partial(quickstart, task) for task in ('cls', 'det', 'seg')},
     **{name: partial(grid, cells) for name, cells in GRID.items()},
+    'grid_det_older': partial(grid, GRID['grid_det'], 'older'),
     **{sweep: partial(ranked, sweep) for sweep in ('ablation', 'references')},
     'tasks_bccd': partial(tasks, 'faster_rcnn|yolox'),
     'tasks_camvid': partial(tasks, 'pspnet|fcn'),
