@@ -473,4 +473,4 @@ def test_a_forward_that_fails_leaves_no_weights_behind():
     model[3].forward = None
     with pytest.raises(TypeError):
         model(x)
-    assert all(layer.weight_quant.codes_in_use() is None for layer in quant_layers(model).values())
+    assert all(layer.weight_quant.codes_in_use(layer.filters()) is None for layer in quant_layers(model).values())

@@ -204,7 +204,7 @@ def test_a_cell_follows_its_config_file_and_its_float_checkpoint(folder):
     config.write_text(config.read_text() + "\noptim_wrapper['optimizer']['momentum'] = 0.5\n")
     changed = cell_of('lsq')
     assert changed.digest != before.digest
-    load_from = re.search("load_from = '(.*)'", config.read_text())[1]
+    load_from = re.search("load_from ?= ?'(.*?)'", config.read_text())[1]
     shutil.copy(load_from, 'other.pth')
     config.write_text(config.read_text().replace(load_from, 'other.pth'))
     assert cell_of('lsq').digest == changed.digest  # the same weights
@@ -327,7 +327,7 @@ def test_an_error_is_named_with_its_place(folder, changes, message):
 
 def test_a_missing_float_checkpoint_stops_the_cells_that_start_from_it(folder, sweep):
     config = (folder / 'quantized.py').read_text()
-    load_from = re.search("load_from = '(.*)'", config)[1]
+    load_from = re.search("load_from ?= ?'(.*?)'", config)[1]
     (folder / 'later.py').write_text(config.replace(load_from, 'none.pth'))
     with open('sweep.py', 'a') as file:
         file.write("runs += [dict(name='later', config='later.py', methods=['lsq'], bits=['w4a4'], seeds=[1])]\n")
