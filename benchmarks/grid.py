@@ -46,26 +46,15 @@ runs = [
     dict(digits, **digits_det, float_config='configs/det/yolox_nano_digits.py'),
     dict(digits, **digits_seg, float_config='configs/seg/pspnet_r18_digits.py'),
     dict(digits, **digits_vgg, float_config='configs/cls/vgg11_bn_digits.py'),
-    *(  # the float models, trained on
-        dict(
-            part,
-            methods=['gdrq'],
-            bits=['w4a4'],
-            seeds=[0],
-            variants={'control': {'quantization.control': True}},
-        )
-        for part in (digits_det, digits_seg, digits_vgg)
-    ),
     *(dict(cifar10, methods=[method], bits=['w4a4'], seeds=[0], variants=trials[method]) for method in trials),
-    *(  # what 8-bit additions cost each task
-        dict(
-            part,
-            methods=['gdrq'],
-            bits=['w4a4'],
-            seeds=[0],
-            variants={'undeployable': {'quantization.deployable': False}},
+    *(
+        dict(part, methods=['gdrq'], bits=['w4a4'], seeds=[0], variants=variant)
+        for variant, parts in (
+            ({'control': {'quantization.control': True}}, (digits_det, digits_seg, digits_vgg)),  # float, trained on
+            # what 8-bit additions cost each task
+            ({'undeployable': {'quantization.deployable': False}}, (cifar10, digits_det, digits_seg)),
         )
-        for part in (cifar10, digits_det, digits_seg)
+        for part in parts
     ),
 ]
 del methods, cifar10, digits, digits_det, digits_seg, digits_vgg, trials

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmengine.config import Config
-from mmengine.hooks import EarlyStoppingHook, Hook
+from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -118,7 +118,7 @@ class QuantRunner(CheckpointRunner):
         """The config's hooks, and those of ours that it does not set itself."""
         super().register_hooks(with_whole_checkpoints(default_hooks), custom_hooks)
         if self._train_loop is None:  # in a test EarlyStoppingHook fails, as it looks for the training loop
-            self._hooks = [hook for hook in self._hooks if not isinstance(hook, EarlyStoppingHook)]
+            self._hooks = [hook for hook in self._hooks if hook not in self._early_stopping()]
         for hook in [SeedHook(), *hooks_of(self.quantization)]:
             if not any(isinstance(theirs, type(hook)) for theirs in self.hooks):
                 self.register_hook(hook)
