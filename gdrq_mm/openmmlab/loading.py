@@ -1,8 +1,8 @@
 """Data loaders: built once, seeded, and with checks.
 
 Bad data ends in one message that names the file: before training if that is cheap, else when the sample is loaded.
-Before: what annotation files say, and whether pictures and masks exist. When loaded: whether picture and mask can be
-decoded, are of one size, and the labels of the mask are classes.
+Before: what annotation files say, whether pictures and masks exist, and whether the heads have enough classes for the
+labels. When loaded: whether picture and mask can be decoded, are of one size, and the labels of the mask are classes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,7 @@ def _lose_sample(runner: Any, model: nn.Module) -> None:
 def check_loader(loader: DataLoader, cfg: Config) -> None:
     """Shield the workers of a data loader from signals, and check its data set."""
     shield_workers(loader)
-    check_dataset(loader.dataset, ignored_labels(cfg.model))
+    check_dataset(loader.dataset, labels_of(cfg.model))
 
 
 def go_on(loop: Any, seed: int) -> None:
@@ -167,7 +168,7 @@ UNREADABLE = (OSError, AssertionError, AttributeError, SyntaxError, cv2.error)
 class _Checked:
     """A transform that loads a file, with errors that name it."""
 
-    def __init__(self, transform: Any, classes: int | None, ignored: set[int]) -> None:
+    def __init__(self, transform: Any, classes: int, ignored: frozenset[int]) -> None:
         self.transform, self.classes, self.ignored = transform, classes, ignored
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any] | None:
@@ -183,38 +184,74 @@ class _Checked:
             reason = getattr(error, 'strerror', None) or f'damaged or not a picture ({error})'.splitlines()[0]
             raise DataError(f'{path} cannot be read: {reason}') from error
         mask = (loaded or {}).get('gt_seg_map')
-        if mask is not None and self.classes is not None and 'ori_shape' in data:
+        if mask is not None and self.classes and 'ori_shape' in data:
             wrong = wrong_mask(mask, data['ori_shape'][:2], self.classes, self.ignored)
             if wrong:
                 raise DataError(f'{path} {wrong}')
         return loaded
 
 
-def ignored_labels(model: Any) -> set[int]:
-    """Labels that the heads of a model's config ignore."""
-    if isinstance(model, dict):
-        found = set().union(*map(ignored_labels, model.values()))
-        return found | {model.get('ignore_index', 255)} - {None} if 'num_classes' in model else found
-    return set().union(*map(ignored_labels, model)) if isinstance(model, (list, tuple)) else set()
+@dataclass(frozen=True)
+class Labels:
+    """What the heads of a model know of labels.
+
+    Attributes:
+        classes: of the head that has most; 0 if the config does not say. A single class is 0 too: mmseg's heads learn
+            the labels 0 and 1 with one output, mmdet's RPN learns one class from all labels.
+        ignored: labels that a head leaves out.
+    """
+
+    classes: int = 0
+    ignored: frozenset[int] = frozenset()
 
 
-def check_dataset(dataset: Any, ignored: set[int]) -> None:
-    """Check that the files of a data set exist, and let it name a file that it cannot load.
+def labels_of(model: Any) -> Labels:
+    """What the heads in a model's config, a dict or a list of them, know of labels."""
+    found = [
+        labels_of(each)
+        for each in (model.values() if isinstance(model, dict) else model)
+        if isinstance(each, (dict, list, tuple))
+    ]
+    if isinstance(model, dict) and isinstance(model.get('num_classes'), int):
+        classes = model['num_classes']
+        found.append(Labels(classes if classes > 1 else 0, frozenset({model.get('ignore_index', 255)} - {None})))
+    return Labels(max((each.classes for each in found), default=0), frozenset().union(*(e.ignored for e in found)))
+
+
+def check_dataset(dataset: Any, labels: Labels) -> None:
+    """Check that the files of a data set exist and its labels are known, and let it name a file that it cannot load.
 
     Raises:
-        UserError: it is empty, or some do not exist.
+        UserError: it is empty, some do not exist, or the model has too few classes.
     """
     inner = getattr(dataset, 'datasets', None) or [d for d in [getattr(dataset, 'dataset', None)] if d is not None]
     for each in inner:
-        check_dataset(each, ignored)
+        check_dataset(each, labels)
     if not isinstance(dataset, BaseDataset):
         return
     _refuse_empty(dataset, len(dataset))
     transforms = dataset.pipeline.transforms
     if not any(getattr(t, 'backend_args', None) for t in transforms):  # else the files are elsewhere
         _require_files(dataset)
-    classes = dataset.metainfo.get('classes') if hasattr(dataset, 'reduce_zero_label') else None  # mmseg's have that
-    _wrap(dataset.pipeline, len(classes) if classes else None, ignored)
+    classes = len(dataset.metainfo.get('classes') or ())
+    if labels.classes and not dataset.test_mode and not 0 < classes <= labels.classes:
+        _refuse_unknown(dataset, labels.classes)
+        classes = min(classes, labels.classes)
+    _wrap(dataset.pipeline, classes if hasattr(dataset, 'reduce_zero_label') else 0, labels.ignored)  # mmseg's have it
+
+
+def _refuse_unknown(dataset: BaseDataset, classes: int) -> None:
+    """Refuse labels that no head knows; those of masks are seen when they are loaded."""
+    for number in range(len(dataset)):
+        info = dataset.get_data_info(number)
+        label = info.get('gt_label')
+        found = [label] if isinstance(label, int) else label if isinstance(label, (list, tuple)) else []
+        found = [*found, *(box.get('bbox_label', 0) for box in info.get('instances') or ())]
+        if max(found, default=0) >= classes:
+            raise UserError(
+                f'{_name(dataset)}: {info.get("img_path", f"sample {number}")} has the label {max(found)}, '
+                f'and num_classes={classes} in the model allows 0 to {classes - 1}'
+            )
 
 
 def _require_files(dataset: BaseDataset) -> None:
@@ -235,7 +272,7 @@ def _require_files(dataset: BaseDataset) -> None:
     refuse_missing(_name(dataset), missing)
 
 
-def _wrap(pipeline: Any, classes: int | None, ignored: set[int]) -> None:
+def _wrap(pipeline: Any, classes: int, ignored: frozenset[int]) -> None:
     for number, transform in enumerate(pipeline.transforms):
         if type(transform).__name__.startswith('Load'):
             pipeline.transforms[number] = _Checked(transform, classes, ignored)

@@ -188,7 +188,7 @@ def test_prepared_data_opens_with_the_configs_of_openmmlab(tmp_path, prepare, na
             assert [i['bbox'] for i in info['instances']][:1] == [box]
     if scope == 'mmseg':
         labels = {'voc': [20], 'cityscapes': [0, 1, 2, 16, 17, 18, 255], 'camvid': [11]}[name]
-        loading.check_dataset(dataset, {11, 255})
+        loading.check_dataset(dataset, loading.Labels(ignored=frozenset({11, 255})))
         assert np.unique(dataset[0]['data_samples'].gt_sem_seg.data).tolist() == labels
 
 
@@ -405,6 +405,23 @@ def test_bad_data(error_of, digits_copy, task, path, damage, fragments):
         assert error_of(TEST, ROOT / 'configs' / CONFIGS[task], 'x.pth') == message
 
 
+@pytest.mark.parametrize(
+    ('task', 'head', 'given'), [('cls', 'head', 9), ('det', 'roi_head.bbox_head', 9), ('seg', 'decode_head', 4)]
+)
+def test_a_model_with_too_few_classes(error_of, digits_copy, task, head, given):
+    heads = [head, *(['auxiliary_head'] if task == 'seg' else [])]
+    options = [f'model.{name}.num_classes={given}' for name in heads] + ['model.data_preprocessor.num_classes=4']
+    config = ROOT / 'configs' / CONFIGS[task]
+    message = error_of(TRAIN, config, '--cfg-options', 'log_level=ERROR', *options[: None if task == 'cls' else -1])
+    holds(message, 'data/digits/', 'label', f'0 to {given - 1}')
+
+
+def test_labels_that_heads_know():
+    heads = dict(decode_head=[dict(num_classes=2), dict(num_classes=2, ignore_index=11)], backbone=dict(depth=18))
+    assert loading.labels_of(dict(module=heads)) == loading.Labels(2, frozenset({11, 255}))
+    assert loading.labels_of(dict(decode_head=dict(num_classes=1, ignore_index=None))) == loading.Labels()
+
+
 def test_a_worker_process_names_the_file_too(tmp_path, digits_copy, run):
     """One line, exit code 1; in the middle of training."""
     path = next(digits_copy.glob('cls/train/7/*'))
@@ -449,12 +466,6 @@ def test_a_bad_annotation_of_voc(tmp_path):
     assert (CocoDataset.COCOAPI, VOCDataset.parse_data_info) == before  # checked_reading leaves mmdet as it was
 
 
-def test_labels_that_heads_ignore():
-    heads = dict(decode_head=[dict(num_classes=2), dict(num_classes=2, ignore_index=11)], backbone=dict(depth=18))
-    assert loading.ignored_labels(dict(module=heads)) == {11, 255}
-    assert loading.ignored_labels(dict(decode_head=dict(num_classes=2, ignore_index=None))) == set()
-
-
 def scenes(root, **changes):
     """Config of the test scenes for segmentation."""
     init_default_scope('mmseg')
@@ -464,8 +475,8 @@ def scenes(root, **changes):
 
 def test_a_sample_is_the_same_when_it_is_checked(digits_root):
     plain, checked = (DATASETS.build(scenes(digits_root)) for _ in range(2))
-    loading.check_dataset(checked, {255})
-    loading.check_dataset(checked, {255})
+    loading.check_dataset(checked, loading.Labels(ignored=frozenset({255})))
+    loading.check_dataset(checked, loading.Labels(ignored=frozenset({255})))
     assert torch.equal(plain[0]['inputs'], checked[0]['inputs'])
     assert torch.equal(plain[0]['data_samples'].gt_sem_seg.data, checked[0]['data_samples'].gt_sem_seg.data)
 
@@ -475,7 +486,7 @@ def test_data_sets_within_data_sets_and_transforms_within_transforms(digits_copy
     tta = dict(type='TestTimeAug', transforms=[flips, [dict(type='LoadAnnotations')], [dict(type='PackSegInputs')]])
     inner = scenes(digits_copy, pipeline=[dict(type='LoadImageFromFile'), tta])
     dataset = RepeatDataset(dict(type='ConcatDataset', datasets=[inner]), times=2)
-    loading.check_dataset(dataset, {255})
+    loading.check_dataset(dataset, loading.Labels(ignored=frozenset({255})))
     assert len(dataset[0]['inputs']) == 2
     mask = digits_copy / 'scenes/masks/test/00000.png'
     cut(mask)
@@ -483,4 +494,4 @@ def test_data_sets_within_data_sets_and_transforms_within_transforms(digits_copy
         dataset[0]
     mask.unlink()
     with pytest.raises(UserError, match=f'1 path is missing: {mask}'):
-        loading.check_dataset(dataset, {255})
+        loading.check_dataset(dataset, loading.Labels(ignored=frozenset({255})))
