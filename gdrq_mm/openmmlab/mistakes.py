@@ -11,7 +11,10 @@ from typing import Any
 
 import torch.nn as nn
 from mmengine.registry import Registry, build_from_cfg
+from mmengine.runner import Runner
+from mmengine.visualization.vis_backend import BaseVisBackend
 
+_RUNNERS = {Runner.__module__, BaseVisBackend.__module__}
 _UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
 _NOT_FOUND = re.compile(r'Cannot find \S+ in registry')
 
@@ -19,13 +22,16 @@ _NOT_FOUND = re.compile(r'Cannot find \S+ in registry')
 def config_mistake(error: BaseException) -> str:
     """What is wrong with the config, '' if the exception may as well be a bug.
 
-    A mistake is a name that no registry has, arguments that what it names does not take, or heads of attention that do
-    not divide its width. A class that raises anything itself is not looked into: its traceback is wanted.
+    A mistake is a name that no registry has, arguments that what it names does not take, a value of the wrong type or a
+    package that is missing where mmengine itself says so, or heads of attention that do not divide its width. Any other
+    class that raises something itself is not looked into: its traceback is wanted.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if not frames or not isinstance(error, (KeyError, TypeError, RuntimeError, AssertionError)):
+    if not frames or not isinstance(error, (KeyError, TypeError, RuntimeError, AssertionError, ImportError)):
         return ''
     message, last = str(error.args[0]) if error.args else '', frames[-1]
+    if _refused_by_runner(error, last):
+        return ' '.join(message.split())
     if isinstance(error, AssertionError):
         return _of_heads(last)
     if last.f_code is Registry.get.__code__:
@@ -42,6 +48,15 @@ def config_mistake(error: BaseException) -> str:
     if isinstance(error, TypeError) and name and (module.startswith('mmengine.') or _handed_on(name[1], frames)):
         return message
     return ''
+
+
+def _refused_by_runner(error: BaseException, frame: FrameType) -> bool:
+    """Whether mmengine's runner or what writes logs raised an error on purpose, as it does for a value of the config.
+
+    `call_hook` is left out: it raises anew what any hook did wrong.
+    """
+    raised = (traceback.extract_tb(error.__traceback__)[-1].line or '').startswith('raise ')
+    return raised and frame.f_code is not Runner.call_hook.__code__ and frame.f_globals.get('__name__') in _RUNNERS
 
 
 def _of_heads(frame: FrameType) -> str:

@@ -56,8 +56,9 @@ class QuantRunner(CheckpointRunner):
         read_quantization(cfg)
         if not cfg.get('resume'):
             name_teacher(cfg)
-        if not isinstance(cfg.get('auto_scale_lr') or {}, dict):
-            raise UserError(f'auto_scale_lr={cfg.auto_scale_lr!r} is not a dict')
+        for name in ('auto_scale_lr', 'default_hooks', 'env_cfg', 'model_wrapper_cfg', 'randomness'):
+            if not isinstance(cfg.get(name) or {}, dict):
+                raise UserError(f'{name}={cfg[name]!r} is not a dict')
         if cfg.get('load_from') or (cfg.get('resume') and find_latest_checkpoint(cfg.work_dir)):
             drop_pretrained(cfg.model)
         return super().from_cfg(cfg)
@@ -116,6 +117,8 @@ class QuantRunner(CheckpointRunner):
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """The config's hooks, and those of ours that it does not set itself."""
+        if not isinstance(custom_hooks or [], (list, tuple)):
+            raise UserError(f'custom_hooks={custom_hooks!r} is not a list')
         super().register_hooks(with_whole_checkpoints(default_hooks), custom_hooks)
         if self._train_loop is None:  # in a test EarlyStoppingHook fails, as it looks for the training loop
             self._hooks = [hook for hook in self._hooks if hook not in self._early_stopping()]
