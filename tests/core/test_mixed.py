@@ -375,6 +375,10 @@ def test_projections_of_attention_are_chosen_one_by_one():
     projections = [f'attn.{name}.weight' for name in PROJECTIONS]
     weights = {choice.name: choice for choice in found.choices if choice.side == 'weight'}
     assert all(len(weights[name].layers) == 1 and found.program.choices[name][2] > 0 for name in projections)
+    for bits, said in ((8, r'attn\.product_quant\.\d(?! in float)'), (32, r'attn\.product_quant\.\d in float')):
+        config = dict(CONFIG, overrides={}, attention=dict(bits=bits))
+        with pytest.raises(UserError, match=f'is impossible; .*{said}'):
+            gq.allocate(model, config, batches[0][0], batches, loss, dict(bitops=1e-4), show=False)
     report = gq.quantize(model, found.config('w4a4'), batches[0][0], show=False)
     gq.calibrate(model, batches)
     total = totals(model, report)

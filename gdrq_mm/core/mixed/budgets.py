@@ -106,7 +106,8 @@ class Costs:
             first.setdefault(self.layers[name].weight_key, name)
         costs = {n: {pair: self.weight_bytes(n, pair.weight) for pair in self.pairs[n]} for n in first.values()}
         chosen = sum(self.layers[name].weight.numel() for name in costs) * FLOAT_BYTES
-        kept = {row.name: row.weights * FLOAT_BYTES for row in self._others() if self.report.plan.deployed(row.name)}
+        others = [row for row in self._others() if self.report.plan.deployed(row.name)]
+        kept = {f'{row.name} in float': row.weights * FLOAT_BYTES for row in others}
         return self.float_bytes, self.float_bytes - chosen, costs, kept
 
     def _operations(self) -> Any:
@@ -115,9 +116,10 @@ class Costs:
         kept = {}
         for row in self._others():
             weight, activation = self.layers[row.name].bits if row.name in self.layers else (FLOAT_BITS, FLOAT_BITS)
-            kept[row.name] = row.macs * weight * activation
+            kept[_named(row.name, (weight, activation))] = row.macs * weight * activation
         for row in self.report.products:
-            kept[row.name] = row.macs * math.prod(factor_bits(self.model, row.name))
+            bits = factor_bits(self.model, row.name)
+            kept[_named(row.name, bits)] = row.macs * math.prod(bits)
         return sum(macs.values()) * FLOAT_BITS**2, sum(kept.values()), costs, kept
 
     def _times(self) -> Any:
@@ -127,3 +129,7 @@ class Costs:
     def _others(self) -> list[LayerReport]:
         """The layers that are in no choice: float ones, and those that are not deployed."""
         return [row for row in self.report.layers if row.name not in self.pairs]
+
+
+def _named(name: str, bits: Sequence[int]) -> str:
+    return f'{name} in float' if set(bits) == {FLOAT_BITS} else name

@@ -47,7 +47,7 @@ class Budget:
     costs: Mapping[str, Mapping[Pair, float]]
     """Layer -> bits -> cost."""
     kept: Mapping[str, float] = field(default_factory=dict)
-    """Layer that is not quantized -> its part of `fixed`."""
+    """Layer or product without a choice, as a message names it -> its part of `fixed`."""
 
     def used(self, bits: Mapping[str, Pair]) -> float:
         """What these bits cost; layer -> bits."""
@@ -264,8 +264,8 @@ def _impossible(budget: Budget, least: float, most: float) -> str:
     }
     total = budget.fixed + sum(given.values())
     given |= budget.kept
-    dearest = [f'{layer}{" in float" * (layer in budget.kept)}' for layer in sorted(given, key=lambda n: -given[n])[:3]]
-    names = f' ({", ".join(dearest)}{", ..." if len(given) > 3 else ""} among it)' if given else ''
+    dearest = ', '.join(sorted(given, key=lambda name: -given[name])[:3])
+    names = f' ({dearest}{", ..." if len(given) > 3 else ""} among it)' if given else ''
     return f'{said}, of which {budget.text(total)} is given by the config{names}'
 
 
