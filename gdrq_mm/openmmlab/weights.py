@@ -133,7 +133,8 @@ def load_weights(
         check_resumable(model, checkpoint, filename)
     mismatch = other_quantization(model, checkpoint, quantization, resume=use == 'resume')
     if mismatch and use != 'start':
-        raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}')
+        hint = '; a training that starts from it is one without resume' if use == 'resume' else ''
+        raise UserError(f'checkpoint {filename} was trained with another quantization config: {mismatch}{hint}')
     state = state_of(without_quantizers(checkpoint) if mismatch else checkpoint)
     load_state_dict(model, _without_other_heads(model, state), strict)
     check_finite(model, filename)

@@ -113,6 +113,8 @@ def test_a_float_checkpoint_with_a_quantized_config(home, error_of, run):
     assert run(TRAIN, FLOAT, '--work-dir', 'float', '--cfg-options', *TINY).returncode == 0
     message = error_of(TEST, W4A4, 'float/epoch_1.pth', '--cfg-options', *TINY)
     holds(message, 'backbone.conv1', 'no threshold', 'float checkpoint')
+    message = error_of(TRAIN, W4A4, '--cfg-options', *TINY, 'load_from=float/epoch_1.pth', 'resume=True')
+    holds(message, 'the model of the checkpoint is float', 'without resume')
 
 
 def test_a_checkpoint_of_another_quantization(home, error_of, trained):
