@@ -124,6 +124,7 @@ def allocate(
     """
     from .core.mixed.allocation import Chooser
     from .core.mixed.budgets import read_budgets
+    from .core.mixed.program import monotone
     from .core.mixed.sensitivity import loss_sensitivity
     from .report.layers import totals
 
@@ -143,7 +144,7 @@ def allocate(
     sensitivities = loss_sensitivity(
         chooser.candidates, used, lambda batch: loss(copied, batch), lambda batch: len(_first(batch))
     )
-    found = chooser.allocate(sensitivities, limits)
+    found = chooser.allocate(monotone(sensitivities), limits)
     if show:
         print('\n'.join(found.summary('expected rise of the loss')))
     return found

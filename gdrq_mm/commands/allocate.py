@@ -14,6 +14,7 @@ from ..core.files import file_digest, write_whole
 from ..core.mixed.allocation import Allocation, config_text
 from ..core.mixed.budgets import read_budgets
 from ..core.mixed.choices import bits_to_try
+from ..core.mixed.program import monotone
 from ..deploy.runtime import RUNTIMES, installed_backends
 from ..openmmlab.amp import use_amp
 from ..openmmlab.cli import add_config_arguments, build_runner, load_config
@@ -92,7 +93,7 @@ def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple
         else:
             measure_metric(runner, chooser.candidates, sensitivities, args.samples, args.metric)
     unit = UNITS[args.by].format(sensitivities.notes.get('title', ''))
-    return chooser.allocate(sensitivities.table(chooser.candidates), limits), unit
+    return chooser.allocate(monotone(sensitivities.table(chooser.candidates)), limits), unit
 
 
 def main() -> None:

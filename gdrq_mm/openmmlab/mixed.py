@@ -114,6 +114,8 @@ class BitSearchHook(Hook):
         self.open, self.limits = open, limits
         self.chooser: Any = None
         self.search: Any = None
+        self.scale = 1.0
+        """By which the loss of this iteration is multiplied."""
 
     def before_train(self, runner: Runner) -> None:
         self.chooser = chooser = self.open()
@@ -121,11 +123,15 @@ class BitSearchHook(Hook):
         given = {choice.name: choice.bits[0] for choice in chooser.choices if len(choice.bits) == 1}
         self.search = BitSearch(chooser.candidates, choices_of_layers(chooser.choices), given, budgets)
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
+        self.scale = scaler.get_scale() if scaler is not None else 1.0  # after a step it may be another one
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         if runner.optim_wrapper.should_update():
-            self.search.step((runner.iter + 1) / runner.max_iters)
+            self.search.step((runner.iter + 1) / runner.max_iters, self.scale)
 
 
 def search_bits(

@@ -83,6 +83,19 @@ def test_the_program_is_as_good_as_any_bits_that_fit(program):
         assert not program.fits(uniform) or found.loss <= uniform.loss + 1e-4
 
 
+@settings(max_examples=30, deadline=None)
+@given(programs(), st.integers(0, 1))
+def test_no_answer_of_the_same_loss_has_more_bits(program, losses):
+    """Brute force, with sensitivities that are all 0, or 0 and 1."""
+    tables = {c: {b: float(losses and b < 4) for b in options} for c, options in program.choices.items()}
+    program = Program(tables, program.layers, program.budgets)
+    fitting = [each for each in every_solution(program) if program.fits(each)]
+    if fitting:
+        found, least = program.solve(), min(each.loss for each in fitting)
+        assert found.loss == least
+        assert sum(found.bits.values()) == max(sum(each.bits.values()) for each in fitting if each.loss == least)
+
+
 @settings(max_examples=20, deadline=None)
 @given(programs())
 def test_a_larger_budget_loses_less(program):
@@ -419,8 +432,12 @@ def test_bad_input_of_the_door(changes, message):
 # ---- the search -----------------------------------------------------------------------------------------------------
 
 
-def test_the_search_moves_towards_the_budget_and_what_the_loss_needs():
-    """Two layers, one of which has no effect: it gets the fewest bits, within a budget that forces one of them."""
+@pytest.mark.parametrize('scale', [1.0, 65536.0])
+def test_the_search_moves_towards_the_budget_and_what_the_loss_needs(scale):
+    """Two layers, one of which has no effect: it gets the fewest bits, within a budget that forces one of them.
+
+    In float16 the loss is scaled, and the first gradients are not finite.
+    """
     torch.manual_seed(0)
 
     def forward(m, x):
@@ -443,8 +460,10 @@ def test_the_search_moves_towards_the_budget_and_what_the_loss_needs():
     given = {choice.name: choice.bits[0] for choice in chooser.choices if len(choice.bits) == 1}
     search = BitSearch(chooser.candidates, choices_of_layers(chooser.choices), given, [budget])
     for step in range(60):
-        (100 * (model.train()(x) - target).square().mean()).backward()
-        search.step((step + 1) / 60)
+        (scale * 100 * (model.train()(x) - target).square().mean()).backward()
+        if scale > 1 and step == 0:
+            search.logits['useful.weight'].grad.fill_(torch.inf)
+        search.step((step + 1) / 60, scale)
     found = search.sensitivities()
     search.stop()
     for options in found.values():

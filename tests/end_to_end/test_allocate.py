@@ -90,7 +90,7 @@ def test_by_metric_goes_on_where_it_stopped(tool, tiny, float_checkpoint, tmp_pa
         return evaluate(runner)
 
     monkeypatch.setattr(sensitivities, 'evaluate', counted)
-    arguments = (float_checkpoint, '--budget', 'size=0.2', '--by', 'metric', '--samples', 20, '--bits', 2, 4)
+    arguments = (float_checkpoint, '--budget', 'size=0.13', '--by', 'metric', '--samples', 20, '--bits', 2, 4)
     arguments = (*arguments, '--out', 'mixed.py')
     assert tool(*arguments) == 'interrupted' and not (tmp_path / 'mixed.py').exists()
     written = json.loads((tmp_path / 'tool/sensitivities_metric.json').read_text())

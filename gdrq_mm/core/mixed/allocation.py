@@ -12,7 +12,7 @@ from ..config import Quantization, settings_of
 from ..convert import Report
 from .budgets import Costs, choices_of_layers
 from .choices import Candidates, Choice, choices_of
-from .program import Pair, Program, Sensitivities, Solution, monotone
+from .program import Pair, Program, Sensitivities, Solution
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ class Chooser:
             sensitivities: of the open choices.
             limits: kind of a budget -> its limit, see :meth:`Costs.budget`.
         """
-        known = monotone(sensitivities)
-        tables = {c.name: {b: known[c.name][b] if len(c.bits) > 1 else 0.0 for b in c.bits} for c in self.choices}
+        tables = {
+            c.name: {b: sensitivities[c.name][b] if len(c.bits) > 1 else 0.0 for b in c.bits} for c in self.choices
+        }
         budgets = [self.costs.budget(kind, limit) for kind, limit in limits.items()]
         return Program(tables, choices_of_layers(self.choices), budgets)
 

@@ -166,22 +166,33 @@ class Program:
         )
 
     def _minimize(self, budget: Budget | None = None) -> dict[str, int] | None:
-        """The bits of each choice with the least loss, or the least cost in `budget`; None if no bits fit."""
+        """The bits of each choice with the least loss, or the least cost in `budget`; None if no bits fit.
+
+        Of several answers with the least loss it is one with the most bits: fewer would save what nobody asked for.
+        """
         shrink = 0.0
         while shrink < 1e-3:
             bits = self._try(budget, shrink)
             if bits is None:
                 return None
-            pairs = self.pairs(bits)
-            if all(each.used(pairs) <= each.limit for each in self.budgets):
-                return bits
+            if self._kept(bits):
+                more = self._try(None, shrink, self.solution('', bits).loss) if budget is None else None
+                return more if more is not None and self._kept(more) else bits
             shrink = 4 * shrink + 1e-6  # beyond the limit by less than what the solver tolerates
         return None
 
-    def _try(self, budget: Budget | None, shrink: float) -> dict[str, int] | None:
+    def _kept(self, bits: Mapping[str, int]) -> bool:
+        """Whether these bits are within every budget."""
+        pairs = self.pairs(bits)
+        return all(each.used(pairs) <= each.limit for each in self.budgets)
+
+    def _try(self, budget: Budget | None, shrink: float, loss: float | None = None) -> dict[str, int] | None:
         """One variable for each choice and its bits, 0 or 1, and one for each layer and pair of bits.
 
         The second are the products of the first where these are whole, so that costs of pairs are linear.
+
+        Args:
+            loss: find the most bits that lose no more than this, up to GAP of the largest sensitivity.
         """
         names = [(choice, b) for choice, options in self.choices.items() for b in options]
         start: dict[str, dict[int, int]] = {choice: {} for choice in self.choices}
@@ -202,9 +213,13 @@ class Program:
                 rows.add({number: -1.0, **{pairs[layer, Pair(w, a)]: 1.0 for w in start[weight]}}, 0, 0)
         for each in self.budgets:
             rows.add(_scaled(each, pairs), -np.inf, (each.limit * (1 - shrink) - each.fixed) / abs(each.limit or 1))
-        objective = np.zeros(rows.columns)
-        if budget is None:
-            objective[: len(names)] = [self.choices[choice][b] for choice, b in names]
+        objective, losses = np.zeros(rows.columns), [self.choices[choice][b] for choice, b in names]
+        if loss is not None:
+            unit = max(map(abs, losses)) or 1.0
+            rows.add({number: value / unit for number, value in enumerate(losses)}, -np.inf, loss / unit + GAP)
+            objective[: len(names)] = [-b for _, b in names]
+        elif budget is None:
+            objective[: len(names)] = losses
         else:
             for number, value in _scaled(budget, pairs).items():
                 objective[number] = value

@@ -95,14 +95,21 @@ class BitSearch:
             return self.bits[choice], shares[choice]
         return (self.given[choice],), next(iter(shares.values())).new_ones(1)
 
-    def step(self, progress: float) -> None:
+    def step(self, progress: float, scale: float = 1.0) -> None:
         """Move the logits by the gradients that they have, with those of the penalty; draw new noise.
+
+        Gradients that are not finite, as float16 has them now and then, move nothing.
 
         Args:
             progress: fraction of the search that is done; the temperature falls with it.
+            scale: by which the loss was multiplied, as for float16.
         """
-        self.penalty().backward()
-        self.optimizer.step()
+        gradients = [logits.grad for logits in self.logits.values() if logits.grad is not None]
+        for gradient in gradients:
+            gradient.div_(scale)
+        if all(gradient.isfinite().all() for gradient in gradients):
+            self.penalty().backward()
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.temperature = HOT * (COLD / HOT) ** progress
         self._draw()
