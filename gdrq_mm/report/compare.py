@@ -15,11 +15,13 @@ from .identity import (
     backend_of,
     bits_of,
     checkpoint_of,
+    extras_of,
     file_of,
     identity_of,
     is_control,
     method_of,
     start_of,
+    starts_of,
     title_of,
 )
 from .metrics import Metric, all_metrics, number_of, value_of
@@ -79,7 +81,9 @@ class _Variant:
 def comparison_rows(records: Sequence[Record]) -> list[dict[str, str]]:
     """A dict by COLUMNS for each model, data set, method, bits, recipe and metric, averaged over seeds.
 
-    'trained on' is the float model trained on by the recipe of the row with every quantizer off (`control=True`).
+    'float' is the model that the training started from, also where a quantized one lies between. 'trained on' is the
+    float model trained on by the recipe of the row, as long, with every quantizer off (`control=True`); empty if there
+    is no such record.
 
     Every method of a model has a row for all bits that any method was run with; 'not run' stands where there is no
     record. A model with a float record only has no row. Where the records of a model were trained in several ways, a
@@ -170,7 +174,7 @@ def _recipes(of_model: Sequence[Record]) -> dict[tuple[str, int], str]:
     checkpoints of one training are, else by their file.
     """
     quantized = _quantized(of_model)
-    keys = {_result(r): (recipe_key(r), start_of(r)) for r in quantized}
+    keys = {_result(r): (recipe_key(r), start_of(r), json.dumps(extras_of(r))) for r in quantized}
     extra: dict[tuple[str, int], Any] = dict.fromkeys(keys, '')
     for tell in (reached, lambda record: checkpoint_of(record)):
         cells: dict[tuple[Any, ...], dict[tuple[str, int], Record]] = {}
@@ -200,11 +204,15 @@ def _floats(of_model: Iterable[Record]) -> list[Record]:
 
 
 def _baseline(of_model: Sequence[Record], record: Record | None) -> Record | None:
-    """The float record of the checkpoint that a quantized one was trained from, or the only one if it does not say."""
+    """The float record of the checkpoint that a quantized one was trained from, or the only one if it does not say.
+
+    That training may have started from a quantized checkpoint, which started from the float one.
+    """
     floats = _floats(of_model)
     if record is None or len(floats) == 1:
         return floats[0] if len(floats) == 1 else None
-    own = [before for before in floats if checkpoint_of(before) == start_of(record)]
+    start = next((each for each in starts_of(record) if each in map(checkpoint_of, floats)), None)
+    own = [before for before in floats if checkpoint_of(before) == start]
     return next((before for before in own if tested(before) == tested(record)), next(iter(own), None))
 
 
@@ -213,11 +221,28 @@ def _quantized(of_model: Iterable[Record]) -> list[Record]:
 
 
 def _trained_on(of_model: Iterable[Record], record: Record | None) -> list[Record]:
-    """The controls of a quantized record: those that were trained alike, or all of them if none was."""
+    """The controls of a quantized record: trained alike and as long, one for each seed.
+
+    If none has the distillation of the record, those without any stand for it.
+    """
     if record is None:
         return []
     controls = [r for r in of_model if is_control(r) and backend_of(r) == 'torch' and start_of(r) == start_of(record)]
-    return _different([r for r in controls if recipe_key(r) == recipe_key(record)] or controls)
+    alike = [r for r in controls if (recipe_key(r), reached(r)) == (recipe_key(record), reached(record))]
+    alike = [r for r in alike if _epilogue(r) == _epilogue(record)]
+    own = [r for r in alike if _taught(r) == _taught(record)]
+    return _different(own or [r for r in alike if not _taught(r)])
+
+
+def _epilogue(record: Record) -> dict[str, Any]:
+    """The stages at the end of a training that a control has too."""
+    schedule = record['quantization'].get('schedule') or {}
+    return {key: schedule[key] for key in ('freeze', 'settle') if key in schedule}
+
+
+def _taught(record: Record) -> Any:
+    """The distillation of a training; None if it had none."""
+    return record['quantization'].get('distill')
 
 
 def check_comparable(records: Sequence[Record]) -> None:
@@ -238,7 +263,7 @@ def check_comparable(records: Sequence[Record]) -> None:
         floats = _floats(of_model)
         known = [checkpoint_of(before) for before in floats]
         for record in of_model:
-            if record['quantization'] is None or not floats or start_of(record) in known:
+            if record['quantization'] is None or not floats or set(starts_of(record)) & set(known):
                 continue
             start, bases = record['training'].get('start'), ' and '.join(map(file_of, floats))
             if start:
@@ -296,7 +321,8 @@ def _row(
     for runtime, ran in found.runtimes.items():
         values = [value for value in (value_of(r, metric) for r in _different(ran)) if value is not None]
         with np.errstate(all='ignore'):
-            cells[runtime] = number_text(float(np.mean(values))) if values else ''
+            some = f' ({len(values)} of {len(records)} seeds)' if 0 < len(values) < len(records) else ''
+            cells[runtime] = f'{number_text(float(np.mean(values)))}{some}' if values else ''
     return {column: printable(cell) for column, cell in cells.items()}
 
 

@@ -67,12 +67,15 @@ def metric_plot(rows: Rows, against: str, methods: Sequence[str]) -> Markup:
         for group, name in zip(groups, _model_names(rows, groups)):
             line, filling = STYLES[groups.index(group) % len(STYLES)]
             of_group = [row for number, row in rows if number == group]
-            base, size = of_group[0]['float'], sizes(of_group[0])[0]
-            if base not in (NOT_RUN, NOT_MEASURED) and math.isfinite(_number(base)):
-                x = places['float'] if against == 'bits' else size
+            bases = {row['float']: row for row in of_group if row['float'] not in (NOT_RUN, NOT_MEASURED)}
+            for base, row in bases.items():  # rows of several recipes may start from several float models
+                if not math.isfinite(_number(base)):
+                    continue
+                of = f' of {row["recipe"]}' if len(bases) > 1 and row['recipe'] else ''
+                x = places['float'] if against == 'bits' else sizes(row)[0]
                 axis.axhline(_number(base), color=INK, linestyle=line, linewidth=0.8, alpha=0.6)
                 style: Any = dict(color=INK, linestyle=line, marker='h', fillstyle=filling, markersize=7)
-                axis.plot([x], [_number(base)], label=f'float{name}', **style)
+                axis.plot([x], [_number(base)], label=f'float{name}{of}', **style)
             for method in dict.fromkeys(series(row) for row in of_group):
                 of_method = [row for row in of_group if series(row) == method]
                 shift = shifts[method]

@@ -63,6 +63,23 @@ def start_of(record: Record) -> str | None:
     return (start['sha256'] or start['file']) if start else None
 
 
+def starts_of(record: Record) -> list[str]:
+    """The checkpoint that the training started from, that from which that one was trained, and so on."""
+    found, start = [], record['training'].get('start')
+    while start:
+        found.append(start['sha256'] or start['file'])
+        start = start.get('start')
+    return found
+
+
+def extras_of(record: Record) -> dict[str, Any]:
+    """Settings of a quantized record that decide its result and are in no column: of calibration and distillation."""
+    quantization = record['quantization'] or {}
+    found = {'calibration batches': quantization.get('calibration_batches', 8)}
+    teacher = (quantization.get('distill') or {}).get('teacher')
+    return found | ({'teacher': teacher} if teacher else {})
+
+
 def checkpoint_of(record: Record) -> str:
     """The checkpoint that was tested: its digest, else its file."""
     return record['checkpoint']['sha256'] or record['checkpoint']['file']

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .identity import extras_of, is_control
+
 Record = Mapping[str, Any]
 
 SHOWN = 160
@@ -32,7 +34,8 @@ def recipe_key(record: Record) -> str:
     training = record['training']
     recipe = {key: value for key, value in (training.get('recipe') or {}).items() if key != 'versions'}
     length = [] if recipe and training.get('iter') else list(reached(record))
-    return json.dumps([recipe, length, tested(record)], sort_keys=True, default=str)
+    changed = training.get('changed') or []
+    return json.dumps([recipe, length, tested(record), *([changed] if changed else [])], sort_keys=True, default=str)
 
 
 def tested(record: Record) -> int:
@@ -56,12 +59,12 @@ def differences(records: Sequence[tuple[str, Record]]) -> list[str]:
     lines = []
     told: dict[str, list[str]] = {label: [] for label in labels}
     for key in dict.fromkeys(key for _, found in facts for key in found):
-        # Records without a recipe differ in one line, not in one for each of its settings.
-        optional = key == 'trained from' or key.startswith('recipe.')
         values: dict[str, dict[str, None]] = {label: {} for label in labels}
         for label, found in facts:
-            if key in found or not (optional and (key == 'trained from' or 'recipe' in found)):
-                values[label][_short(found.get(key, ABSENT.get(key, NOT_RECORDED)))] = None
+            # Records without a recipe differ in one line, not in one for each of its settings.
+            if key in found or not (key in OF_SOME or (key.startswith('recipe.') and 'recipe' in found)):
+                absent = NOT_SET if key.startswith('recipe.') else ABSENT.get(key, NOT_RECORDED)
+                values[label][_short(found.get(key, absent))] = None
         lines += _line(key.removeprefix('recipe.'), values)
         for label in labels:
             told[label] += values[label]
@@ -81,8 +84,12 @@ def _line(name: str, values: Mapping[str, Mapping[str, None]]) -> list[str]:
     return [f'{name}: ' + '; '.join(f'{label} {texts}' for label, texts in shown.items())]
 
 
-ABSENT = {'recipe': 'recorded'}
+ABSENT = {'recipe': 'recorded', 'changed when resumed': 'nothing'}
 """What stands for a fact that a record does not have, if it is not NOT_RECORDED."""
+NOT_SET = 'not set'
+"""Stands for a setting of the recipe that a record with a recipe does not have."""
+OF_SOME = ('trained from', 'calibration batches', 'teacher')
+"""Facts that only some kinds of record have: the others are left out of their line."""
 
 
 def _facts(record: Record) -> dict[str, str]:
@@ -96,9 +103,15 @@ def _facts(record: Record) -> dict[str, str]:
     if start:
         found['trained from'] = f'{start["file"]} {(start["sha256"] or "")[:8]}'.strip()
     if recipe:
+        rates = recipe.get('param_scheduler')
+        recipe = {**recipe, 'param_scheduler': [rates]} if isinstance(rates, Mapping) else recipe
         found |= {f'recipe.{key}': text for key, text in flat(recipe).items()}
     else:
         found['recipe'] = NOT_RECORDED
+    if training.get('changed'):
+        found['changed when resumed'] = ', '.join(training['changed'])
+    if record['quantization'] and not is_control(record):
+        found |= {'teacher': 'none', **{key: str(value) for key, value in extras_of(record).items()}}
     found['checkpoints tested'] = str(tested(record))
     found |= {f'tested with {name}': text for name, text in flat(versions).items() if name}
     found['code revision'] = str(git['commit'])[:7] if git.get('commit') else NOT_RECORDED

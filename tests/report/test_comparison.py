@@ -14,6 +14,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.report.compare import NOT_MEASURED, comparison_rows, recipe_notes
 from gdrq_mm.report.formats import comparison_csv, comparison_markdown, comparison_table
 from gdrq_mm.report.html import html_report
+from gdrq_mm.report.identity import is_control
 from gdrq_mm.report.metrics import main_metric, number_of
 from gdrq_mm.report.record import read_record, write_record
 from tests.helpers import ROOT
@@ -104,6 +105,93 @@ def test_a_control_of_the_same_recipe_counts_where_there_are_several(made):
         control(made, 'd', 92.0, recipe=recipe(lr=0.2)),
     ]
     assert cells(comparison_rows(records), 'quantized', 'trained on') == [('89.00', '91.00'), ('88.00', '92.00')]
+
+
+DISTILL = dict(weight=dict(bits=4), distill=dict(temperature=2.0, teacher='float.pth'))
+ONNX = dict(backend='onnxruntime')
+SETTLED = dict(weight=dict(bits=4), schedule=dict(settle=0.1))
+
+
+def with_settings(found, quantization):
+    return {**found, 'quantization': {**quantization, **dict(control=is_control(found) or None)}}
+
+
+def test_a_control_of_another_training_does_not_count(made):
+    """Another length of the same training, another recipe, another epilogue; without any the cell is empty."""
+    quantized, controlled = made('q', 83.0, start='float', epoch=2, recipe=recipe()), []
+    for name, top1, changes in (('a', 80.0, dict(epoch=1)), ('b', 84.0, {}), ('c', 85.0, dict(recipe=recipe(lr=0.2)))):
+        controlled.append(control(made, name, top1, **{**dict(epoch=2, recipe=recipe()), **changes}))
+    controlled.append(with_settings(control(made, 'd', 86.0, epoch=2, recipe=recipe()), SETTLED))
+    columns = ('quantized', 'trained on', 'drop, trained on')
+    assert cells(comparison_rows([quantized, *controlled]), *columns) == [('83.00', '84.00', '1.00')]
+    del controlled[1]
+    assert cells(comparison_rows([quantized, *controlled]), *columns) == [('83.00', '', '')]
+
+
+def test_a_control_with_the_distillation_of_the_row_comes_first(made):
+    plain_, taught = (made(name, 83.0, start='float', recipe=recipe()) for name in 'pt')
+    taught = with_settings(taught, DISTILL)
+    taught['model']['options'] = dict(distill='T 2, weight 1')
+    without = control(made, 'a', 84.0, recipe=recipe())
+    own = with_settings(control(made, 'b', 86.0, recipe=recipe()), DISTILL)
+    for controls, expected in (
+        ([without, own], ['84.00', '86.00']),
+        ([without], ['84.00'] * 2),
+        ([own], ['', '86.00']),
+    ):
+        rows = comparison_rows([plain_, taught, *controls])
+        assert [row['trained on'] for row in rows] == expected
+
+
+def test_a_float_model_behind_a_quantized_one_is_the_baseline(made):
+    """2 bits are trained from 4 bits, which were trained from float."""
+    first, second = made('a', 89.0, start='float'), made('b', 88.0, start='a', recipe=recipe())
+    second['training']['start']['start'] = first['training']['start']
+    rows = comparison_rows([made('float', 90.0, quantized=False), first, second])
+    assert cells(rows, 'float', 'quantized', 'drop') == [('90.00', '89.00', '1.00'), ('90.00', '88.00', '2.00')]
+    del second['training']['start']['start']
+    with pytest.raises(UserError, match='another checkpoint'):
+        comparison_rows([made('float', 90.0, quantized=False), first, second])
+
+
+@pytest.mark.parametrize(
+    ('settings', 'other', 'line'),
+    [
+        ({}, dict(calibration_batches=64), 'calibration batches: A 8; B 64'),
+        (DISTILL, {**DISTILL, 'distill': dict(teacher='large.pth')}, 'teacher: A float.pth; B large.pth'),
+    ],
+)
+def test_other_settings_are_not_another_seed(made, settings, other, line):
+    records = [made('float', 90.0, quantized=False)]
+    for seed, each in enumerate((settings, other)):
+        records.append(with_settings(made(f'q{seed}', 80.0 + seed, start='float', recipe=recipe(), seed=seed), each))
+    assert cells(comparison_rows(records), 'recipe', 'quantized', 'seeds') == [('A', '80.00', '1'), ('B', '81.00', '1')]
+    assert line in recipe_notes(records)
+
+
+def test_a_training_that_was_resumed_otherwise_is_another_recipe(made):
+    records = [made(f'q{seed}', 80.0, start='float', recipe=recipe(), seed=seed) for seed in range(2)]
+    records[1]['training']['changed'] = ['after iteration 4: optim_wrapper.optimizer.lr 0.2 → 0.1']
+    assert [row['recipe'] for row in comparison_rows(records)] == ['A', 'B']
+    assert any('changed when resumed: A nothing; B after iteration 4' in line for line in recipe_notes(records))
+
+
+def test_a_runtime_that_ran_some_seeds_says_so(made):
+    records = [made(f'q{seed}', 80.0 + seed, start='float', recipe=recipe(), seed=seed) for seed in range(3)]
+    ran = [made(f'q{n}', 70.0 + n, start='float', recipe=recipe(), seed=n, model=ONNX) for n in range(3)]
+    assert comparison_rows([*records, ran[2]])[0]['onnxruntime'] == '72.00 (1 of 3 seeds)'
+    assert comparison_rows([*records, *ran])[0]['onnxruntime'] == '71.00'
+
+
+def test_a_page_has_a_line_for_each_float_model(made):
+    records = [
+        made('f', 90.0, quantized=False),
+        made('g', 92.0, quantized=False),
+        made('a', 89.0, start='f', recipe=recipe()),
+        made('b', 91.0, start='g', recipe=recipe(lr=0.2)),
+    ]
+    page = html_report(records)
+    assert 'float of A' in page and 'float of B' in page and 'float of' not in html_report(records[::2])
 
 
 # ---- several metrics ------------------------------------------------------------------------------------------------
