@@ -19,7 +19,7 @@ from .data_only import data_only
 from .hooks import StopHook, WorkDirHook
 from .loading import go_on
 from .models import bare_model, quantization_of
-from .recipe import trained_as, training_of
+from .recipe import changed_settings, trained_as, training_of
 from .weights import load_weights, meta_of, plan_of, renamed
 
 
@@ -38,6 +38,8 @@ class CheckpointRunner(Runner):
         """What the checkpoint says of the run that wrote it: seed, epochs, iterations, and where it started from."""
         self.needed_share = 0.5
         """Share of the parameters that a checkpoint to start from must have: another head may start anew."""
+        self.changed: list[str] = []
+        """In what the recipe was changed when the training was resumed; a record states the last recipe."""
         self.run_id = ''
         """The training that the checkpoints in the work directory belong to; a resumed one keeps it."""
         self.resumed = False
@@ -90,7 +92,7 @@ class CheckpointRunner(Runner):
         if left_out:
             self.logger.info(f'Thresholds of {filename} are left out: {left_out}.')
         meta = self._meta = meta_of(checkpoint)
-        started = dict(file=Path(filename).name, sha256=checkpoint_digest(filename))
+        started = dict(file=Path(filename).name, sha256=checkpoint_digest(filename), start=meta.get('start'))
         self.training = dict(start=started if self._starts else meta.get('start'), **training_of(meta))
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
@@ -103,6 +105,7 @@ class CheckpointRunner(Runner):
         Between two optimizer steps it also holds what was accumulated since the last one, so all processes call this.
         """
         meta = {**(kwargs.get('meta') or {}), 'start': self.training.get('start'), 'run': self.run_id}
+        meta['changed'] = self.changed
         meta.update(plan=self.report.plan.to_dict(), **trained_as(self.cfg, self.iter > 0, get_world_size()))
         meta['validated'] = meta.get('iter') == self.validated_at
         meta['patience'] = {hook.monitor: [hook.wait_count, float(hook.best_score)] for hook in self._early_stopping()}
@@ -126,11 +129,23 @@ class CheckpointRunner(Runner):
         if 'accumulated' in self._meta:
             restore(bare_model(self.model), self._meta['accumulated'])
             self.logger.info('What was accumulated before the checkpoint, which lies between two steps, is restored.')
+        self._note_changes()
         patience = self._meta.get('patience', {})
         for hook in self._early_stopping():
             hook.wait_count, hook.best_score = patience.get(hook.monitor, (hook.wait_count, hook.best_score))
         self.resumed, self.run_id = True, str(self._meta.get('run', ''))
         self.resumed_unvalidated = not self._meta.get('validated', False)
+
+    def _note_changes(self) -> None:
+        """Keep, and warn of, settings of the training that are not those of the checkpoint that is resumed."""
+        recipe = trained_as(self.cfg, True, get_world_size())['recipe']
+        lines = changed_settings(self._meta.get('recipe') or {}, recipe)
+        if lines:
+            self.logger.warning(
+                f'The training is resumed with other settings: {"; ".join(lines)}. What the optimizer and its schedule '
+                'keep, as learning rates, is that of the checkpoint.'
+            )
+        self.changed = [*(self._meta.get('changed') or []), *(f'after iteration {self.iter}: {line}' for line in lines)]
 
     def load_or_resume(self) -> None:
         """Load the checkpoint of the config, if it names one."""

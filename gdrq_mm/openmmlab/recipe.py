@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from mmengine.config import Config
 
 from ..core.config import Quantization
 from ..core.typed import FLOAT_BITS
-from ..report.provenance import versions
+from ..report.provenance import git_revision, versions
+from ..report.recipe import NOT_SET, flat
 from ..report.record import plain
 from .models import quantization_of
 
@@ -34,7 +36,8 @@ def trained_as(cfg: Config, trained: bool, processes: int) -> dict[str, Any]:
     found |= {key: loader.get(key) for key in ('batch_size', 'sampler', 'batch_sampler', 'drop_last')}
     model = cfg.model if isinstance(cfg.get('model'), dict) else {}
     found |= {'model.train_cfg': model.get('train_cfg'), 'processes': processes}
-    found['versions'] = {**versions(), 'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+    found['versions'] = {**versions(), 'device': device, 'commit': _commit()}
     recipe = {key: _no_folders(plain(value)) for key, value in found.items() if value is not None}
     return dict(recipe=recipe, quantization=quantization_of(cfg))
 
@@ -43,7 +46,18 @@ def training_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """What the `meta` of a checkpoint says of its training; without `quantization` if it is of an older version."""
     found = {key: meta.get(key) for key in ('seed', 'epoch', 'iter')}
     found |= {key: meta[key] for key in ('recipe',) if isinstance(meta.get(key), dict)}
+    found |= {key: meta[key] for key in ('changed',) if meta.get(key) and isinstance(meta[key], list)}
     return {**found, 'quantization': meta['quantization']} if 'quantization' in meta else found
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """In what a recipe differs from one before, one line each; {} is one that is not known.
+
+    Left out is what does not change what was trained already: the length, how often it is validated, and the versions.
+    """
+    one, other = (flat({k: v for k, v in each.items() if k != 'versions'}) for each in (before, after))
+    keys = [key for key in {**one, **other} if before and not key.startswith('train_cfg.')]
+    return [f'{k} {one.get(k, NOT_SET)} → {other.get(k, NOT_SET)}' for k in keys if one.get(k) != other.get(k)]
 
 
 def settings_of(config: Quantization | None) -> dict[str, Any]:
@@ -68,6 +82,12 @@ def other_settings(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | N
         for key in {**one, **other}
         if one.get(key, missing) != other.get(key, missing)
     ]
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of the code that runs, asked once: files may change while it runs."""
+    return git_revision()['commit']
 
 
 def _without(value: Any, keys: tuple[str, ...]) -> Any:

@@ -54,7 +54,7 @@ class QuantRunner(CheckpointRunner):
         `resume = True` in a config may find no checkpoint: then the training begins, and needs what it starts from.
         """
         read_quantization(cfg)
-        if not cfg.get('resume'):
+        if cfg.get('train_cfg') and not cfg.get('resume'):
             name_teacher(cfg)
         for name in ('auto_scale_lr', 'default_hooks', 'env_cfg', 'model_wrapper_cfg', 'randomness'):
             if not isinstance(cfg.get(name) or {}, dict):
@@ -160,7 +160,8 @@ class QuantRunner(CheckpointRunner):
         self.load_calibrated()
         self.log_layers()
         folder, name = os.path.split(path)
-        self.save_checkpoint(folder or '.', name, save_optimizer=False, save_param_scheduler=False)
+        meta = dict(epoch=0, iter=0)  # mmengine would count an epoch
+        self.save_checkpoint(folder or '.', name, save_optimizer=False, save_param_scheduler=False, meta=meta)
 
     def log_layers(self) -> None:
         """Log the table of layers with what became of each."""

@@ -66,8 +66,8 @@ def start_of(record: Record) -> str | None:
 def starts_of(record: Record) -> list[str]:
     """The checkpoint that the training started from, that from which that one was trained, and so on."""
     found, start = [], record['training'].get('start')
-    while start:
-        found.append(start['sha256'] or start['file'])
+    while isinstance(start, Mapping):
+        found.append(str(start.get('sha256') or start.get('file')))
         start = start.get('start')
     return found
 

@@ -109,7 +109,7 @@ def _facts(record: Record) -> dict[str, str]:
     else:
         found['recipe'] = NOT_RECORDED
     if training.get('changed'):
-        found['changed when resumed'] = ', '.join(training['changed'])
+        found['changed when resumed'] = ', '.join(map(str, training['changed']))
     if record['quantization'] and not is_control(record):
         found |= {'teacher': 'none', **{key: str(value) for key, value in extras_of(record).items()}}
     found['checkpoints tested'] = str(tested(record))

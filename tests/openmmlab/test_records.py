@@ -9,7 +9,10 @@ import torch
 from mmengine.config import Config
 
 from gdrq_mm.core.config import Quantization
-from gdrq_mm.openmmlab.cli import read_config
+from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.files import file_digest
+from gdrq_mm.openmmlab.checkpoints import read_checkpoint
+from gdrq_mm.openmmlab.cli import prepare_test, read_config
 from gdrq_mm.openmmlab.describe import make_record, mean_of, model_name
 from gdrq_mm.openmmlab.recipe import other_settings, settings_of, trained_as, training_of
 from gdrq_mm.openmmlab.runner import QuantRunner
@@ -20,6 +23,7 @@ from tests.helpers import ROOT
 from tests.records import MODEL, config
 from tests.runs import QUANTIZATION, TEST_ONLY, checkpoint_of, tiny_config
 
+EPOCH = dict(by_epoch=True, max_epochs=1, val_interval=1)
 OTHER = {**QUANTIZATION, 'weight': dict(bits=4, groups=4, gdrq=dict(clip='project'))}
 
 
@@ -69,6 +73,46 @@ def test_a_test_set_of_absolute_paths_has_a_record_without_folders_of_the_machin
     assert found['data']['name'].endswith('cls/test') or found['data']['name'] == 'test'
     assert found['data']['root'] == 'test'
     assert str(digits_root) not in json.dumps(found)
+
+
+def test_a_training_that_is_resumed_with_other_settings_says_so(digits_root, tmp_path):
+    QuantRunner.from_cfg(tiny_config(digits_root, tmp_path, epochs=2, **{'train_cfg': EPOCH})).train()
+    changes = {'train_cfg': {**EPOCH, 'max_epochs': 2}, 'load_from': str(tmp_path / 'epoch_1.pth'), 'resume': True}
+    same = QuantRunner.from_cfg(tiny_config(digits_root, tmp_path / 'same', epochs=2, **changes))
+    same.train()
+    other = QuantRunner.from_cfg(
+        tiny_config(digits_root, tmp_path / 'other', epochs=2, **changes, **{'optim_wrapper.optimizer.lr': 0.5})
+    )
+    other.train()
+    kept = [read_checkpoint(checkpoint_of(runner, 'epoch_2.pth'))['meta'] for runner in (same, other)]
+    assert 'changed' not in training_of(kept[0])
+    assert training_of(kept[1])['changed'] == ['after iteration 4: optim_wrapper.optimizer.lr 0.02 → 0.5']
+
+
+def test_2_bits_that_start_from_4_bits_name_the_float_model(digits_root, tmp_path):
+    started = []
+    for name, quantization, before in (('f', None, None), ('a', QUANTIZATION, 'f'), ('b', OTHER, 'a')):
+        start = before and str(tmp_path / before / 'epoch_1.pth')
+        cfg = tiny_config(digits_root, tmp_path / name, quantization, epochs=1, load_from=start)
+        QuantRunner.from_cfg(cfg).train()
+        started.append(read_checkpoint(str(tmp_path / name / 'epoch_1.pth'))['meta']['start'])
+    assert started[0] is None and started[1]['start'] is None
+    assert started[2]['start'] == started[1] and started[1]['sha256'] == file_digest(tmp_path / 'f/epoch_1.pth')
+
+
+def test_a_calibrated_model_was_trained_for_no_epoch(digits_root, tmp_path):
+    runner = QuantRunner.from_cfg(tiny_config(digits_root, tmp_path, epochs=1))
+    runner.calibrate(str(tmp_path / 'calibrated.pth'))
+    meta = read_checkpoint(str(tmp_path / 'calibrated.pth'))['meta']
+    assert (meta['epoch'], meta['iter']) == (0, 0)
+
+
+def test_a_record_does_not_call_the_tested_checkpoint_the_teacher(digits_root, tmp_path):
+    cfg = tiny_config(digits_root, tmp_path, {**QUANTIZATION, 'distill': dict(temperature=2.0)}, load_from='x.pth')
+    prepare_test(cfg, 'tested.pth')
+    with pytest.raises(UserError, match=r'tested\.pth does not exist'):
+        QuantRunner.from_cfg(cfg)
+    assert 'teacher' not in cfg.quantization.distill
 
 
 def evaluation(**dataset):
