@@ -5,6 +5,7 @@ Finished cells are skipped, interrupted ones go on where they stopped. Compare w
 
 import argparse
 import os
+import re
 import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--jobs', type=int, default=1, help='cells that run at once (default: 1)')
     cores = len(os.sched_getaffinity(0))
     parser.add_argument('--cores', type=int, default=cores, help='cores that they share (default: all)')
-    parser.add_argument('--only', help='run the cells whose name contains this')
+    parser.add_argument('--only', help='run the cells in whose name this regular expression matches')
     parser.add_argument('--list', action='store_true', help='list the cells and which are finished, run nothing')
     parser.add_argument('--slurm', metavar='SCRIPT', help='write the unfinished cells as slurm jobs, run nothing')
     parser.add_argument('--slurm-args', default='', help='options of sbatch, such as "-p gpu --gres=gpu:1"')
@@ -65,7 +66,10 @@ def run_all(cells: list[Cell], jobs: int, threads: int, console: Console) -> lis
 def main() -> None:
     args = parse_args()
     cells = read_sweep(args.file)
-    chosen = [cell for cell in cells if args.only is None or args.only in cell.name]
+    try:
+        chosen = [cell for cell in cells if args.only is None or re.search(args.only, cell.name)]
+    except re.error as error:
+        raise UserError(f'--only {args.only} is not a regular expression: {error}') from None
     if not chosen:
         raise UserError(f'--only {args.only} matches none of the {len(cells)} cells')
     finished = {cell.name for cell in chosen if cell.finished()}

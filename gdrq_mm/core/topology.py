@@ -35,7 +35,8 @@ _SAME_VALUES = set(
     'transpose permute t view reshape flatten unflatten squeeze unsqueeze contiguous to float type_as dropout'.split()
 )
 """Names of functions whose result has the values of their first argument, in evaluation."""
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_NORMALIZE = {nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward}
+"""What batch norms do that do nothing else; a subclass may activate too, and is no part of a convolution then."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ class _Recorder(TorchFunctionMode):
             number = self.number(tensors[0])
             if name or self.whole:  # else the picture, of which the parts may read windows
                 self.plan.inputs.setdefault(name, number)
-            if isinstance(module, _NORMS):
+            if type(module).forward in _NORMALIZE or getattr(module, 'only_normalizes', False):
                 for producer in self.producers.get(number, [])[:1]:
                     if producer in self.convs:
                         self.norms.setdefault(producer, Counter())[name] += 1

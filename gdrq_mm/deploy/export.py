@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ LARGEST_BATCH = 16
 """Examples that an export is traced and verified with, at most."""
 PADDING = {(2, 3): (0, 64, 0, 32), (1,): (0, 7)}
 """How much larger inputs are that an open size is verified with; pictures by multiples of 32, for detectors."""
+ODD = {**PADDING, (2, 3): (0, 35, 0, 21)}
+"""The same with other remainders: a graph has only one way where a model pads or cuts by what is left of the size."""
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,8 @@ class ExportReport:
 def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> ExportReport:
     """Write model.onnx and model.safetensors (see packed.py) into a new folder, whole or not at all.
 
-    The graph takes any number of examples, and pictures of any size if the model allows it.
+    The graph takes any number of examples, and pictures of any size if the model allows it. It is verified at another
+    size too, with other remainders when divided, where the model takes such.
 
     Args:
         model: quantized and trained; its forward takes one tensor and returns tensors, nested as they like. It is not
@@ -120,14 +123,18 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
         out: the folder; it must not exist.
 
     Raises:
-        UserError: torch is older than 2.8, a layer cannot be merged or exported, no runtime is installed, or one
-            disagrees; names the first layer.
+        UserError: torch is older than 2.8, the model or the example is not finite or not float32, the model does not
+            take the example, a layer cannot be merged or exported, no runtime is installed, or one disagrees; names the
+            first layer.
     """
     check_export()
+    _check_values(model, example)
     out = Path(out)
     if out.exists():
         raise UserError(f'{out} exists')
     trained, x = detached_copy(model).cpu().eval(), example_batch(example.cpu())
+    if refused := _refusal(trained, (x,)):
+        raise UserError(f'the model does not take the example, {tuple(x.shape)} of {x.dtype}: {refused}')
     merged = merge_model(trained, plan)
     difference = first_difference(compare(trained, merged, plan, lambda m: m(x)))
     if difference:
@@ -142,10 +149,40 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
     return ExportReport([part], unread)
 
 
-def _larger(x: Tensor) -> Tensor:
-    """An input of another size."""
-    axes = size_axes(x)
-    return nn.functional.pad(x, (0, 0) * (x.dim() - 1 - axes[-1]) + PADDING[axes])
+def _check_values(model: nn.Module, example: Tensor) -> None:
+    """Refuse a model that has diverged, one of another precision, and an example that is not finite."""
+    kept = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers())]
+    for name, tensor in kept:
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype != torch.float32:
+            raise UserError(f'{name} is {tensor.dtype}: export takes a float32 model, as model.float() makes it')
+        broken = tensor.isnan() if not isinstance(tensor, nn.Parameter) else ~tensor.isfinite()  # a mask may be -inf
+        if bool(broken.any()):
+            raise UserError(f'{name} has NaN or infinite values: its training diverged; nothing was written')
+    if example.is_floating_point() and not bool(example.isfinite().all()):
+        raise UserError('the example has NaN or infinite values: there is nothing to compare with')
+
+
+def _refusal(model: Callable[..., Any], inputs: tuple[Tensor, ...]) -> str:
+    """Why a model does not take these inputs; '' if it does."""
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:  # of torch, and of models
+        return _first_line(error)
+    return ''
+
+
+def _other_size(trained: Flat, inputs: tuple[Tensor, ...], multiple: int) -> tuple[Tensor, ...]:
+    """Inputs of another size, which has other remainders if sizes need not be a multiple and the model takes it."""
+
+    def larger(x: Tensor, padding: dict[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+        axes = size_axes(x)
+        return nn.functional.pad(x, (0, 0) * (x.dim() - 1 - axes[-1]) + padding[axes])
+
+    odd = tuple(larger(x, ODD) for x in inputs)
+    return odd if multiple == 1 and not _refusal(trained, odd) else tuple(larger(x, PADDING) for x in inputs)
 
 
 def example_batch(x: Tensor) -> Tensor:
@@ -173,6 +210,7 @@ def export_part(
     x: Tensor | Sequence[Tensor],
     any_size: bool = False,
     target: str = 'both',
+    multiple: int = 1,
 ) -> ExportedPart:
     """Export a part of a model and verify it in every installed runtime, or in one.
 
@@ -183,6 +221,7 @@ def export_part(
         any_size: try a graph that takes pictures of any size, or sequences of any length, and verify it at another size
             than that of its trace. If it fails there, the size is fixed, and a warning says why.
         target: the runtime that it is for, which is noted in the graph; 'both'.
+        multiple: of which sizes always are, 32 for most detectors.
 
     Raises:
         UserError: it cannot be exported or run, or no runtime is installed.
@@ -190,7 +229,7 @@ def export_part(
     inputs = (x,) if isinstance(x, Tensor) else tuple(x)
     if any_size:
         try:
-            part = _exported(name, trained, merged, inputs, tuple(map(_larger, inputs)), target)
+            part = _exported(name, trained, merged, inputs, _other_size(trained, inputs, multiple), target)
             reason = part.wrong
         except UserError:
             raise

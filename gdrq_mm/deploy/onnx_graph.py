@@ -252,7 +252,7 @@ def _read_once(graph: ir.Graph) -> None:
         for x, other in (product.inputs, product.inputs[::-1]):
             function = other.producer() if other is not None else None
             maker = x.producer() if x is not None else None
-            if function is None or maker is None or maker.op_type != 'DequantizeLinear' or function.inputs[0] is not x:
+            if function is None or maker is None or maker.op_type != 'DequantizeLinear' or function.inputs[:1] != (x,):
                 continue
             once = ir.node('Max', [x], name=f'{maker.name}.once')
             graph.insert_after(maker, once)

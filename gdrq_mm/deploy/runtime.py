@@ -159,6 +159,10 @@ class OpenVino:
                 self.compiled.pop(next(iter(self.compiled)))
             # With an open shape its integer layers are slower and not exact (2026.4).
             model = self.model.clone()
+            for value, shape in zip(model.inputs, shapes, strict=True):
+                own = value.partial_shape
+                if not own.compatible(type(own)(list(shape))):  # reshaped, it would give other values
+                    raise RuntimeFailed(f'input {value.any_name} has shape {own} in the graph, this one has {shape}')
             model.reshape({value.any_name: shape for value, shape in zip(model.inputs, shapes, strict=True)})
             self.compiled[shapes] = self.core.compile_model(model, 'CPU', self.options)
         found = self.compiled[shapes](list(inputs))

@@ -88,7 +88,7 @@ def compare(model: nn.Module, merged: nn.Module, plan: Plan, predict: Callable[[
 def first_difference(results: list[Comparison]) -> str:
     """How the merged model differs from the trained one by more than rounding ties; '' if it does not."""
     for each in results:
-        if each.accumulator_errors or each.wrong or each.largest > 1e-4:
+        if each.accumulator_errors or each.wrong or not each.largest <= 1e-4:
             return f'the merged model differs from the trained one, first in layer {each.name}'
     ties, codes = sum(each.ties for each in results), sum(each.codes for each in results)
     return f'{ties} of {codes} codes differ, more than rounding ties explain' if too_many(ties, codes) else ''

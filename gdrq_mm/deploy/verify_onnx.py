@@ -173,7 +173,7 @@ def _compare_codes(site: Site, trained: Trained, found: np.ndarray, bias: float,
     differing = found != trained.codes()
     largest = float(distance.max()) if distance.size else 0.0
     undecided = int((differing & (np.abs(distance - 0.5) < rounding(trained.lo, trained.hi))).sum())
-    wrong = int((distance > 0.5 + TIE + bias / step).sum())
+    wrong = int((~(distance <= 0.5 + TIE + bias / step)).sum())  # NaN is wrong
     return Piece(name, step, found.size, int(differing.sum()), undecided, wrong, largest)
 
 
@@ -189,10 +189,15 @@ def rounding(lo: int, hi: int) -> float:
 def _compare_output(name: str, expected: np.ndarray, found: np.ndarray, bias: float) -> Piece:
     if found.shape != expected.shape:
         return _misshapen(name, 0.0, found)
-    difference = np.abs(found.astype(np.float64) - expected)
-    top = float(np.abs(expected).max()) if expected.size else 0.0
-    off = difference > 1e-4 * top + bias
-    largest = float(difference.max() / max(top, 1e-12)) if found.size else 0.0
+    finite = np.abs(expected[np.isfinite(expected)])  # a masked value may be -inf, in both
+    top = float(finite.max()) if finite.size else 0.0
+    with np.errstate(invalid='ignore'):
+        difference = np.abs(found.astype(np.float64) - expected)
+    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    off = ~same & ~(difference <= 1e-4 * top + bias)
+    largest = (
+        float(np.where(same, 0.0, np.nan_to_num(difference, nan=np.inf)).max() / max(top, 1e-12)) if found.size else 0.0
+    )
     return Piece(name, 0.0, found.size, int(off.sum()), 0, int(off.sum()), largest)
 
 

@@ -230,7 +230,9 @@ def metric_key(values: dict[str, Any], key: str | None, task: str) -> str:
     """
     wanted = [key] if key is not None else [*MAIN_METRICS[task], *OTHER_METRICS[task]]
     numbers = sorted(name for name, value in values.items() if isinstance(value, (int, float, np.number)))
-    found = next((each for each in wanted if each in numbers), None)
+    ends = {name.rpartition('/')[2]: name for name in reversed(numbers)}  # under another prefix it is known too
+    same_end = (ends[each.rpartition('/')[2]] for each in wanted if key is None and each.rpartition('/')[2] in ends)
+    found = next((each for each in wanted if each in numbers), None) or next(same_end, None)
     if found is None:
         raise UserError(f'--metric: the test computes no {" or ".join(wanted)}, but {", ".join(numbers) or "nothing"}')
     return found

@@ -52,8 +52,9 @@ def export_graphs(
     task = task_of(model.cfg)
     parts, exported = parts_of(model, task), []
     inputs = example_inputs(model, parts, predict)
+    multiple = getattr(model.data_preprocessor, 'pad_size_divisor', 1)  # mmdet pads pictures to it
     for part, twin in zip(parts, parts_of(merged, task), strict=True):
-        found = export_part(part.name, part.module, twin.module, inputs[part.name], part.any_size, target)
+        found = export_part(part.name, part.module, twin.module, inputs[part.name], part.any_size, target, multiple)
         report(found)
         if found.wrong:
             raise UserError(f'{part.name}: {found.wrong}; nothing was written')

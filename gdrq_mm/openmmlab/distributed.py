@@ -24,6 +24,8 @@ class CPUSyncBatchNorm(_BatchNorm):
     Made by `synchronized` only. It is no nn.SyncBatchNorm: DistributedDataParallel refuses that on a CPU.
     """
 
+    only_normalizes = True
+
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 

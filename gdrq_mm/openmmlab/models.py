@@ -165,14 +165,20 @@ def quantization_of(cfg: Config) -> dict[str, Any] | None:
     return cfg.quantization.to_dict() if 'quantization' in cfg else None
 
 
+def _is_pretrained(init: Any) -> bool:
+    return isinstance(init, dict) and type_name(init) in ('Pretrained', 'PretrainedInit')
+
+
 def drop_pretrained(cfg: Any) -> None:
     """Remove `init_cfg=dict(type='Pretrained', ...)` and mmseg's `pretrained=...` from a model config, at any depth."""
     if isinstance(cfg, dict):
         if isinstance(cfg.get('pretrained'), str):
             cfg['pretrained'] = None
         init = cfg.get('init_cfg')
-        if isinstance(init, dict) and type_name(init) in ('Pretrained', 'PretrainedInit'):
+        if isinstance(init, dict) and _is_pretrained(init):
             cfg['init_cfg'] = None
+        elif isinstance(init, (list, tuple)):
+            cfg['init_cfg'] = [each for each in init if not _is_pretrained(each)] or None
         for value in cfg.values():
             drop_pretrained(value)
     elif isinstance(cfg, (list, tuple)):

@@ -265,6 +265,13 @@ def test_other_metrics(runner, scripted):
             analyze(runner, ['head.fc'], metric=key, show_progress=False)
 
 
+def test_a_metric_under_another_prefix_is_found():
+    assert analysis.metric_key({'a/top1': 1.0, 'b': 2.0}, None, 'cls') == 'a/top1'
+    assert analysis.metric_key({'a/top1': 1.0, 'accuracy/top1': 2.0}, None, 'cls') == 'accuracy/top1'
+    with pytest.raises(UserError, match='but a/top1'):
+        analysis.metric_key({'a/top1': 1.0}, 'accuracy/top1', 'cls')
+
+
 def test_a_metric_that_is_missing_is_zero(runner, scripted):
     """CocoMetric leaves AP out if nothing was detected."""
     scripted({'head.fc': 100.0, 'backbone.conv1': -20.0})

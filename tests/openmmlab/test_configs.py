@@ -188,6 +188,13 @@ def test_a_stock_tool_trains_a_quantized_model(package, config, home, tmp_path):
     assert len(bits) > 15 and set(bits) == {4, 8}
 
 
+def test_a_pretrained_init_among_others_is_dropped():
+    others, init = [dict(type='Kaiming')], dict(type='Pretrained', checkpoint='x.pth')
+    cfg = dict(a=dict(init_cfg=[*others, init]), b=[dict(init_cfg=[init])], c=dict(init_cfg=others[0]))
+    drop_pretrained(cfg)
+    assert cfg == dict(a=dict(init_cfg=others), b=[dict(init_cfg=None)], c=dict(init_cfg=others[0]))
+
+
 def test_a_pretrained_init_that_load_from_replaces_is_not_downloaded(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     cfg = load(CONFIGS / 'cls/resnet18_width16_gdrq_w4a4_digits.py')

@@ -122,6 +122,12 @@ def test_the_best_checkpoint_is_a_quantized_one(make, keys):
     assert all(path.endswith('epoch_2.pth') for path in best.values())
 
 
+def test_a_best_score_of_no_metric_names_those_there_are(make):
+    runner = make(epochs=1, **{'default_hooks.checkpoint': dict(save_best='acc', rule='greater')})
+    with pytest.raises(UserError, match=r"save_best='acc': the metrics are accuracy/top1"):
+        runner.train()
+
+
 # ---- resume and seeds -----------------------------------------------------------------------------------------------
 
 

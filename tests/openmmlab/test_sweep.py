@@ -102,7 +102,10 @@ def test_finished_cells_are_skipped(swept, sweep):
     assert '3 cells, 2 finished, 1 to run' in out and 'tiny-float: done' in out
     after = {path.name: path.stat().st_mtime_ns for path in (swept / 'records').iterdir()}
     assert [name for name in before if before[name] != after[name]] == ['tiny-float.json']
-    assert sweep('--list', '--only', 'ptq').stdout.split() == ['tiny-ptq-w4a4-seed1:', 'finished']
+    for only in ('ptq', 'nothing|tq-'):
+        assert sweep('--list', '--only', only).stdout.split() == ['tiny-ptq-w4a4-seed1:', 'finished']
+    assert '--only (: ' not in sweep('--list', '--only', '(').stdout
+    assert 'error: --only ( is not a regular expression' in sweep('--list', '--only', '(').stderr
 
 
 def test_a_cell_that_fails_leaves_the_others(swept, sweep):

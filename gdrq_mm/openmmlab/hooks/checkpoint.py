@@ -13,6 +13,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ...core.errors import UserError
 from ...core.files import write_whole
 from ..checkpoints import POINTER
 from .work_dir import only_user
@@ -83,6 +84,10 @@ class WholeCheckpointHook(CheckpointHook):
         runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        missing = [key for key in getattr(self, 'key_indicators', None) or [] if key not in (*metrics, 'auto')]
+        if missing and metrics:  # a detector that detects nothing has none
+            known = ', '.join(map(str, metrics))
+            raise UserError(f'default_hooks.checkpoint.save_best={missing[0]!r}: the metrics are {known}')
         with self._old_ones_last():
             super()._save_best_checkpoint(runner, metrics)
 
