@@ -266,13 +266,14 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
-def export(model: nn.Module, example: Tensor, out: str | Path) -> ExportReport:
+def export(model: nn.Module, example: Tensor, out: str | Path, target: str = 'both') -> ExportReport:
     """Write the trained model as integers: ONNX and a packed file, compared with the model layer by layer.
 
     Args:
         model: trained or calibrated; its forward takes one tensor.
         example: a batch to trace and to compare with; the graph takes any number of such inputs.
         out: folder to write; it must not exist.
+        target: 'onnxruntime' or 'openvino' where one of them need not run it, 'both' of those that are installed.
 
     Returns:
         What was written and how it compares in each installed runtime.
@@ -288,7 +289,7 @@ def export(model: nn.Module, example: Tensor, out: str | Path) -> ExportReport:
     with extras_named():
         from .deploy.export import export as write
 
-        return write(_bare(model), plan, example, Path(out))
+        return write(_bare(model), plan, example, Path(out), target)
 
 
 def _bits_in_use(layer: Any) -> list[int]:

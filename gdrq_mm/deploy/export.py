@@ -109,7 +109,7 @@ class ExportReport:
         return [name for part in self.parts for name in float_layers(part.graph)]
 
 
-def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> ExportReport:
+def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path, target: str = 'both') -> ExportReport:
     """Write model.onnx and model.safetensors (see packed.py) into a new folder, whole or not at all.
 
     The graph takes any number of examples, and pictures of any size if the model allows it. It is verified at another
@@ -121,6 +121,7 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
         plan: of this model, see gdrq_mm/core/topology.py.
         example: a batch of inputs to trace and to compare with.
         out: the folder; it must not exist.
+        target: 'onnxruntime' or 'openvino' verifies and writes for that one, see :func:`for_openvino`.
 
     Raises:
         UserError: torch is older than 2.8, the model or the example is not finite or not float32, the model does not
@@ -128,6 +129,8 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
             first layer.
     """
     check_export()
+    if target not in ('both', *installed_backends()):
+        raise UserError(f'export: target={target!r} is neither both nor installed: {", ".join(installed_backends())}')
     _check_values(model, example)
     out = Path(out)
     if out.exists():
@@ -135,11 +138,13 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path) -> Ex
     trained, x = detached_copy(model).cpu().eval(), example_batch(example.cpu())
     if refused := _refusal(trained, (x,)):
         raise UserError(f'the model does not take the example, {tuple(x.shape)} of {x.dtype}: {refused}')
+    if target == 'openvino':
+        trained, _ = for_openvino(trained, plan)
     merged = merge_model(trained, plan)
     difference = first_difference(compare(trained, merged, plan, lambda m: m(x)))
     if difference:
         raise UserError(f'{difference}; nothing was written')
-    part = export_part('model', Flat(trained), Flat(merged), x, any_size=x.dim() == 4)
+    part = export_part('model', Flat(trained), Flat(merged), x, any_size=x.dim() == 4, target=target)
     if part.wrong:
         raise UserError(f'{part.wrong}; nothing was written')
     unread = check_complete(merged, [part])
@@ -257,10 +262,12 @@ def _exported(
     seen, outputs = record_codes(trained.model, functools.partial(trained, *shown))
     graph = export_onnx(merged, x, [f'y{i}' for i in range(len(outputs))], any_size)
     given, arrays = ([each.numpy() for each in tensors] for tensors in (shown, outputs))
-    pieces = {
-        backend: verify_onnx(graph, seen, given, arrays, functools.partial(open_runtime, backend))
-        for backend in (installed_backends() if target == 'both' else [target])
-    }
+    pieces = {}
+    for backend in installed_backends() if target == 'both' else [target]:
+        try:
+            pieces[backend] = verify_onnx(graph, seen, given, arrays, functools.partial(open_runtime, backend))
+        except RuntimeFailed as error:
+            raise RuntimeFailed(f'{backend}: {error}') from error
     about = {'structure': trained.structure, 'shape': list(x[0].shape[1:]), 'any_size': any_size, 'for': target}
     onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in about.items()})
     whole_biases = any(layer.deployable for layer in quant_layers(trained.model).values())
@@ -271,7 +278,10 @@ def _first_line(error: BaseException) -> str:
     """What an error says; of the exporter's, which tell how far it came, what they were raised from."""
     while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text, *others = (str(error).strip() or type(error).__name__).splitlines()
+    while text.endswith(':') and others:
+        text = f'{text} {others.pop(0).strip()}'.strip()
+    return text
 
 
 def properties(graph: onnx.ModelProto) -> dict[str, Any]:

@@ -87,6 +87,31 @@ def test_a_quantized_tensor_times_a_constant_is_exported(tmp_path):
     assert export(model, plan, x, tmp_path / 'exported').wrong == 0
 
 
+def test_what_one_runtime_does_not_take_is_exported_for_the_other(tmp_path):
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode='circular'),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    )
+    model, plan, x = trained(network)
+    with pytest.raises(UserError, match=r'openvino: .*[^:]$'):
+        export(model, plan, x, tmp_path / 'both')
+    assert list(export(model, plan, x, tmp_path / 'one', 'onnxruntime').differing) == ['onnxruntime']
+    with pytest.raises(UserError, match="target='tensorrt' is neither both nor installed: onnxruntime, openvino"):
+        export(model, plan, x, tmp_path / 'other', 'tensorrt')
+
+
+def test_for_openvino_functions_are_not_quantized_in_front(tmp_path):
+    model, plan, x = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1)))
+    kinds = {}
+    for target in ('both', 'openvino'):
+        graph = export(model, plan, x, tmp_path / target, target).parts[0].graph
+        kinds[target] = [node.op_type for node in graph.graph.node].count('QuantizeLinear')
+    assert kinds['openvino'] == kinds['both'] - 1
+
+
 class ActivatingNorm(nn.BatchNorm2d):
     """As timm's BatchNormAct2d."""
 
