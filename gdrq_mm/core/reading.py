@@ -27,6 +27,10 @@ SMALL = 1 << 20
 _REFUSED = re.compile(r'(GLOBAL [\w.]+|Unsupported (?:global|class|attribute|array|name)[^\n]*|Can only build[^\n]*)')
 
 
+OTHER_KINDS = {'.safetensors': 'a safetensors file, as a packed model is', '.onnx': 'an ONNX graph'}
+"""How a file is named that is none of torch.save -> what it is."""
+
+
 def read_torch(
     path: str | Path,
     names: Mapping[str, Any] | None = None,
@@ -70,6 +74,8 @@ def read_torch(
             raise UserError(
                 f'checkpoint {path} holds more than tensors and plain data and was not loaded: {refused[1]}{hint}'
             ) from None
+        if (kind := OTHER_KINDS.get(Path(path).suffix)) is not None:
+            raise UserError(f'{path} is {kind}, not a checkpoint as a training writes it') from None
         raise UserError(f'checkpoint {path} is truncated or damaged: {_reason(error)}') from None
 
 

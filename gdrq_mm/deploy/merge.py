@@ -239,8 +239,13 @@ def _check(layer: QuantLayer, activation: ActivationQuantizer | None, norm: _Bat
     for quantizer in (weight, activation):
         if quantizer.uneven:
             raise UserError(f'layer {name} cannot be merged: {quantizer.uneven}')
-        if not quantizer.calibrated or quantizer.stage not in (Stage.QUANTIZE, Stage.FREEZE):
-            raise UserError(f'layer {name} cannot be merged: it has not been trained or calibrated to its end')
+        if not quantizer.calibrated:
+            raise UserError(
+                f'layer {name} cannot be merged: it has no threshold, which training or calibration finds; '
+                'a float checkpoint has none'
+            )
+        if quantizer.stage not in (Stage.QUANTIZE, Stage.FREEZE):
+            raise UserError(f'layer {name} cannot be merged: it has not been trained to its end')
     if norm is not None and (norm.running_mean is None or norm.running_var is None):
         raise UserError(f'layer {name} cannot be merged: its batch normalization keeps no statistics')
 

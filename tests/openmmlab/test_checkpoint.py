@@ -71,6 +71,14 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     assert refusal(tmp_path / 'nowhere' / 'epoch_9.pth').endswith('does not exist')
 
 
+@pytest.mark.parametrize(
+    ('name', 'kind'), [('model.safetensors', 'a safetensors file'), ('model.onnx', 'an ONNX graph')]
+)
+def test_a_file_of_another_kind_is_called_so(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(b'\x08\0\0\0\0\0\0\0{}      ')
+    assert f'{name} is {kind}' in refusal(tmp_path / name)
+
+
 def test_a_file_that_is_cut_is_refused(tmp_path, float_checkpoint):
     path = tmp_path / 'cut.pth'
     with open(float_checkpoint, 'rb') as file:
