@@ -70,6 +70,11 @@ def make_record(
     )
 
 
+def compared_by(cfg: Config) -> tuple[str, str]:
+    """What the records of two configs must have in common to be compared: digests of the model and the evaluation."""
+    return _digest(_architecture(_bare(cfg.model))), _data(cfg)['evaluation_sha256']
+
+
 def mean_of(record: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What a record states of several checkpoints of one training: mean metrics, and those of each.
 

@@ -40,8 +40,10 @@ from mmengine.config import Config
 from ..core.config import Quantization, near
 from ..core.errors import UserError
 from ..core.files import file_digest
+from ..core.quantizers import METHODS
 from ..report.record import plain
 from .cli import TOOLS, read_config
+from .describe import compared_by
 from .sweep_cell import Cell
 
 KEYS = dict(work_dir=str, records=str, runs=list)
@@ -63,7 +65,9 @@ OPTIONAL = {'float_config', 'variants', 'options', 'amp', 'last'}
 def _whole(cfg: Config, seed: int | None, amp: bool, start: str) -> dict[str, Any]:
     """The whole configuration of a cell as plain data: the resolved config, its seed, and the float checkpoint."""
     config = {key: value for key, value in plain(cfg.to_dict()).items() if key not in ('work_dir', 'load_from')}
-    return dict(config=config, seed=seed, amp=amp, start=_digest_of_file(start) or start)
+    found = dict(config=config, seed=seed, amp=amp, start=_digest_of_file(start) or start)
+    teacher = ((cfg.get('quantization') or {}).get('distill') or {}).get('teacher')
+    return found | ({'teacher': _digest_of_file(teacher) or teacher} if teacher else {})
 
 
 @functools.lru_cache
@@ -139,6 +143,16 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
     if not cfg.get('load_from'):
         yield f'{place}: {run["config"]} has no load_from: a quantized run starts from a float checkpoint'
         return
+    problems += [f'{place}: {text}' for text in _conflicts(cfg, run['methods'])]
+    tested = before is not None and all(
+        each.get('test_dataloader') and each.get('test_evaluator') for each in (before, cfg)
+    )
+    if tested and compared_by(before) != compared_by(cfg):
+        what = 'model' if compared_by(before)[0] != compared_by(cfg)[0] else 'evaluation'
+        problems.append(f'{place}: the {what} of {run["float_config"]} is not that of {run["config"]}')
+    if problems:
+        yield from problems
+        return
     missing = ''
     if '://' not in cfg.load_from and not Path(cfg.load_from).is_file():
         missing = f'{place}: the float checkpoint {cfg.load_from} of {run["config"]} does not exist'
@@ -151,6 +165,15 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
         name = '-'.join(filter(None, [run['name'], str(method), variant, str(bits), f'seed{seed}']))
         made = _cell(sweep, run, name, method, bits, variants[variant], seed, f'{place}: {name}')
         yield made if isinstance(made, str) else dataclasses.replace(made, missing=missing)
+
+
+def _conflicts(cfg: Config, methods: list[Any]) -> Iterator[str]:
+    """The sides whose method the config sets itself, so that a cell would not be of the method that its name says."""
+    for number, side in enumerate(('weight', 'activation')):
+        own = ((cfg.get('quantization') or {}).get(side) or {}).get('method')
+        for method in methods:
+            if own is not None and isinstance(method, str) and method in METHODS and METHODS[method][number] != own:
+                yield f'the config sets quantization.{side}.method={own!r}, which method {method!r} does not replace'
 
 
 def _cell(

@@ -12,6 +12,7 @@ import subprocess
 import pytest
 
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.openmmlab import sweep as sweep_module
 from gdrq_mm.openmmlab.cli import add_config_arguments
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.openmmlab.sweep import _digest_of_file, _not_plain, read_sweep
@@ -326,6 +327,40 @@ def test_an_error_is_named_with_its_place(folder, changes, message):
     write_sweep(folder, **changes)
     with pytest.raises(UserError, match=re.escape(message)):
         read_sweep('sweep.py')
+
+
+@pytest.mark.parametrize(
+    ('file', 'change', 'message'),
+    [
+        (
+            'quantized.py',
+            "quantization['weight']['method'] = 'gdrq'",
+            "quantization.weight.method='gdrq', which method 'lsq'",
+        ),
+        (
+            'float.py',
+            "test_evaluator['topk'] = (5,)",
+            'runs[0]: the evaluation of float.py is not that of quantized.py',
+        ),
+        ('float.py', "model['backbone']['depth'] = 34", 'runs[0]: the model of float.py is not that of quantized.py'),
+    ],
+)
+def test_cells_that_would_not_be_what_their_name_says_are_refused(folder, file, change, message):
+    with open(folder / file, 'a') as config:
+        config.write(f'\n{change}\n')
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_sweep('sweep.py')
+
+
+def test_another_teacher_is_another_cell(folder):
+    with open(folder / 'quantized.py', 'a') as config:
+        config.write("\nquantization['distill'] = dict(teacher='teacher.pth')\n")
+    digests = []
+    for content in (b'one', b'other'):
+        (folder / 'teacher.pth').write_bytes(content)
+        sweep_module._digest_of_file.cache_clear()
+        digests.append(next(cell.digest for cell in read_sweep('sweep.py') if 'lsq' in cell.name))
+    assert digests[0] != digests[1]
 
 
 def test_a_missing_float_checkpoint_stops_the_cells_that_start_from_it(folder, sweep):
