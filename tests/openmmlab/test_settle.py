@@ -52,6 +52,20 @@ def test_an_average_of_weights_has_statistics_of_its_own(make):
     assert same(*(statistics(state['ema_state_dict']) for state in states)), 'the weights of the last step are not'
 
 
+def test_the_average_that_settled_is_validated_as_it_is_saved(make):
+    """mmengine exchanges the weights alone for a validation, and everything in a checkpoint."""
+    runner = make(quantization=SETTLED, custom_hooks=[dict(type='EMAHook', momentum=0.5)], epochs=2)
+    states = []
+    for point in ('before_val_epoch', 'after_val_epoch'):
+        note = At(None, point, 'VERY_LOW')
+        setattr(note, point, lambda r, *args, **kwargs: states.append(copy.deepcopy(r.model.state_dict())))
+        runner.register_hook(note)
+    train(runner)
+    validated = states[-2]
+    assert same(validated, read_checkpoint(checkpoint_of(runner, 'epoch_2.pth'))['state_dict'])
+    assert not same(validated, states[-1]), 'afterwards it is the model of the last step'
+
+
 def test_a_resumed_training_ends_as_the_whole_one(make):
     whole = make('whole', quantization=SETTLED)
     train(whole)

@@ -58,8 +58,10 @@ class SettleHook(Hook):
     ) -> None:
         if runner.iter + 1 < runner.max_iters:
             return
-        averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
-        model = bare_model((averages or [runner.model])[0])
+        averages = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
+        for average in averages[:1]:
+            average.update_buffers = True  # it has some of its own now: validation exchanges them with the weights
+        model = bare_model(averages[0].module if averages else runner.model)
         cfg, preprocessor = (runner.cfg.get('train_dataloader') or {}).get('dataset'), model.data_preprocessor
         with kept_random_state(), _without_batch_augments(preprocessor):
             dataset = DATASETS.build(weakly_augmented(cfg)) if isinstance(cfg, dict) else None
