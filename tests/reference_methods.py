@@ -280,7 +280,7 @@ def ttq_weight_gradient(w, upstream, t=0.05):
 
 
 def xnor_weight_gradient(w, upstream):
-    """XNOR-Net, section 3.1, for one filter."""
+    """XNOR-Net, section 3.1, for the filters that share alpha."""
     return upstream * (1 / w.size + np.abs(w).mean() * (np.abs(w) <= 1))
 
 

@@ -248,10 +248,11 @@ def test_the_gradients_of_syq(bits, shape):
     np.testing.assert_allclose(double(quantizer.alpha.grad), (grad * papers.syq_codes(w, bits)).sum(axes), rtol=1e-4)
 
 
-def test_the_gradient_of_xnor():
+@pytest.mark.parametrize('groups', ['channel', 1, 4])
+def test_the_gradient_of_xnor(groups):
     weight = torch.randn(6, 3, 3, 3)
-    _, upstream, gradient = gradients(weight_quantizer('xnor', weight, 1), weight)
-    expected = papers.by_groups(papers.xnor_weight_gradient, 'channel', double(weight), upstream)
+    _, upstream, gradient = gradients(weight_quantizer('xnor', weight, 1, groups=groups), weight)
+    expected = papers.by_groups(papers.xnor_weight_gradient, groups, double(weight), upstream)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
     assert 0 < (double(weight) > 1).mean() < 1
 

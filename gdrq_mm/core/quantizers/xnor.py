@@ -2,7 +2,7 @@
 
 Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks", ECCV 2016,
 arXiv:1603.05279. Eq. 6: w_b = alpha * sign(w) with alpha = mean(|w|) of the filter; section 3.1: the gradient of a
-weight is that of w_b times 1 / n + alpha where |w| <= 1, else 1 / n; n is the number of weights of the filter.
+weight is that of w_b times 1 / n + alpha where |w| <= 1, else 1 / n; n is the number of weights that share alpha.
 Only weights ("Binary-Weight-Network"): binary activations need the paper's order of layers, batch normalization
 before the convolution, which OpenMMLab's models do not have. `quantization.method='xnor'` takes 'minmax' for
 activations.
@@ -40,5 +40,6 @@ class XNORWeight(WeightQuantizer):
         return torch.where(weight >= 0, 1.0, -1.0)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
-        passed = 1 / weight[0].numel() + step * (weight.detach().abs() <= 1)
+        counts = F.per_channel(self.sizes * weight[0].numel(), self.sizes, weight.shape)
+        passed = 1 / counts + step * (weight.detach().abs() <= 1)
         return F.straight_through(weight * passed, self.round(weight, step) * step)
