@@ -18,8 +18,8 @@ if len(sys.argv) != 3 or not Path(sys.argv[1], 'export.json').is_file():
     sys.exit(f'{__doc__}\nEXPORTED_FOLDER is what tools/export.py wrote.')
 folder = Path(sys.argv[1])
 about = json.loads((folder / 'export.json').read_text())
-whole = about.get('end2end', {})
-if about['export_version'] != 2 or about['task'] != 'cls' or 'file' not in whole:
+whole = about.get('end2end', {}) if about['task'] == 'cls' else {'refused': f'its task is {about["task"]}'}
+if about['export_version'] != 2 or 'file' not in whole:
     sys.exit(f'{folder} has no end2end.onnx of a classifier: {whole.get("refused", "export the model again")}')
 height, width = whole['size']
 try:

@@ -16,8 +16,8 @@ if len(sys.argv) not in (4, 5) or not Path(sys.argv[1], 'export.json').is_file()
     sys.exit(f'{__doc__}\nEXPORTED_FOLDER is what tools/export.py wrote.')
 folder = Path(sys.argv[1])
 about = json.loads((folder / 'export.json').read_text())
-whole = about.get('end2end', {})
-if about['export_version'] != 2 or about['task'] != 'det' or 'file' not in whole:
+whole = about.get('end2end', {}) if about['task'] == 'det' else {'refused': f'its task is {about["task"]}'}
+if about['export_version'] != 2 or 'file' not in whole:
     sys.exit(f'{folder} has no end2end.onnx of a detector: {whole.get("refused", "export the model again")}')
 try:
     picture = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert('RGB')

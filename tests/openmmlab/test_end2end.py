@@ -173,12 +173,15 @@ def test_the_examples_take_gray_pictures_and_say_what_they_cannot_take(whole, tm
         json.dumps({k: v for k, v in about.items() if k != 'end2end'} | {'export_version': 1})
     )
     (without / 'export.json').write_text(json.dumps(about | {'end2end': {'refused': 'its nms is soft'}}))
+    other = shutil.copytree(folder, tmp_path / 'other')
+    (other / 'export.json').write_text(json.dumps(about | {'task': 'pose'}))
     assert example(EXAMPLES[name], folder, tmp_path / 'gray.png', *results).returncode == 0
     for place, file, message in [
         (folder, 'broken.png', 'broken.png cannot be read as a picture'),
         (folder, 'none.png', 'none.png cannot be read as a picture'),
         (old, 'gray.png', ': export the model again'),
         (without, 'gray.png', ': its nms is soft'),
+        (other, 'gray.png', ': its task is pose'),
     ]:
         done = example(EXAMPLES[name], place, tmp_path / file, *results)
         assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
