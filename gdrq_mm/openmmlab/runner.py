@@ -89,6 +89,13 @@ class QuantRunner(CheckpointRunner):
         self.report = prepare_model(built, self.cfg, trials_of(self, built), plan)
         return built
 
+    def _init_model_weights(self) -> None:
+        """mmengine's; a file of pretrained weights that is not there is told in one line."""
+        try:
+            super()._init_model_weights()
+        except FileNotFoundError as error:
+            raise UserError(f'init_cfg: {error}') from error
+
     def build_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """A data loader; what is wrong with its data is told with the name of the file."""
         with data_only(self._unsafe), checked_reading(self.cfg.get('default_scope')):

@@ -289,6 +289,12 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
+def test_pretrained_weights_that_are_missing_are_one_line(make):
+    init = dict(type='Pretrained', checkpoint='nothing.pth', prefix='backbone.')
+    with pytest.raises(UserError, match=r'init_cfg: .*nothing\.pth'):
+        make(epochs=1, **{'model.backbone.init_cfg': init}).train()
+
+
 def test_a_pretrained_backbone_runs_no_code(make, float_checkpoint, tmp_path):
     """mmengine reads `init_cfg` by itself, and falls back to a loader that executes what it finds."""
     state = read_checkpoint(float_checkpoint)['state_dict']
