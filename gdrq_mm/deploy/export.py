@@ -156,8 +156,7 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path, targe
 
 def _check_values(model: nn.Module, example: Tensor) -> None:
     """Refuse a model that has diverged, one of another precision, and an example that is not finite."""
-    kept = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers())]
-    for name, tensor in kept:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.is_floating_point():
             continue
         if tensor.dtype != torch.float32:

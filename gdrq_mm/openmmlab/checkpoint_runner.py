@@ -138,14 +138,14 @@ class CheckpointRunner(Runner):
 
     def _note_changes(self) -> None:
         """Keep, and warn of, settings of the training that are not those of the checkpoint that is resumed."""
-        recipe = trained_as(self.cfg, True, get_world_size())['recipe']
-        lines = changed_settings(self._meta.get('recipe') or {}, recipe)
+        before = training_of(self._meta)
+        lines = changed_settings(before.get('recipe', {}), trained_as(self.cfg, True, get_world_size())['recipe'])
         if lines:
             self.logger.warning(
                 f'The training is resumed with other settings: {"; ".join(lines)}. What the optimizer and its schedule '
                 'keep, as learning rates, is that of the checkpoint.'
             )
-        self.changed = [*(self._meta.get('changed') or []), *(f'after iteration {self.iter}: {line}' for line in lines)]
+        self.changed = [*before.get('changed', []), *(f'after iteration {self.iter}: {line}' for line in lines)]
 
     def load_or_resume(self) -> None:
         """Load the checkpoint of the config, if it names one."""

@@ -25,6 +25,7 @@ _RESUMED: dict[str, Callable[[Any], bool]] = {
     'run': lambda value: isinstance(value, str),
     'validated': lambda value: isinstance(value, bool),
     'recipe': lambda value: isinstance(value, dict),
+    'changed': lambda value: isinstance(value, list) and all(type(each) is str for each in value),
     'patience': lambda value: isinstance(value, dict) and all(map(_is_patience, value.values())),
     'start': lambda value: value is None or isinstance(value, dict),
 }
