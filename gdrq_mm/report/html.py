@@ -274,7 +274,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         'versions': ', '.join(f'{name} {found or "absent"}' for name, found in (record.get('versions') or {}).items()),
         'processor': hardware.get('cpu'),
         'cores, threads': f'{hardware.get("cores")}, {hardware.get("threads")}' if hardware else None,
-        'GPUs': (', '.join(map(str, hardware['gpus'])) or 'none') if 'gpus' in hardware else None,
+        'GPUs': (', '.join(map(str, hardware['gpus'])) or 'none') if hardware.get('gpus') is not None else None,
     }
     facts = {name: value for name, value in facts.items() if value or name != 'other results'}
     return [(name, NOT_RECORDED if value in (None, '') else printable(str(value))) for name, value in facts.items()]

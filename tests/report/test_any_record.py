@@ -156,3 +156,8 @@ def test_any_training_log_is_shown(base, logs):
             file.parent.mkdir(parents=True)
             file.write_text('\n'.join(map(json.dumps, lines)))
         assert 'Quantization report' in html_report(read)
+
+
+def test_gpus_that_are_none_are_not_recorded(base, tmp_path):
+    changed = [{**each, 'hardware': dict(cpu='a', cores=2, threads=1, gpus=None)} for each in base]
+    assert 'GPUs' in html_report(written(tmp_path, changed))
