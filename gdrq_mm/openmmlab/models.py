@@ -175,7 +175,7 @@ def drop_pretrained(cfg: Any) -> None:
         if isinstance(cfg.get('pretrained'), str):
             cfg['pretrained'] = None
         init = cfg.get('init_cfg')
-        if isinstance(init, dict) and _is_pretrained(init):
+        if _is_pretrained(init):
             cfg['init_cfg'] = None
         elif isinstance(init, (list, tuple)):
             cfg['init_cfg'] = [each for each in init if not _is_pretrained(each)] or None

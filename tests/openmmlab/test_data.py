@@ -406,13 +406,16 @@ def test_bad_data(error_of, digits_copy, task, path, damage, fragments):
 
 
 @pytest.mark.parametrize(
-    ('task', 'head', 'given'), [('cls', 'head', 9), ('det', 'roi_head.bbox_head', 9), ('seg', 'decode_head', 4)]
+    ('task', 'heads', 'given'),
+    [
+        ('cls', ['head', 'data_preprocessor'], 9),
+        ('det', ['roi_head.bbox_head'], 9),
+        ('seg', ['decode_head', 'auxiliary_head'], 4),
+    ],
 )
-def test_a_model_with_too_few_classes(error_of, digits_copy, task, head, given):
-    heads = [head, *(['auxiliary_head'] if task == 'seg' else [])]
-    options = [f'model.{name}.num_classes={given}' for name in heads] + ['model.data_preprocessor.num_classes=4']
-    config = ROOT / 'configs' / CONFIGS[task]
-    message = error_of(TRAIN, config, '--cfg-options', 'log_level=ERROR', *options[: None if task == 'cls' else -1])
+def test_a_model_with_too_few_classes(error_of, digits_copy, task, heads, given):
+    options = [f'model.{name}.num_classes={given}' for name in heads]
+    message = error_of(TRAIN, ROOT / 'configs' / CONFIGS[task], '--cfg-options', 'log_level=ERROR', *options)
     holds(message, 'data/digits/', 'label', f'0 to {given - 1}')
 
 

@@ -105,8 +105,9 @@ def test_finished_cells_are_skipped(swept, sweep):
     assert [name for name in before if before[name] != after[name]] == ['tiny-float.json']
     for only in ('ptq', 'nothing|tq-'):
         assert sweep('--list', '--only', only).stdout.split() == ['tiny-ptq-w4a4-seed1:', 'finished']
-    assert '--only (: ' not in sweep('--list', '--only', '(').stdout
-    assert 'error: --only ( is not a regular expression' in sweep('--list', '--only', '(').stderr
+    done = sweep('--list', '--only', '(')
+    assert '--only (: ' not in done.stdout
+    assert 'error: --only ( is not a regular expression' in done.stderr
 
 
 def test_a_cell_that_fails_leaves_the_others(swept, sweep):

@@ -175,16 +175,12 @@ class Program:
             bits = self._try(budget, shrink)
             if bits is None:
                 return None
-            if self._kept(bits):
-                more = self._try(None, shrink, self.solution('', bits).loss) if budget is None else None
-                return more if more is not None and self._kept(more) else bits
+            found = self.solution('', bits)
+            if self.fits(found):
+                more = self._try(None, shrink, found.loss) if budget is None else None
+                return more if more is not None and self.fits(self.solution('', more)) else bits
             shrink = 4 * shrink + 1e-6  # beyond the limit by less than what the solver tolerates
         return None
-
-    def _kept(self, bits: Mapping[str, int]) -> bool:
-        """Whether these bits are within every budget."""
-        pairs = self.pairs(bits)
-        return all(each.used(pairs) <= each.limit for each in self.budgets)
 
     def _try(self, budget: Budget | None, shrink: float, loss: float | None = None) -> dict[str, int] | None:
         """One variable for each choice and its bits, 0 or 1, and one for each layer and pair of bits.
