@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from ..core.mixed.allocation import Allocation, LayerBits
 from ..core.mixed.program import UNITS
+from .templates import TEMPLATES
 
 Cell = tuple[str, str, bool]
 """Sort key, text, and whether it is bold."""
@@ -30,10 +29,8 @@ def allocation_page(allocation: Allocation, unit: str, title: str, facts: Mappin
     columns = ['layer', 'W', 'A', *(f'{side}{b}' for side in 'WA' for b in widths), 'bytes', '% size', '% ops', 'given']
     rows = [_row(layer, widths) for layer in allocation.layers]
     used = [column for column in range(len(columns)) if any(cells[column][1] for cells in rows)]
-    options: dict[str, Any] = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
     picture = base64.b64encode(curve_picture(allocation, unit)).decode()
-    return environment.get_template('allocation.html.j2').render(
+    return TEMPLATES.get_template('allocation.html.j2').render(
         title=title,
         lines=allocation.summary(unit),
         picture=f'data:image/png;base64,{picture}',

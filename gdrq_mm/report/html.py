@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -33,6 +32,7 @@ from .html_plots import Points, bits_key, curve_plot, drawable, metric_plot, ser
 from .identity import backend_of, title_of
 from .metrics import main_metric
 from .record import as_number
+from .templates import TEMPLATES
 from .text import number_text, printable
 from .train_log import QUANTITIES, TrainLog, read_log
 
@@ -107,9 +107,7 @@ def html_report(records: Sequence[Record], folders: Iterable[str | Path] = ()) -
     rows = [(entry, row) for entry in entries for row in entry.rows]
     shown: dict[Path, str] = {}
     runs = [(entry, [_run(record, entry.anchor, shown) for record in entry.records]) for entry in entries]
-    options: dict[str, Any] = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
-    return environment.get_template('report.html.j2').render(
+    return TEMPLATES.get_template('report.html.j2').render(
         columns=[c for c in COLUMNS if any(row[c] for _, row in rows)],
         text_columns=TEXT_COLUMNS,
         missing=(NOT_RUN, NOT_MEASURED),
