@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gdrq_mm.core.quantizers import Stage
-from gdrq_mm.core.quantizers.gdrq import SEARCH_INTERVAL, WEIGHT_K, WEIGHT_K_WITHOUT_ZERO, GDRQWeight
+from gdrq_mm.core.quantizers.gdrq import INTERVAL, WEIGHT_K, WEIGHT_K_WITHOUT_ZERO, GDRQWeight
 from tests import reference
 from tests.core import builders
 from tests.core.builders import VALUES, activation_quantizer, double
@@ -70,6 +70,37 @@ def test_a_group_depends_on_its_own_filters_only():
 def test_k_depends_on_the_bits_unless_it_is_given(bits):
     assert GDRQWeight(bits, (4, 3), levels='narrow').k == WEIGHT_K[bits]
     assert GDRQWeight(bits, (4, 3), k=1.25).k == 1.25
+
+
+@LAW
+@given(
+    weight=WEIGHTS, bits=st.integers(2, 8), groups=st.integers(1, 5), levels=st.sampled_from(['narrow', 'full', None])
+)
+def test_by_default_some_weight_has_the_outer_level(weight, bits, groups, levels):
+    weight = torch.from_numpy(weight)
+    quantizer = weight_quantizer(weight, bits, groups, levels=levels)
+    if quantizer.step(weight).max() > 0:
+        assert quantizer.codes(weight).abs().max() >= quantizer.hi
+
+
+def test_a_default_k_reaches_the_largest_weight_of_nearly_uniform_ones():
+    weight = torch.rand(8, 3, 3, 3) * 2 - 1
+    quantizer = weight_quantizer(weight, 4, groups=2)
+    ratios = [w.abs().max() / w.abs().mean() for w in weight.chunk(2)]
+    assert float(quantizer.k) == pytest.approx(float(max(ratios)), rel=1e-5) and quantizer.k < 2.5
+    weight[0, 0, 0, 0] = 100  # a weight that grew
+    for step in range(INTERVAL):
+        assert quantizer.k < 2.5
+        quantizer.after_step(weight, step)
+    assert quantizer.k == WEIGHT_K[4]
+
+
+@pytest.mark.parametrize('k', [1.0, 6.0])
+def test_a_k_that_is_given_stays(k):
+    weight = torch.rand(8, 3, 3, 3)
+    quantizer = weight_quantizer(weight, 4, k=k)
+    quantizer.after_step(weight, INTERVAL - 1)
+    assert quantizer.k == k
 
 
 @pytest.mark.parametrize('bits', range(2, 9))
@@ -286,8 +317,8 @@ def test_search_runs_again_once_in_an_interval():
     weight = torch.randn(8, 3, 3, 3)
     quantizer = weight_quantizer(weight, threshold='search')
     first = quantizer.threshold.clone()
-    for step in range(SEARCH_INTERVAL - 1):
+    for step in range(INTERVAL - 1):
         quantizer.after_step(2 * weight, step)
     assert torch.equal(quantizer.threshold, first)
-    quantizer.after_step(2 * weight, SEARCH_INTERVAL - 1)
+    quantizer.after_step(2 * weight, INTERVAL - 1)
     assert torch.equal(quantizer.threshold, 2 * first)

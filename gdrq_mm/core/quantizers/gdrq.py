@@ -42,8 +42,8 @@ ACTIVATION_K = {
 unsigned ones it is bits + 0.6, about where LSQ's learned thresholds end; 8 bits have levels to spare, and clip next to
 nothing."""
 
-SEARCH_INTERVAL = 100
-"""Optimizer steps between two searches of the weight threshold (ours)."""
+INTERVAL = 100
+"""Optimizer steps between two looks at the weights for what is not k * mean: a searched T, or the largest (ours)."""
 
 
 def default_weight_k(bits: int, lo: int, hi: int) -> float:
@@ -60,7 +60,8 @@ class GDRQWeight(WeightQuantizer):
     @dataclass(frozen=True)
     class Options(FixedPoint):
         k: Annotated[float, Bounds(0, 1000)] | None = field(default=None, metadata=OF_BITS)
-        """T_g = k * mean(|w|) of the group; None: `default_weight_k`."""
+        """T_g = k * mean(|w|) of the group. None: `default_weight_k`, but at most max|w| / mean(|w|) of the group where
+        that is largest (ours)."""
         clip: Literal['forward', 'project'] = 'forward'
         """'forward', clipped on the way into the layer, or 'project', clipped as stored after each optimizer step."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
@@ -76,8 +77,27 @@ class GDRQWeight(WeightQuantizer):
 
     def __init__(self, bits: int, *args: Any, **options: Any) -> None:
         super().__init__(bits, *args, **options)
-        k = default_weight_k(bits, self.lo, self.hi) if self.options.k is None else self.options.k
-        self.register_buffer('k', torch.tensor(k))  # a trained model keeps it, whatever the default becomes
+        self.register_buffer('k', torch.tensor(self.wanted_k))  # a trained model keeps it, whatever the default becomes
+
+    @property
+    def wanted_k(self) -> float:
+        """That of the config, or the default."""
+        return default_weight_k(self.bits, self.lo, self.hi) if self.options.k is None else self.options.k
+
+    def start(self, weight: Tensor) -> None:
+        self.limit_k(weight)
+        super().start(weight)
+
+    def limit_k(self, weight: Tensor) -> None:
+        """Lower a default k to what reaches the largest weight of each group: levels beyond it would never be used.
+
+        Weights that are nearly uniform, as those of 1x1 convolutions often are, end at 2 to 4 times their mean.
+        """
+        if self.options.k is None:
+            mean = F.mean_abs(weight, self.sizes)
+            ratios = F.max_abs(weight, self.sizes) / torch.where(mean > 0, mean, 1)
+            reach = ratios.amax() * -self.lo / self.hi
+            self.k.copy_(torch.where(reach > 0, reach.clamp(max=self.wanted_k), self.wanted_k))
 
     def code_range(self) -> tuple[int, int]:
         levels = self.options.levels or ('without_zero' if self.bits == 2 else 'narrow')
@@ -108,8 +128,10 @@ class GDRQWeight(WeightQuantizer):
     def after_step(self, weight: Tensor, step: int) -> Tensor | None:
         if self.stage not in (Stage.RESHAPE, Stage.QUANTIZE):
             return None
-        if self.options.threshold == 'search' and (step + 1) % SEARCH_INTERVAL == 0:
-            self.threshold.copy_(self.start_threshold(weight))
+        if (step + 1) % INTERVAL == 0:
+            self.limit_k(weight)
+            if self.options.threshold == 'search':
+                self.threshold.copy_(self.start_threshold(weight))
         if self.options.clip == 'forward':
             return None
         self.settle(weight)
