@@ -153,18 +153,21 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
     if problems:
         yield from problems
         return
-    missing = ''
-    if '://' not in cfg.load_from and not Path(cfg.load_from).is_file():
-        missing = f'{place}: the float checkpoint {cfg.load_from} of {run["config"]} does not exist'
     if before is not None:
         name, whole = f'{run["name"]}-float', _whole(before, None, False, cfg.load_from)
         cell = _made(sweep, name, [], run['float_config'], cfg.load_from, {}, whole)
-        yield dataclasses.replace(cell, missing=missing)
+        yield dataclasses.replace(cell, missing=_missing(cfg, run['config'], place))
     variants = run.get('variants', {'': {}})
     for bits, method, variant, seed in itertools.product(run['bits'], run['methods'], variants, run['seeds']):
         name = '-'.join(filter(None, [run['name'], str(method), variant, str(bits), f'seed{seed}']))
-        made = _cell(sweep, run, name, method, bits, variants[variant], seed, f'{place}: {name}')
-        yield made if isinstance(made, str) else dataclasses.replace(made, missing=missing)
+        yield _cell(sweep, run, name, method, bits, variants[variant], seed, f'{place}: {name}')
+
+
+def _missing(cfg: Config, config: str, place: str) -> str:
+    """What is said where the checkpoint that a cell starts from does not exist; '' where it does."""
+    if '://' in cfg.load_from or Path(cfg.load_from).is_file():
+        return ''
+    return f'{place}: the float checkpoint {cfg.load_from} of {config} does not exist'
 
 
 def _conflicts(cfg: Config, methods: list[Any]) -> Iterator[str]:
@@ -191,11 +194,14 @@ def _cell(
         return f'{place}: bits {bits!r} are not written like w4a4'
     if not isinstance(seed, int) or isinstance(seed, bool) or not isinstance(variant, dict):
         return f'{place}: the seed is not an integer, or the variant is not a dict of settings'
-    options = {
+    named = {
         'quantization.method': method,
         'quantization.weight.bits': int(match[1]),
         'quantization.activation.bits': int(match[2]),
         'randomness.seed': seed,
+    }
+    options = {
+        **named,
         'default_hooks.checkpoint.max_keep_ckpts': run.get('last', 1),
         **run.get('options', {}),
         **variant,
@@ -205,6 +211,12 @@ def _cell(
         Quantization.from_dict(cfg.quantization)
     except UserError as error:
         return f'{place}: {error}'
+    for key, value in named.items():
+        part: Any = cfg
+        for name_of_part in key.split('.'):
+            part = part[name_of_part]
+        if part != value:
+            return f'{place}: options or the variant set {key}={part!r}, but the name of the cell says {value!r}'
     last = 1 if method == 'ptq' else run.get('last', 1)
     if last > (kept := _kept_checkpoints(cfg)):
         run_place = place.split(':')[0]
@@ -217,7 +229,8 @@ def _cell(
         first = [TOOLS / 'train.py', run['config'], '--resume', *(['--amp'] if run.get('amp') else [])]
     amp = bool(run.get('amp')) and method != 'ptq'
     whole = _whole(cfg, seed, amp, cfg.load_from)
-    return _made(sweep, name, first, run['config'], checkpoint, options, whole, last)
+    cell = _made(sweep, name, first, run['config'], checkpoint, options, whole, last)
+    return dataclasses.replace(cell, missing=_missing(cfg, run['config'], place.split(':')[0]))
 
 
 def _kept_checkpoints(cfg: Config) -> float:

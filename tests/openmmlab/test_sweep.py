@@ -203,6 +203,29 @@ def test_a_cell_is_its_whole_configuration(folder, changes):
     assert cell_of('float').digest == cell_of('float').digest
 
 
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        ({'randomness.seed': 5}, 'randomness.seed=5, but the name of the cell says 1'),
+        ({'quantization.weight.bits': 8}, 'quantization.weight.bits=8, but the name of the cell says 4'),
+        ({'quantization.activation': dict(bits=2)}, 'quantization.activation.bits=2, but the name of the cell says 4'),
+        ({'quantization.method': 'pact'}, "quantization.method='pact', but the name of the cell says 'lsq'"),
+    ],
+)
+@pytest.mark.parametrize('where', ['options', 'variants'])
+def test_settings_that_belie_the_name_of_a_cell_are_refused(folder, options, said, where):
+    write_sweep(folder, methods=['lsq'], **{where: options if where == 'options' else {'changed': options}})
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_sweep('sweep.py')
+
+
+def test_a_variant_may_start_from_another_checkpoint_which_has_to_be_there(folder):
+    write_sweep(folder, variants={'': {}, 'other': {'load_from': 'none.pth'}})
+    missing = {cell.name: cell.missing for cell in read_sweep('sweep.py')}
+    assert [name for name in missing if missing[name]] == ['tiny-lsq-other-w4a4-seed1', 'tiny-ptq-other-w4a4-seed1']
+    assert 'the float checkpoint none.pth of quantized.py does not exist' in missing['tiny-lsq-other-w4a4-seed1']
+
+
 def test_a_cell_follows_its_config_file_and_its_float_checkpoint(folder):
     before = cell_of('lsq')
     config = folder / 'quantized.py'
