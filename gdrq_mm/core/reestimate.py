@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .modules import modes_kept, moving_quantizers, mute_leaves, uncompiled
 from .quantizers import Quantizer, Stage
 from .quantizers.following import move_thresholds
-from .ranks import all_reduce, world_size
+from .ranks import all_reduce
 from .step import set_stage
 
 
@@ -25,7 +26,8 @@ from .step import set_stage
 def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any], Any] | None = None) -> int:
     """Replace running averages by those of some batches: means and variances of BN, thresholds that follow.
 
-    The weights stay. BN that training leaves alone (`norm_eval`) stays too. All processes find the same.
+    The weights stay, and so does BN that training leaves alone (`norm_eval`) or that no batch reaches. All processes
+    find the same.
 
     Args:
         batches: each is used once.
@@ -40,6 +42,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
         model.train()
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
         momenta = [(norm, norm.momentum) for norm in norms]
+        before = [[buffer.clone() for buffer in norm.buffers(recurse=False)] for norm in norms]
         mute_leaves(model)
         if frozen:
             set_stage(model, Stage.QUANTIZE)
@@ -56,7 +59,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
                 predict(batch)
                 count += 1
             if count:
-                _average(norms)
+                _average(norms, before)
                 move_thresholds(following, momentum=1.0)
         finally:
             for norm, momentum in momenta:
@@ -68,9 +71,16 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
     return count
 
 
-def _average(norms: list[Any]) -> None:
-    """The mean over all processes."""
-    for norm in norms if world_size() > 1 else ():
-        for buffer in (norm.running_mean, norm.running_var):
-            all_reduce(buffer, 'sum')
-            buffer /= world_size()
+def _average(norms: list[Any], before: list[list[Tensor]]) -> None:
+    """The mean over the processes with a batch that reached the BN; without one what was there before."""
+    for norm, buffers in zip(norms, before):
+        reached = (norm.num_batches_tracked > 0).to(norm.running_mean.dtype)
+        found = torch.cat([norm.running_mean * reached, norm.running_var * reached, reached.view(1)])
+        all_reduce(found, 'sum')
+        if float(found[-1]) == 0:
+            for buffer, value in zip(norm.buffers(recurse=False), buffers):
+                buffer.copy_(value)
+        else:
+            mean, variance = (found[:-1] / found[-1]).chunk(2)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)

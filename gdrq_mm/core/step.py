@@ -23,6 +23,9 @@ def after_step(model: nn.Module, step: int | None = None, progress: float | None
         step = model.steps_taken = getattr(model, 'steps_taken', -1) + 1  # type: ignore[assignment]
     modules = every_module(model)
     follow(model, modules)
+    for module in modules:
+        if isinstance(module, Quantizer):
+            module.hold()
     for layer in modules:
         if isinstance(layer, QuantLayer) and layer.weight_quant is not None and layer.weight_quant.calibrated:
             layer.weight_quant.progress = progress

@@ -1,16 +1,18 @@
 """gdrq_mm/core/reestimate.py: statistics of BN and thresholds for weights that stand still."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
 
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.modules import activation_quantizers
-from gdrq_mm.core.quantizers import Stage
+from gdrq_mm.core.quantizers import Stage, learned_parameters
 from gdrq_mm.core.reestimate import reestimate
-from gdrq_mm.core.step import set_stage
+from gdrq_mm.core.step import after_step, set_stage
 from tests.core.networks import quantize
-from tests.helpers import Block, Net
+from tests.helpers import Block, Net, same
 
 
 @pytest.fixture
@@ -53,6 +55,58 @@ def test_thresholds_are_those_of_these_batches(model):
     reestimate(model, batches())
     values = torch.cat([x.flatten() for x in seen[-5:]]).abs()
     assert float(quantizer.threshold) == pytest.approx(float(quantizer.k * values[values > 0].mean()), rel=1e-5), name
+
+
+class WithMore(nn.Module):
+    """A model with a BN that only evaluation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.more = Block(), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.body(x) if self.training else self.more(self.body(x))
+
+
+def test_what_no_batch_reaches_stays():
+    model = WithMore()
+    model.more.running_mean.fill_(3)
+    model.more.running_var.fill_(7)
+    model.more.num_batches_tracked.fill_(5)
+    reestimate(model, batches())
+    assert model.more.running_mean.eq(3).all() and model.more.running_var.eq(7).all()
+    assert model.more.num_batches_tracked == 5 and model.body.bn1.running_mean.ne(0).any()
+
+
+@pytest.mark.parametrize('method', ['lsq', 'lsq_plus', 'pact', 'ttq', 'syq'])
+@pytest.mark.parametrize('loaded', [False, True])
+def test_what_is_learned_stands_still_when_it_is_frozen(model, method, loaded):
+    """Momentum and weight decay would move it on, with a gradient of 0."""
+    started(model, method=method, weight=dict(bits=2 if method in ('ttq', 'syq') else 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
+
+    def train(steps):
+        for x in batches(steps):
+            optimizer.zero_grad()
+            model.train()(x).square().mean().backward()
+            optimizer.step()
+            after_step(model)
+
+    train(5)
+    set_stage(model, Stage.FREEZE)
+    if loaded:
+        state = copy.deepcopy(model.state_dict())
+        for quantizer in learned_parameters(model).values():
+            quantizer.frozen_at = []
+        model.load_state_dict(state)
+    learned = {name: p for name, p in model.named_parameters() if name in learned_parameters(model)}
+    before = copy.deepcopy(learned)
+    assert learned
+    train(5)
+    assert same(learned, before)
+    thresholds = [(q, q.threshold.clone()) for q in learned_parameters(model).values()]
+    reestimate(model, batches())
+    assert same(learned, before) and all(torch.equal(q.threshold, value) for q, value in thresholds)
 
 
 @pytest.mark.parametrize('stage', [Stage.QUANTIZE, Stage.FREEZE])

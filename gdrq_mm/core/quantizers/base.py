@@ -90,6 +90,8 @@ class Quantizer(ModeOfModel, nn.Module):
     uneven: str | None = None
     """Why integers times one step of the channel cannot express the levels; None: they can."""
 
+    pending: Tensor | None = None
+    """What was collected since the last optimizer step; a checkpoint in between keeps it beside the state dict."""
     steps_up: bool = False
     """Whether `power_of_two` takes the next larger step, where nothing may be clipped; else the nearest."""
 
@@ -116,6 +118,8 @@ class Quantizer(ModeOfModel, nn.Module):
         self.lo, self.hi = 0, 0
         self.name = '?'
         """Name of the layer, for messages; set by convert.py."""
+        self.frozen_at: list[Tensor] = []
+        """What was learned when thresholds were frozen."""
         self.register_buffer('state', torch.tensor([self.stage, 0, 0, 0, bits], dtype=torch.int32))
 
     @classmethod
@@ -169,9 +173,16 @@ class Quantizer(ModeOfModel, nn.Module):
             self.threshold.copy_(self.current_threshold(*weight))
 
     def freeze(self, *weight: Tensor) -> None:
-        """Keep the thresholds of this moment."""
+        """Keep the thresholds of this moment, and what is learned."""
         self.settle(*weight)
         self.set_state(stage=Stage.FREEZE)
+        self.frozen_at = [parameter.detach().clone() for parameter in self.parameters(recurse=False)]
+
+    def hold(self) -> None:
+        """Undo what momentum and weight decay did to something learned that is frozen; after an optimizer step."""
+        if self.stage == Stage.FREEZE:
+            for parameter, value in zip(self.parameters(recurse=False), self.frozen_at):
+                parameter.data.copy_(value)
 
     def unused(self, x: Tensor) -> Tensor:
         """x itself, where a stage does not use what this quantizer learns: with a gradient of 0 for that.
@@ -211,6 +222,8 @@ class Quantizer(ModeOfModel, nn.Module):
             stage, calibrated, lo, hi, bits = self.state.tolist()
             if bits == self.bits:
                 self.set_state(stage=Stage(stage), calibrated=bool(calibrated), lo=lo, hi=hi)
+                if stage == Stage.FREEZE:
+                    self.freeze()
             else:
                 others[-1].append(f'{prefix[:-1]} has {bits} bits in the checkpoint, and {self.bits} in the model.')
                 self.set_state()
