@@ -14,6 +14,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.layers import QUANTIZED, QuantConv2d, QuantConvTranspose2d, QuantLinear
 from gdrq_mm.core.quantizers import Stage
 from tests import reference
+from tests.core.builders import on_two_ranks
 
 FLOAT = Weight(bits=32), Activation(bits=32)
 
@@ -247,6 +248,14 @@ def test_thresholds_start_from_the_first_training_batch():
     started = float(layer.input_quant.threshold)
     layer(10 * x)
     assert float(layer.input_quant.threshold) == started
+
+
+def test_several_processes_do_not_start_thresholds_each_by_itself():
+    def work(rank):
+        with pytest.raises(UserError, match='a layer is not calibrated: each process would start its own threshold'):
+            QuantConv2d(4, 6, 3).train()(image())
+
+    on_two_ranks(work)
 
 
 @pytest.mark.parametrize('options', [{}, dict(weight=dict(bits=32)), dict(activation=dict(bits=32))], ids=str)

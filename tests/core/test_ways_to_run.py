@@ -64,9 +64,10 @@ def test_a_weight_of_torch_parametrizations_stays_float_and_says_so():
 
 @pytest.mark.parametrize('reentrant', [False, True])
 @pytest.mark.parametrize('between', ['another forward', 'a direct call'])
-def test_a_checkpointed_segment_is_computed_again_as_it_was(reentrant, between):
+@pytest.mark.parametrize('method', ['gdrq', 'minmax'])
+def test_a_checkpointed_segment_is_computed_again_as_it_was(reentrant, between, method):
     """Whatever ran before it, and between its forward and its backward pass."""
-    model, x = chain(weight=dict(bits=4), activation=dict(bits=4))
+    model, x = chain(method=method, weight=dict(bits=4), activation=dict(bits=4))
     model(x)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,6 +12,7 @@ from .. import functional as F
 from ..compat import after_state_dict
 from ..errors import UserError
 from ..kernels import Uniform, fake_quantize
+from ..ranks import world_size
 from .base import Quantizer, Stage, in_backward, layer_called, uncalibrated
 
 SAMPLES = 1 << 13
@@ -134,7 +135,8 @@ class ActivationQuantizer(Quantizer):
 
     def uniform(self) -> Uniform | None:
         """What a kernel needs to quantize the input, and measure it in the same pass; None: `track` and `quantize`."""
-        if self.tracks() or type(self).quantize is not ActivationQuantizer.quantize:
+        # As in the forward when a checkpointed segment runs again: torch counts the tensors that are saved
+        if self.moves_now() or type(self).quantize is not ActivationQuantizer.quantize:
             return None
         return Uniform(self.threshold_in_use(), self.lo, self.hi, self.masked, top=max(-self.lo, self.hi))
 
@@ -147,7 +149,11 @@ class ActivationQuantizer(Quantizer):
 
         Not in a backward pass, where a checkpointed segment runs a second time.
         """
-        return self.follows and self.trains and self.stage != Stage.FREEZE and not in_backward()
+        return self.moves_now() and not in_backward()
+
+    def moves_now(self) -> bool:
+        """Whether the threshold follows the inputs of this stage."""
+        return self.follows and self.trains and self.stage != Stage.FREEZE
 
     def track(self, x: Tensor) -> None:
         """Collect what moves the threshold; called with every training input that it follows."""
@@ -165,6 +171,10 @@ class ActivationQuantizer(Quantizer):
         if not self.calibrated:
             if not self.trains:
                 raise UserError(uncalibrated(self.name))
+            if world_size() > 1:
+                raise UserError(
+                    f'{layer_called(self.name)} is not calibrated: each process would start its own threshold'
+                )
             self.observe(x)
             self.start(self.observed())
         with torch.autocast(x.device.type, enabled=False):
