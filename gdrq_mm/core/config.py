@@ -191,10 +191,13 @@ class Quantization:
             found['distill'] = f'T {self.distill.temperature:g}, weight {self.distill.weight:g}'
         return found
 
-    def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise UserError if a pattern of `skip` or `overrides` matches none of the layers' names."""
-        names = list(names)
-        for where, patterns in (('skip', self.skip), ('overrides', self.overrides)):
+    def check_patterns(self, layers: Iterable[str], attentions: Iterable[str] = ()) -> None:
+        """Raise UserError if a pattern of `skip` or `overrides` matches nothing; an attention can only be skipped."""
+        layers = list(layers)
+        for where, patterns, names in (
+            ('skip', self.skip, [*layers, *attentions]),
+            ('overrides', self.overrides, layers),
+        ):
             for pattern in patterns:
                 if not fnmatch.filter(names, pattern):
                     nearest = ', '.join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
@@ -250,9 +253,9 @@ def settings_of(config: str | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: it is another name.
     """
-    if not isinstance(config, str):
+    if isinstance(config, Mapping):
         return dict(config)
-    match = re.fullmatch(r'(?:(\w+)_)?w(\d+)a(\d+)', config.lower())
+    match = re.fullmatch(r'(?:(\w+)_)?w(\d+)a(\d+)', str(config).lower())
     if match is None:
         raise UserError(f"quantize: config={config!r} is not of the form 'w4a4' or 'lsq_w2a4', nor a dict")
     method, weight, activation = match[1] or 'gdrq', int(match[2]), int(match[3])

@@ -79,7 +79,7 @@ def quantize_model(model: nn.Module, config: Quantization, plan: Plan | None = N
         raise UserError(f'the plan is that of another model: this one has no {unknown}')
     write_out(model, attention_to_quantize(model, config.skipped, plan))
     named = {name: m for name, m in model.named_modules() if has_filters(m)}
-    config.check_patterns([*named, *(product.module for product in plan.products)])
+    config.check_patterns(named, [product.module for product in plan.products])
     edges = _first_and_last(named, plan)
     rows, replaced = [], {}
     for name, layer in named.items():

@@ -58,7 +58,7 @@ def check_fields(
 
 def near(word: Any, choices: Iterable[str]) -> str:
     """'; did you mean ...?' with the nearest of the choices, else the list of them."""
-    choices = sorted(choices)
+    choices = sorted(set(choices))
     close = difflib.get_close_matches(str(word), choices, n=1)
     return f"; did you mean '{close[0]}'?" if close else f'; choices: {", ".join(choices)}'
 

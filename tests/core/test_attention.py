@@ -263,6 +263,12 @@ def test_a_skipped_attention_stays_that_of_torch():
     assert notes['attn'] == notes['attn.product_quant.0'] == 'float: skipped by config'
 
 
+def test_the_name_of_an_attention_is_no_layer_that_could_be_overridden():
+    """Its projections are; a pattern that changes nothing would go unseen."""
+    with pytest.raises(UserError, match=r"overrides: the pattern 'attn' matches no layer; nearest: attn\."):
+        quantize(net(), torch.randn(3, 5, 6), overrides={'attn': dict(weight=dict(bits=8))})
+
+
 def test_an_attention_of_an_unknown_kind_stays_float_and_says_so():
     class Own(nn.MultiheadAttention):
         def forward(self, query, key, value):
