@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.modules import moving_quantizers
+from ..core.quantizers import Quantizer
 
 Accumulated = list[dict[str, Any]]
 
@@ -26,15 +27,20 @@ def is_between_steps(optim_wrapper: Any) -> bool:
 
 
 def accumulated(model: nn.Module) -> Accumulated:
-    """Gradients and sums of a bare model, for each process. All processes call it."""
+    """Gradients, sums and what is pending of a bare model, for each process. All processes call it."""
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     sums = {name: q.sums.tolist() for name, q in moving_quantizers(model).items()}
-    return all_gather_object(dict(gradients=gradients, sums=sums))
+    pending = {name: q.pending.cpu() for name, q in _quantizers(model).items() if q.pending is not None}
+    return all_gather_object(dict(gradients=gradients, sums=sums, pending=pending))
+
+
+def _quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
 def is_accumulated(model: nn.Module, saved: Any) -> bool:
     """Whether a value is what :func:`accumulated` returns for this model."""
-    parameters, moving = dict(model.named_parameters()), moving_quantizers(model)
+    parameters, moving, quantizers = dict(model.named_parameters()), moving_quantizers(model), _quantizers(model)
 
     def is_gradient(name: Any, value: Any) -> bool:
         return name in parameters and isinstance(value, Tensor) and value.shape == parameters[name].shape
@@ -42,12 +48,17 @@ def is_accumulated(model: nn.Module, saved: Any) -> bool:
     def is_sum(name: Any, value: Any) -> bool:
         return name in moving and isinstance(value, (tuple, list)) and [type(each) for each in value] == [float, float]
 
+    def is_pending(name: Any, value: Any) -> bool:
+        shape = getattr(quantizers.get(name), 'shape', None)
+        return isinstance(value, Tensor) and tuple(value.shape) == shape
+
     return isinstance(saved, list) and all(
         isinstance(each, dict)
-        and set(each) == {'gradients', 'sums'}
+        and set(each) | {'pending'} == {'gradients', 'sums', 'pending'}  # without it before loss_aware had something
         and all(isinstance(part, dict) for part in each.values())
         and all(is_gradient(*item) for item in each['gradients'].items())
         and all(is_sum(*item) for item in each['sums'].items())
+        and all(is_pending(*item) for item in each.get('pending', {}).items())
         for each in saved
     )
 
@@ -70,3 +81,6 @@ def restore(model: nn.Module, saved: Accumulated) -> None:
         parameter.grad = gradient.to(parameter)
     for name, (total, count) in ours['sums'].items():
         moving[name].sums.copy_(torch.tensor([total, count]))
+    quantizers = _quantizers(model)
+    for name, value in ours.get('pending', {}).items():
+        quantizers[name].pending = value.to(quantizers[name].threshold.device)

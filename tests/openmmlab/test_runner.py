@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from gdrq_mm.core import functional as F
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
-from gdrq_mm.core.quantizers import Stage, WeightQuantizer
+from gdrq_mm.core.quantizers import Stage, WeightQuantizer, loss_aware
 from gdrq_mm.core.quantizers import gdrq as gdrq_module
 from gdrq_mm.core.quantizers.gdrq import WEIGHT_K
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
@@ -147,6 +147,10 @@ VARIANTS = {
     'accumulation': {'quantization': quantization(), 'optim_wrapper.accumulative_counts': 2},
     'accumulation over the end of an epoch': {'quantization': quantization(), 'optim_wrapper.accumulative_counts': 3},
     'accumulation of what learns': {'quantization': quantization(method='lsq'), 'optim_wrapper.accumulative_counts': 3},
+    'accumulation of what is noted': {
+        'quantization': quantization(method='loss_aware'),
+        'optim_wrapper.accumulative_counts': 3,
+    },
     'bfloat16': {'quantization': quantization(), 'optim_wrapper.type': 'gdrq_mm.openmmlab.amp.CPUAmpOptimWrapper'},
     'float, random numbers in the main process': {
         'quantization': None,
@@ -164,7 +168,8 @@ MARKED = [pytest.param(name, marks=[pytest.mark.full] if name in LONGER else [])
 @pytest.mark.parametrize('variant', MARKED)
 def test_a_resumed_run_equals_an_undisturbed_one(make, variant, monkeypatch):
     """Interrupted after each epoch, so in every stage: weights, thresholds, losses and optimizer to the last bit."""
-    monkeypatch.setattr(gdrq_module, 'SEARCH_INTERVAL', 3)  # else no search falls into so short a run
+    for module in (gdrq_module, loss_aware):
+        monkeypatch.setattr(module, 'INTERVAL', 3)  # else it does not fall into so short a run
     losses = []
     changes = dict(VARIANTS[variant], epochs=4)
 

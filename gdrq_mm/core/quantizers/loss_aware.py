@@ -46,7 +46,6 @@ class LossAwareWeight(WeightQuantizer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.register_buffer('second', torch.zeros(self.shape))
-        self._gradient: Tensor | None = None
 
     def start_threshold(self, weight: Tensor) -> Tensor:
         first = F.nonzero_start(F.search_threshold(weight, self.lo, self.hi, self.sizes), weight)
@@ -59,10 +58,10 @@ class LossAwareWeight(WeightQuantizer):
         return out
 
     def _note(self, gradient: Tensor) -> None:
-        self._gradient = gradient if self._gradient is None else self._gradient + gradient
+        self.pending = gradient if self.pending is None else self.pending + gradient
 
     def after_step(self, weight: Tensor, step: int) -> None:
-        gradient, self._gradient = self._gradient, None
+        gradient, self.pending = self.pending, None
         if self.stage != Stage.QUANTIZE or (step + 1) % INTERVAL:
             return
         gradient = torch.zeros(self.shape, device=weight.device) if gradient is None else gradient.float()
