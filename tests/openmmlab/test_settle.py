@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from mmengine.hooks import EMAHook
 
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.hooks import SettleHook
+from gdrq_mm.openmmlab.hooks.calibration import own_loader
 from gdrq_mm.openmmlab.hooks.settle import weakly_augmented
 from tests.helpers import same
 from tests.runs import QUANTIZATION, At, checkpoint_of, contents, train
@@ -40,6 +42,17 @@ def test_it_settles_once_after_the_last_step(make):
     assert [iteration for iteration, momentum in seen if momentum is None] == [11] * 3  # a quarter of 12 iterations
 
 
+def test_an_average_is_rounded_where_the_model_is(make):
+    """What of INQ's weights is rounded stands in integers, which an average of weights skips."""
+    ema, quantization = dict(type='EMAHook', momentum=0.5, update_buffers=True), {**SETTLED, 'method': 'inq'}
+    runner = make(quantization=quantization, custom_hooks=[ema])
+    train(runner)
+    (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    ours, theirs = (dict(m.named_buffers()) for m in (runner.model, hook.ema_model.module))
+    held = [name for name in ours if name.endswith('.held')]
+    assert held and all(torch.equal(ours[name], theirs[name]) for name in held)
+
+
 def test_an_average_of_weights_has_statistics_of_its_own(make):
     ema = [dict(type='EMAHook', momentum=0.5), dict(type='StatisticsHook', interval=0)]
     states = []
@@ -64,6 +77,13 @@ def test_the_average_that_settled_is_validated_as_it_is_saved(make):
     validated = states[-2]
     assert same(validated, read_checkpoint(checkpoint_of(runner, 'epoch_2.pth'))['state_dict'])
     assert not same(validated, states[-1]), 'afterwards it is the model of the last step'
+    changes = dict(quantization=SETTLED, custom_hooks=[dict(type='EMAHook', momentum=0.5)], epochs=2)
+    resumed = make('resumed', **changes, load_from=checkpoint_of(runner, 'epoch_2.pth'), resume=True)
+    note = At(None, 'before_val_epoch', 'VERY_LOW')
+    note.before_val_epoch = lambda r, *args, **kwargs: states.append(copy.deepcopy(r.model.state_dict()))
+    resumed.register_hook(note)
+    train(resumed)
+    assert same(states[-1], validated), 'killed while it validated, it does so when it is resumed'
 
 
 def test_a_resumed_training_ends_as_the_whole_one(make):
@@ -93,6 +113,29 @@ def test_strong_augmentation_is_left_out_at_any_depth():
     weak = weakly_augmented(cfg)
     assert [each['type'] for each in weak['pipeline']] == ['mmdet.RandomFlip', 'PackDetInputs']
     assert weak['dataset'] == cfg['dataset'] and len(cfg['pipeline']) == 4
+
+
+def test_it_is_left_out_of_transforms_that_hold_others():
+    """A choice keeps its places, as it may have a probability for each."""
+    flip, strong = dict(type='RandomFlip'), dict(type='ColorJitter')
+    cfg = dict(
+        pipeline=[
+            dict(type='RandomApply', transforms=[strong, flip], prob=0.3),
+            dict(type='RandomChoice', transforms=[strong, [flip, strong], flip], prob=[0.5, 0.3, 0.2]),
+        ]
+    )
+    one, other = weakly_augmented(cfg)['pipeline']
+    assert one == dict(type='RandomApply', transforms=[flip], prob=0.3)
+    assert other == dict(type='RandomChoice', transforms=[[], [flip], [flip]], prob=[0.5, 0.3, 0.2])
+
+
+def test_endless_data_have_no_incomplete_batch(make):
+    """BN cannot train on a single picture of a PSPNet, and the training never sees one."""
+    for sampler, sizes in (('InfiniteSampler', [9] * 7), ('DefaultSampler', [9] * 7 + [1])):
+        changes = {'train_dataloader.sampler.type': sampler, 'train_dataloader.batch_size': 9}
+        runner = make(sampler, **changes, train_cfg=dict(type='IterBasedTrainLoop', max_iters=2))
+        runner.train_loop  # noqa: B018 - builds it
+        assert [len(batch['inputs']) for batch in own_loader(runner)] == sizes
 
 
 def test_tuples_stay_tuples():

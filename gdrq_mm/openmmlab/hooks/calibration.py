@@ -16,7 +16,8 @@ from ...core.quantizers import Quantizer
 from ..models import bare_model
 from ..seeding import kept_random_state
 
-EVERY_SAMPLE = ('DefaultSampler', 'InfiniteSampler', DefaultSampler, InfiniteSampler)
+ENDLESS = ('InfiniteSampler', InfiniteSampler)
+EVERY_SAMPLE = ('DefaultSampler', DefaultSampler, *ENDLESS)
 """Samplers that give every sample as often as any other: calibration draws as the first one does, shuffled."""
 
 
@@ -63,11 +64,14 @@ def own_loader(runner: Runner, dataset: Any = None) -> DataLoader:
     cfg = cfg if isinstance(cfg, dict) else {}
     sampler_cfg, batch_cfg = cfg.get('sampler') or {}, cfg.get('batch_sampler')
     size = loader.batch_size or loader.batch_sampler.batch_size
+    whole = bool(cfg.get('drop_last'))
     if not isinstance(sampler_cfg, dict) or sampler_cfg.get('type', DefaultSampler) in EVERY_SAMPLE:
         sampler: Any = DefaultSampler(dataset, shuffle=True, seed=runner.seed)
+        # An endless sampler has no incomplete last batch: batch normalization cannot train on a single picture
+        whole |= sampler_cfg.get('type') in ENDLESS and len(sampler) >= size
     else:
         sampler = DATA_SAMPLERS.build(sampler_cfg, default_args=dict(dataset=dataset, seed=runner.seed))
     if isinstance(batch_cfg, dict):
         batches = DATA_SAMPLERS.build(batch_cfg, default_args=dict(sampler=sampler, batch_size=size))
         return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
-    return DataLoader(dataset, size, sampler=sampler, drop_last=bool(cfg.get('drop_last')), collate_fn=collate)
+    return DataLoader(dataset, size, sampler=sampler, drop_last=whole, collate_fn=collate)
