@@ -1,8 +1,10 @@
 """OscillationHook in a real training."""
 
+import pytest
+
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from tests.helpers import same
-from tests.runs import checkpoint_of, contents, train
+from tests.runs import QUANTIZATION, checkpoint_of, contents, train
 
 HOOK = dict(type='OscillationHook', limits=(0.3, 0.05), momentum=0.2)
 
@@ -18,6 +20,14 @@ def test_a_resumed_training_ends_as_the_whole_one(make):
     assert same(contents(whole, 'epoch_3.pth'), contents(resumed, 'epoch_3.pth'))
     again = read_checkpoint(checkpoint_of(resumed, 'epoch_3.pth'))['oscillations']
     assert all(same(saved[name], again[name]) for name in saved)
+
+
+@pytest.mark.parametrize('changes', [dict(control=True), dict(weight=dict(bits=32))], ids=['control', 'W32A4'])
+def test_it_does_nothing_where_no_weight_is_quantized(make, changes):
+    """So that a recipe has its control, and its parts."""
+    runner = make(quantization={**QUANTIZATION, **changes}, custom_hooks=[dict(HOOK)], epochs=1)
+    train(runner)
+    assert 'oscillations' not in read_checkpoint(checkpoint_of(runner, 'epoch_1.pth'))
 
 
 def test_another_training_from_the_checkpoint_starts_anew(make):

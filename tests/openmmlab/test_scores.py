@@ -59,6 +59,17 @@ def test_no_score_ends_training_before_the_model_is_quantized(make, options):
     assert epochs_of(runner_of(make, scores, dict(reshape=2 / 3), [{**STOPPING, **options}])) == 6
 
 
+def test_nor_does_the_score_of_a_validation_that_a_resumed_run_begins_with(make):
+    """The run before was killed between the checkpoint and its validation."""
+    given = arguments([0.9] * 3, dict(reshape=2 / 3), [{**STOPPING, 'stopping_threshold': 0.8}])
+    whole = make(**given)
+    assert epochs_of(whole) == 3
+    given['val_evaluator'] = dict(_delete_=True, type='Falling', scores=[0.9] * 3)
+    resumed = make('resumed', **given, resume=True, load_from=checkpoint_of(whole, 'epoch_1.pth'))
+    resumed.resumed_unvalidated = True
+    assert epochs_of(resumed) == 2 and resumed.epoch == 3
+
+
 @pytest.mark.parametrize('quantization', [dict(weight=dict(bits=2)), None], ids=['quantized', 'float'])
 def test_a_resumed_run_has_waited_as_long_as_the_one_that_it_continues(make, quantization):
     """The best score is that of the first epoch; the third checkpoint is saved after one score without improvement."""

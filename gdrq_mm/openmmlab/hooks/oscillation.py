@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ...core.modules import quant_layers
 from ...core.oscillation import Oscillations
 from ..models import bare_model
 
@@ -19,8 +20,8 @@ KEY = 'oscillations'
 class OscillationHook(Hook):
     """Freezes weights that jump to and fro between two codes (docs/method.md, section 8).
 
-    It needs a method with even steps. The log gets the share of weights that oscillate (frequency above 0.005) and
-    of those that are frozen.
+    It needs a method with even steps, and does nothing where no weight is quantized, as in a control. The log gets the
+    share of weights that oscillate (frequency above 0.005) and of those that are frozen.
 
     Args:
         limits: frequency from which a weight is frozen, at the beginning and at the end; None only counts.
@@ -41,7 +42,11 @@ class OscillationHook(Hook):
         self._saved = checkpoint.get(KEY, {}) if runner._resume else {}
 
     def before_train(self, runner: Runner) -> None:
-        self.oscillations = Oscillations(bare_model(runner.model), self.limits, self.momentum)
+        model = bare_model(runner.model)
+        if all(layer.weight_quant is None for layer in quant_layers(model).values()):  # a control, or 32 bits
+            runner.logger.warning('OscillationHook watches nothing: no weight is quantized.')
+            return
+        self.oscillations = Oscillations(model, self.limits, self.momentum)
         self.oscillations.load_state_dict(self._saved)
 
     def after_train_iter(

@@ -36,7 +36,11 @@ class StageHook(Hook):
     def __init__(self, reshape: float = 0.0, freeze: float = 1.0) -> None:
         self.reshape, self.freeze = reshape, freeze
         self.stage: Stage | None = None
-        self.stopped_before = False
+        self.trained = self.stopped_before = False
+        """Whether a training goes on that has taken a step, perhaps before it was resumed."""
+
+    def before_train(self, runner: Runner) -> None:
+        self.trained = runner.iter > 0
 
     def stage_at(self, progress: float) -> Stage:
         """Stage at a fraction of the training length."""
@@ -45,6 +49,7 @@ class StageHook(Hook):
         return Stage.FREEZE if progress >= self.freeze else Stage.QUANTIZE
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        self.trained = True
         model = bare_model(runner.model)
         stage = self.stage_at(runner.iter / runner.max_iters)
         if stage != self.stage:
@@ -62,11 +67,13 @@ class StageHook(Hook):
                     module.eval()
 
     def before_val(self, runner: Runner) -> None:
-        self.stopped_before = getattr(runner.train_loop, 'stop_training', False) if self.stage is not None else False
+        self.stopped_before = self.trained and runner.train_loop.stop_training
 
     def after_val(self, runner: Runner) -> None:
         # Other hooks have seen the scores; this point is behind all of theirs
-        if self.stage == Stage.RESHAPE and runner.train_loop.stop_training and not self.stopped_before:
+        if not self.trained or self.stage_at((runner.iter - 1) / runner.max_iters) != Stage.RESHAPE:
+            return
+        if runner.train_loop.stop_training and not self.stopped_before:
             runner.logger.info('Training goes on: that score is not one of the quantized model.')
             runner.train_loop.stop_training = False
             _forget_early_stopping(runner)
