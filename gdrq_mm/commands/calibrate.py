@@ -25,5 +25,8 @@ def main() -> None:
     if not hasattr(runner, 'calibrate'):
         raise UserError(f'runner_type={cfg.runner_type!r} does not quantize')
     runner.calibrate(str(out))
-    then = f'{command("test")} {shlex.join([args.config, str(out), "--work-dir", str(out.parent)])}'
+    settings = {**(args.cfg_options or {}), **(args.cfg_values or {})}
+    same = ['--work-dir', args.work_dir] if args.work_dir else []
+    same += ['--cfg-values', repr(settings)] if settings else []
+    then = f'{command("test")} {shlex.join([args.config, str(out), *same])}'
     runner.logger.info(f'Wrote {out}; evaluate it with: {then}')

@@ -51,6 +51,13 @@ class CheckpointRunner(Runner):
         with data_only(bool((kwargs.get('cfg') or {}).get('unsafe_load'))):
             super().__init__(*args, **kwargs)
 
+    def dump_config(self) -> None:
+        """Write the config into the work directory, but not over itself: a test has taken out of it what trains."""
+        own = Path(self.cfg.filename or '')
+        written = Path(self.work_dir) / own.name
+        if not (own.is_file() and written.is_file() and own.samefile(written)):
+            super().dump_config()
+
     @property
     def _unsafe(self) -> bool:
         return bool(self.cfg.get('unsafe_load'))

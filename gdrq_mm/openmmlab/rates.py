@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 
 from ..core.quantizers import Quantizer, learned_parameters
 
@@ -18,13 +18,9 @@ def set_rates(optim_wrapper: Any, model: nn.Module) -> None:
     `norm_decay_mult`, a rate that decays from layer to layer, and `lr_mult=0`.
 
     Args:
-        optim_wrapper: one that was just built, or an OptimWrapperDict.
+        optim_wrapper: one that was just built.
         model: bare.
     """
-    if isinstance(optim_wrapper, OptimWrapperDict):
-        for _, each in optim_wrapper.items():
-            set_rates(each, model)
-        return
     learned = {id(p): (q, w) for p, q, w in _learned(model)}
     if not learned or not isinstance(optim_wrapper, OptimWrapper):
         return

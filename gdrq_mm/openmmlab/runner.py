@@ -10,6 +10,7 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch.utils.data import DataLoader
@@ -118,6 +119,8 @@ class QuantRunner(CheckpointRunner):
         if isinstance(optim_wrapper, dict):
             check_amp(optim_wrapper.get('type'))
         built = super().build_optim_wrapper(optim_wrapper)
+        if isinstance(built, OptimWrapperDict):
+            raise UserError('optim_wrapper makes several optimizers; this runner takes one')
         if built is not optim_wrapper:  # mmengine asks again for one that is built already
             set_rates(built, bare_model(self.model))
         return built
