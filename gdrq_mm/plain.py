@@ -255,7 +255,10 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         settings, plan = content['meta']['quantization'], Plan.from_dict(content['meta']['plan'])
         state = content['state_dict']
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        hint = 'save gdrq_mm.checkpoint(model), not model.state_dict()'
+        raise UserError(f'{path} is no checkpoint of gdrq_mm.checkpoint: it has no {error}; {hint}') from None
+    except (TypeError, ValueError) as error:
         raise UserError(f'{path} is no checkpoint of gdrq_mm.checkpoint: {error}') from None
     _quantized(model, settings, plan)
     try:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train on GPUS processes, on GPUs or, where there are none, on the CPU:
 #   tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
-# Several machines: run it on each, with NNODES, NODE_RANK (0, 1, ...) and the first one's MASTER_ADDR; PORT is free there.
+# Several machines: run it on each, with NNODES, NODE_RANK (0, 1, ...), MASTER_ADDR (the address of the first one) and PORT
+# (one that is free there, 29500).
 set -eu
 [ $# -ge 2 ] || { echo "error: usage: $0 CONFIG GPUS [options of tools/train.py]" >&2; exit 2; }
 config=$1 gpus=$2

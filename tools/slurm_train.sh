@@ -10,6 +10,10 @@ set -eu
 [ $# -ge 4 ] || { echo "error: usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [options of tools/train.py]" >&2; exit 2; }
 partition=$1 name=$2 config=$3 work_dir=$4
 gpus=${GPUS:-8} per_node=${GPUS_PER_NODE:-8} cpus=${CPUS_PER_TASK:-5}
+if [ -z "${SLURM_JOB_ID:-}" ] && ! command -v sbatch > /dev/null; then
+    echo 'error: there is no sbatch: run this on a machine of the cluster' >&2
+    exit 2
+fi
 mkdir -p "$work_dir"
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then

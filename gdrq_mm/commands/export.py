@@ -103,8 +103,8 @@ def show_part(part: ExportedPart) -> None:
     show(title, ['output', 'values', 'largest relative difference'], outputs)
     report = ExportReport([part])
     for backend, differing in report.differing.items():
-        ties = 'by the rounding of ties and of biases'
-        CONSOLE.print(f'{backend}: {differing} of {report.codes} codes differ, {ties}', soft_wrap=True)
+        why = ', by the rounding of ties and of biases' if differing else ''
+        CONSOLE.print(f'{backend}: {differing} of {report.codes} codes differ{why}', soft_wrap=True)
 
 
 def export_packed(model: Any, merged: Any, image: Any, out: Path, compress: bool) -> None:

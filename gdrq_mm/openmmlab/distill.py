@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from .checkpoints import read_checkpoint
 from .heads import TRAINING_ONLY, last_layers
 from .models import drop_pretrained, use_memory_format
-from .weights import load_weights
+from .weights import load_weights, state_of, without_quantizers
 
 CLASS_LAYERS = ('*cls*', '*obj*', '*conf*')
 """Names, behind the last dot but a number, of the last layers of a detector that score classes and objects."""
@@ -85,7 +85,10 @@ def distillation_of(model: Any, cfg: Config, unsafe: bool = False) -> Distillati
     drop_pretrained(architecture)
     teacher: Any = revert_sync_batchnorm(MODELS.build(architecture))
     try:
-        load_weights(teacher, read_checkpoint(str(path), unsafe), str(path), None)
+        checkpoint = read_checkpoint(str(path), unsafe)
+        if len(without_quantizers(checkpoint)['state_dict']) < len(state_of(checkpoint)):
+            raise UserError(f'{path} is a quantized model; distill.teacher names the float checkpoint')
+        load_weights(teacher, checkpoint, str(path), None)
     except UserError as error:
         raise UserError(f'quantization.distill: {error}') from None
     teacher.to(next(model.parameters()).device)

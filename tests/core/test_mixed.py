@@ -414,7 +414,7 @@ def test_the_text_of_a_config_is_the_config(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(budget=dict(size=1e-3)), r'the least is [\d,]+ bytes .* given by the config \(.*fc.* among it\)'),
+        (dict(budget=dict(size=1e-3)), r'the least is [\d,]+ bytes .* given by the config \(layers .*fc.*\)'),
         (dict(budget=dict(size=0.3), config=dict(skip=['blocks.1.*'])), r'the least .*blocks.1.conv\d in float, '),
         (dict(budget=dict(bitops=0.01), config=dict(skip=['blocks.1.*'])), r'the least .*blocks.1.conv\d in float, '),
         (dict(budget=dict(ms=1.0)), 'a budget in ms needs times of layers'),

@@ -105,6 +105,15 @@ def test_a_teacher_that_is_missing_is_told(make, quantization, load_from, messag
         make(quantization=quantization, load_from=load_from).train()
 
 
+def test_a_quantized_teacher_is_told(make, float_checkpoint):
+    """As where load_from is the W4A4 checkpoint of a W2A4 training."""
+    first = make('first', load_from=float_checkpoint, epochs=1)
+    train(first)
+    path = checkpoint_of(first, 'epoch_1.pth')
+    with pytest.raises(UserError, match=r'epoch_1.pth is a quantized model; distill.teacher names'):
+        make('second', quantization=DISTILL, load_from=path).train()
+
+
 def test_a_teacher_of_another_model_is_told(make, float_checkpoint, tmp_path):
     path = tmp_path / 'other.pth'
     torch.save(dict(state_dict={'backbone.conv1.weight': torch.zeros(4, 3, 3, 3)}), path)

@@ -1,6 +1,8 @@
 """A work directory belongs to one training at a time, and what is resumed is that training."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -104,3 +106,18 @@ def test_a_run_that_was_validated_is_not_validated_again(make, tmp_path):
     resumed.register_hook(At(lambda runner: epochs.append(runner.epoch), 'before_val'))
     train(resumed)
     assert epochs == [2]
+
+
+def test_the_command_that_calibrate_prints_works_and_the_config_stays(run, config, float_checkpoint, tmp_path):
+    """In the folder of the config, where mmengine would write what it made of the config over it."""
+    cfg, file = config(log_level='INFO'), tmp_path / 'mine.py'
+    cfg.work_dir = '.'
+    cfg.dump(file)
+    before = file.read_text()
+    given = ['--out', 'calibrated.pth', '--cfg-options', 'quantization.weight.bits=8']
+    done = run(ROOT / 'tools/calibrate.py', 'mine.py', float_checkpoint, *given)
+    assert done.returncode == 0, done.stderr
+    printed = re.search(r'evaluate it with: python (\S+) (.*)', done.stdout)
+    tested = run(ROOT / printed[1], *shlex.split(printed[2]))
+    assert tested.returncode == 0, tested.stderr
+    assert file.read_text() == before and (tmp_path / 'record.json').exists()

@@ -276,7 +276,7 @@ def _impossible(budget: Budget, least: float, most: float) -> str:
     total = budget.fixed + sum(given.values())
     given |= budget.kept
     dearest = ', '.join(sorted(given, key=lambda name: -given[name])[:3])
-    names = f' ({dearest}{", ..." if len(given) > 3 else ""} among it)' if given else ''
+    names = f' (layers {dearest}{", ..." if len(given) > 3 else ""})' if given else ''
     return f'{said}, of which {budget.text(total)} is given by the config{names}'
 
 
