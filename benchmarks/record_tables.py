@@ -18,14 +18,15 @@ from gdrq_mm.report.text import markdown
 
 RECORDS = FIGURES.parent / 'records'
 
-DEFAULTS_SINCE = '2026-11-29'
-"""Day since which GDRQ's activations leave zeros out of their mean, and its weights have the k of today and, at 2 bits,
-four levels. A day is compared with the time of a record."""
-OLDER = '†'
-OLDER_NOTE = (
-    f'{OLDER} measured with older defaults of GDRQ: T of activations from the mean of all values, k = 3.5 for weights '
-    'of 4 bits, three levels for those of 2.'
-)
+OLDER = {
+    '†': (
+        '2026-11-29',
+        'with older defaults of GDRQ: T of activations from the mean of all values, k = 3.5 for weights of 4 bits, '
+        'three levels for those of 2',
+    ),
+    '‡': ('2026-12-01', 'before a default k of weights ended at the largest weight'),
+}
+"""Mark -> the day that ended such defaults of GDRQ, which is compared with the time of a record, and how they were."""
 
 Records = list[Any]
 Row = dict[str, str]
@@ -40,18 +41,26 @@ def read(pattern: str, fits: str = '.*') -> Records:
 
 
 def rows_of(records: Records) -> list[Row]:
-    """The rows of the comparison; those of records with an older default are marked."""
-    older = {_key(record) for record in records if is_older(record)}
+    """The rows of the comparison; those of records with older defaults are marked."""
+    marks = {_key(record): mark for record in records if (mark := mark_of([record]))}
     rows = comparison_rows(records)
     for row in rows:
-        if (row['model'], row['data'], row['method'], row['bits']) in older:
-            row['quantized'] += f' {OLDER}'
+        row['quantized'] += marks.get((row['model'], row['data'], row['method'], row['bits']), '')
     return rows
 
 
-def is_older(record: Any) -> bool:
-    """Whether the record was made with defaults of GDRQ that have changed since."""
-    return 'gdrq' in record['model']['methods'] and record['time'] < DEFAULTS_SINCE
+def mark_of(records: Records) -> str:
+    """' †' or ' ‡' where one of the records was made with defaults of GDRQ that have changed since, else ''."""
+    quantized = [
+        r for r in records if 'gdrq' in r['model']['methods'] and not bits_of(r['model']['bits']).startswith('W32')
+    ]
+    first = min((record['time'] for record in quantized), default='9')
+    return next((f' {mark}' for mark, (until, _) in OLDER.items() if first < until), '')
+
+
+def notes_of(text: str) -> str:
+    """What the marks in a text mean, one sentence each."""
+    return ' '.join(f'{mark} measured {how}.' for mark, (_, how) in OLDER.items() if mark in text)
 
 
 def _key(record: Any) -> tuple[str, ...]:
@@ -64,9 +73,10 @@ def table(rows: list[Row], columns: Sequence[str]) -> str:
     constant = {c: rows[0][c] for c in columns if len(rows) > 1 and len({row[c] for row in rows}) == 1}
     shown = [c for c in columns if c not in constant and any(row[c] for row in rows)]
     above = [_named(name, value) for name, value in constant.items() if value]
-    older = [OLDER_NOTE] if any(OLDER in row[c] for row in rows for c in shown) else []
-    lines = [*([f'All rows: {", ".join(above)}.'] if above else []), *older]
-    lines = [' '.join(lines), ''] if lines else []
+    told = ' '.join(
+        [*([f'All rows: {", ".join(above)}.'] if above else []), notes_of(str([row[c] for row in rows for c in shown]))]
+    )
+    lines = [told.strip(), ''] if told.strip() else []
     return '\n'.join([*lines, markdown(shown, [[row[c] for c in shown] for row in rows])])
 
 
@@ -108,7 +118,7 @@ W4A4 = r'(float|gdrq-(control-)?w4a4-seed\d)'
 HEADLINE = (
     ('ResNet-18, CIFAR-10', 'continued/*.json', r'cifar10-gdrq-(control-)?w4a4-seed\d', 'ResNet-18', ' ¹'),
     ('Faster R-CNN, BCCD', 'tasks/*.json', f'faster_rcnn-{W4A4}', 'Faster R-CNN R18', ''),
-    ('YOLOX, BCCD', 'tasks/*.json', f'yolox-{W4A4}', 'YOLOX', ''),
+    ('YOLOX, BCCD', 'tasks/*.json', f'yolox_20e-{W4A4}', 'YOLOX', ''),
     ('PSPNet, CamVid', 'tasks/*.json', f'pspnet-{W4A4}', 'PSPNet R18', ''),
 )
 """Title, records and which of them, name in docs/figures/inference.json, and a mark where that model is not the one of
@@ -136,8 +146,7 @@ def over_seeds(pattern: str, fits: str = '.*') -> list[Row]:
         found = [r for r in (*own, *others) if _key(r) == key and backend_of(r) == 'torch']
         values = [main_metric(r)[1] for r in found]
         mean = statistics.fmean(values)
-        mark = f' {OLDER}' * any(map(is_older, found))
-        row.update(quantized=f'{mean:.2f} ± {statistics.stdev(values):.2f}{mark}', seeds=str(len(values)))
+        row.update(quantized=f'{mean:.2f} ± {statistics.stdev(values):.2f}{mark_of(found)}', seeds=str(len(values)))
         row['drop'] = f'{before - mean:.2f}'
     return rows
 
@@ -244,8 +253,11 @@ def tasks(models: str) -> str:
 
 
 def task_parts() -> str:
-    """What 4-bit weights and 4-bit activations cost the YOLOX after 20 epochs, each alone."""
-    return by_bits(read('tasks/yolox_20e-*.json'))
+    """What weights and activations of few bits cost the YOLOX after 20 epochs, both and each alone."""
+    parts = r'yolox_20e-(float|gdrq-(control-w4a4|w8a8|w4a4|w4a32|w32a4)-seed0)'
+    rows = [row for row in rows_of(read('tasks/*.json', parts)) if row['seeds']]
+    columns = ('task', 'model', 'data', 'metric', 'float', 'trained on', 'method', 'seeds')
+    return table(rows, [*columns, 'bits', 'quantized', 'drop', 'drop, trained on'])
 
 
 CHOSEN = (
@@ -295,7 +307,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     'grid_det_older': partial(grid, GRID['grid_det'], 'older'),
     **{sweep: partial(ranked, sweep) for sweep in ('ablation', 'references')},
-    'tasks_bccd': partial(tasks, 'faster_rcnn|yolox'),
+    'tasks_bccd': partial(tasks, 'faster_rcnn|yolox_20e'),
+    'tasks_bccd_60e': partial(tasks, 'yolox'),
     'tasks_camvid': partial(tasks, 'pspnet|fcn'),
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{

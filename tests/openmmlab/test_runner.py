@@ -18,7 +18,6 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
 from gdrq_mm.core.quantizers import Stage, WeightQuantizer, loss_aware
 from gdrq_mm.core.quantizers import gdrq as gdrq_module
-from gdrq_mm.core.quantizers.gdrq import WEIGHT_K
 from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.hooks import StatisticsHook
 from gdrq_mm.report.layers import layer_table
@@ -376,7 +375,8 @@ def test_the_average_of_EMA_is_tested_as_it_was_validated(make, buffers):
 
 
 def test_averaged_weights_have_thresholds_of_their_own(make):
-    runner = make(epochs=2, custom_hooks=[dict(type='EMAHook', momentum=0.3)])
+    hooks = [dict(type='EMAHook', momentum=0.3)]
+    runner = make(epochs=2, custom_hooks=hooks, **{'quantization.weight.gdrq.k': 3.5})
     used = []
 
     def note(quantizer, args, out):
@@ -390,7 +390,7 @@ def test_averaged_weights_have_thresholds_of_their_own(make):
     weight, quantized = used[-1]
     assert torch.equal(weight, averaged) and not torch.equal(weight, own)
     weight = weight.double().numpy()
-    expected = reference.quantize_groups(weight, reference.scale_clip_threshold(weight, WEIGHT_K[4], 4), 4)
+    expected = reference.quantize_groups(weight, reference.scale_clip_threshold(weight, 3.5, 4), 4)
     np.testing.assert_allclose(quantized, expected, rtol=1e-5, atol=1e-6)
 
 
