@@ -64,11 +64,13 @@ def _scores(name: str) -> bool:
 
 
 def _is_sigmoid(model: nn.Module, name: str) -> bool:
-    """Whether a head's scores are sigmoids, as its loss says."""
-    head: Any = model.get_submodule(name.partition('.')[0])
-    losses = [getattr(head, key, None) for key in ('loss_cls', 'loss_decode', 'loss_module')]
-    sigmoid = [getattr(loss, 'use_sigmoid', False) for loss in losses if loss is not None]
-    return any(sigmoid) or bool(getattr(head, 'use_sigmoid_cls', False)) or '_obj' in name
+    """Whether a layer's scores are sigmoids, as a loss of its head says: of one in a list of heads, or with several."""
+    parts = name.split('.')
+    heads: list[Any] = [model.get_submodule('.'.join(parts[:count])) for count in range(1, len(parts) + 1)]
+    found = [getattr(head, key, None) for head in heads for key in ('loss_cls', 'loss_decode', 'loss_module')]
+    losses = [each for loss in found for each in (loss if isinstance(loss, nn.ModuleList) else [loss])]
+    sigmoid = [getattr(loss, 'use_sigmoid', False) for loss in losses]
+    return any(sigmoid) or any(getattr(head, 'use_sigmoid_cls', False) for head in heads) or '_obj' in name
 
 
 def distillation_of(model: Any, cfg: Config, unsafe: bool = False) -> Distillation:

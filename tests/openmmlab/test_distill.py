@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from mmengine.registry import MODELS
 
 from gdrq_mm.core.distill import of_classes, of_features, of_probabilities
 from gdrq_mm.core.errors import UserError
@@ -103,6 +104,25 @@ def test_a_control_is_recorded_as_float(make, float_checkpoint):
 def test_a_teacher_that_is_missing_is_told(make, quantization, load_from, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make(quantization=quantization, load_from=load_from).train()
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_scores_are_compared_as_the_loss_of_their_head_has_them(several):
+    """In a list of heads, as cascaded ones are, and with a list of losses."""
+    sigmoid = dict(type='CrossEntropyLoss', use_sigmoid=True)
+    common = dict(type='FCNHead', in_channels=64, channels=8, num_classes=2, num_convs=1)
+    losses = [[dict(type='DiceLoss'), sigmoid] if several else sigmoid, dict(type='CrossEntropyLoss')]
+    model = MODELS.build(
+        dict(
+            type='CascadeEncoderDecoder',
+            _scope_='mmseg',
+            num_stages=2,
+            backbone=dict(type='ResNetV1c', depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,)),
+            decode_head=[{**common, 'in_index': 0, 'loss_decode': loss} for loss in losses],
+        )
+    )
+    found = distances_of(model)
+    assert found == {'decode_head.0.conv_seg': of_probabilities, 'decode_head.1.conv_seg': of_classes}
 
 
 def test_a_quantized_teacher_is_told(make, float_checkpoint):
