@@ -144,6 +144,21 @@ def test_a_running_largest_value():
     assert float(quantizer.threshold) == 4.25, 'no forward since'
 
 
+def test_saving_does_not_change_how_a_training_goes_on():
+    """Dropout makes weights of attention above 1; T is 1 at most, saved or not."""
+    ends = []
+    for saves in (False, True):
+        quantizer = AttentionWeights(8)
+        quantizer.start(torch.tensor([1.0, 2, 2, 0, 1.1], dtype=torch.float64))
+        for largest in (1.2, 1.2, 0.5):
+            quantizer.train()(torch.full((4, 8), largest))
+            move(quantizer)
+            if saves:
+                quantizer.state_dict()
+        ends.append(float(quantizer.threshold))
+    assert ends[0] == ends[1] < 1
+
+
 @pytest.mark.parametrize('make', [lambda: MinMaxActivation(8), lambda: AttentionWeights(8)])
 def test_the_largest_value_is_that_of_all_processes(make):
     """One that has seen nothing, as a head without regions, changes nothing."""

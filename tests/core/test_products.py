@@ -217,9 +217,7 @@ def test_the_threshold_of_what_softmax_makes_follows_the_largest_up_to_1():
     for _ in range(300):
         model(x * 20)  # softmax gives ones, and dropout twos
         after_step(model)
-    assert weights.threshold > 1.5 and weights.threshold_in_use() == 1
-    model.state_dict()  # settles
-    assert weights.threshold == 1 and weights.step() == 1 / 255
+    assert 0.9 < weights.threshold <= 1 and weights.threshold_in_use() == weights.threshold
 
 
 @pytest.mark.parametrize('method', ['gdrq', 'lsq', 'lsq_plus', 'pact', 'dorefa', 'minmax', 'ptq'])

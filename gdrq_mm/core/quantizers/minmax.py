@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from .activation import Statistics
 from .base import Stage
 from .fixed_point import FixedPoint
 from .following import FollowingQuantizer
@@ -64,7 +65,7 @@ class MinMaxActivation(FollowingQuantizer):
 
 
 class AttentionWeights(MinMaxActivation):
-    """What softmax makes: unsigned, T follows the largest value and is 1 at most. For all methods (ours).
+    """What softmax makes: unsigned, T follows the largest value, which counts as 1 at most. For all methods (ours).
 
     A method that clips by the mean, as Scale-Clip, would clip what attention looks at most. Dropout in training makes
     values above 1.
@@ -73,5 +74,9 @@ class AttentionWeights(MinMaxActivation):
     def __init__(self, bits: int) -> None:
         super().__init__(bits, 'unsigned')
 
-    def current_threshold(self) -> Tensor:
-        return self.threshold.clamp(max=1)
+    def start_threshold(self, seen: Statistics) -> Tensor:
+        return super().start_threshold(seen).clamp(max=1)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Any]:
+        largest, count = super().measure(x)
+        return largest.clamp(max=1), count
