@@ -45,6 +45,9 @@ nothing."""
 INTERVAL = 100
 """Optimizer steps between two looks at the weights for what is not k * mean: a searched T, or the largest (ours)."""
 
+IN_OUTER_CELL = 0.45
+"""How far below the outer level the largest weight may lie, in distances of two levels; the cell ends at 0.5."""
+
 
 def default_weight_k(bits: int, lo: int, hi: int) -> float:
     """The default k for codes from lo to hi."""
@@ -60,8 +63,7 @@ class GDRQWeight(WeightQuantizer):
     @dataclass(frozen=True)
     class Options(FixedPoint):
         k: Annotated[float, Bounds(0, 1000)] | None = field(default=None, metadata=OF_BITS)
-        """T_g = k * mean(|w|) of the group. None: `default_weight_k`, but at most max|w| / mean(|w|) of the group where
-        that is largest (ours)."""
+        """T_g = k * mean(|w|) of the group. None: `default_weight_k`, or less, see `limit_k`."""
         clip: Literal['forward', 'project'] = 'forward'
         """'forward', clipped on the way into the layer, or 'project', clipped as stored after each optimizer step."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
@@ -89,14 +91,16 @@ class GDRQWeight(WeightQuantizer):
         super().start(weight)
 
     def limit_k(self, weight: Tensor) -> None:
-        """Lower a default k to what reaches the largest weight of each group: levels beyond it would never be used.
+        """Lower a default k until the largest weight, of the group where it is largest, takes the outer level.
 
-        Weights that are nearly uniform, as those of 1x1 convolutions often are, end at 2 to 4 times their mean.
+        Levels beyond it would never be used: weights that are nearly uniform, as those of 1x1 convolutions often are,
+        end at 2 to 4 times their mean. Within the outer cell the largest may still grow before it is clipped. Projected
+        weights end at T, so that there k stays.
         """
-        if self.options.k is None:
+        if self.options.k is None and self.options.clip == 'forward':
             mean = F.mean_abs(weight, self.sizes)
             ratios = F.max_abs(weight, self.sizes) / torch.where(mean > 0, mean, 1)
-            reach = ratios.amax() * -self.lo / self.hi
+            reach = ratios.amax() * -self.lo / (self.hi - IN_OUTER_CELL * self.apart)
             self.k.copy_(torch.where(reach > 0, reach.clamp(max=self.wanted_k), self.wanted_k))
 
     def code_range(self) -> tuple[int, int]:
