@@ -27,7 +27,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -191,19 +191,13 @@ class Quantization:
             found['distill'] = f'T {self.distill.temperature:g}, weight {self.distill.weight:g}'
         return found
 
-    def check_patterns(self, layers: Iterable[str], attentions: Iterable[str] = ()) -> None:
+    def check_patterns(self, layers: Collection[str], attentions: Collection[str] = ()) -> None:
         """Raise UserError if a pattern of `skip` or `overrides` matches nothing; an attention can only be skipped."""
-        layers = list(layers)
-        for where, patterns, names in (
-            ('skip', self.skip, [*layers, *attentions]),
-            ('overrides', self.overrides, layers),
-        ):
-            for pattern in patterns:
+        for where, names in (('skip', [*layers, *attentions]), ('overrides', [*layers])):
+            for pattern in getattr(self, where):
                 if not fnmatch.filter(names, pattern):
-                    nearest = ', '.join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
-                    raise UserError(
-                        f'quantization.{where}: the pattern {pattern!r} matches no layer; nearest: {nearest}'
-                    )
+                    near = ', '.join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
+                    raise UserError(f'quantization.{where}: the pattern {pattern!r} matches no layer; nearest: {near}')
 
     def for_layer(self, name: str, first_or_last: bool = False) -> tuple[Weight, Activation]:
         """Settings of one layer: the common ones, 8 bits if it is first or last, then the overrides."""

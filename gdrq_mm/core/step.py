@@ -24,7 +24,7 @@ def after_step(model: nn.Module, step: int | None = None, progress: float | None
     modules = every_module(model)
     follow(model, modules)
     for module in modules:
-        if isinstance(module, Quantizer):
+        if isinstance(module, Quantizer) and module.stage == Stage.FREEZE:
             module.hold()
     for layer in modules:
         if isinstance(layer, QuantLayer) and layer.weight_quant is not None and layer.weight_quant.calibrated:

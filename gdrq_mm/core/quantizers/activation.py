@@ -135,8 +135,7 @@ class ActivationQuantizer(Quantizer):
 
     def uniform(self) -> Uniform | None:
         """What a kernel needs to quantize the input, and measure it in the same pass; None: `track` and `quantize`."""
-        # As in the forward when a checkpointed segment runs again: torch counts the tensors that are saved
-        if self.moves_now() or type(self).quantize is not ActivationQuantizer.quantize:
+        if self.follows or type(self).quantize is not ActivationQuantizer.quantize:
             return None
         return Uniform(self.threshold_in_use(), self.lo, self.hi, self.masked, top=max(-self.lo, self.hi))
 
@@ -145,15 +144,8 @@ class ActivationQuantizer(Quantizer):
         return x
 
     def tracks(self) -> bool:
-        """Whether the threshold follows this input.
-
-        Not in a backward pass, where a checkpointed segment runs a second time.
-        """
-        return self.moves_now() and not in_backward()
-
-    def moves_now(self) -> bool:
-        """Whether the threshold follows the inputs of this stage."""
-        return self.follows and self.trains and self.stage != Stage.FREEZE
+        """Whether the threshold follows this input; not in a backward pass, which runs a checkpointed segment again."""
+        return self.follows and self.trains and self.stage != Stage.FREEZE and not in_backward()
 
     def track(self, x: Tensor) -> None:
         """Collect what moves the threshold; called with every training input that it follows."""
@@ -169,14 +161,7 @@ class ActivationQuantizer(Quantizer):
             self.observe(x)
             return x
         if not self.calibrated:
-            if not self.trains:
-                raise UserError(uncalibrated(self.name))
-            if world_size() > 1:
-                raise UserError(
-                    f'{layer_called(self.name)} is not calibrated: each process would start its own threshold'
-                )
-            self.observe(x)
-            self.start(self.observed())
+            self.begin(x)
         with torch.autocast(x.device.type, enabled=False):
             how = None if self.stage == Stage.RESHAPE else self.uniform()
             if how is not None:
@@ -186,6 +171,16 @@ class ActivationQuantizer(Quantizer):
             if self.stage == Stage.RESHAPE:
                 return self.unused(self.reshape(x, self.threshold))
             return self.quantize(x, self.step())
+
+    def begin(self, x: Tensor) -> None:
+        """Start from a first training batch what was not calibrated."""
+        if not self.trains:
+            raise UserError(uncalibrated(self.name))
+        if world_size() > 1:
+            who = layer_called(self.name)
+            raise UserError(f'{who} is not calibrated: each process would start its own threshold')
+        self.observe(x)
+        self.start(self.observed())
 
     def extra_repr(self) -> str:
         return f'bits={self.bits}, range={self.range}'

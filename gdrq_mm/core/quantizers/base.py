@@ -15,7 +15,7 @@ and where it needs them `round` (codes of weights), `reshape` and `after_step`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -92,6 +92,8 @@ class Quantizer(ModeOfModel, nn.Module):
 
     pending: Tensor | None = None
     """What was collected since the last optimizer step; a checkpoint in between keeps it beside the state dict."""
+    frozen_at: Sequence[Tensor] = ()
+    """What was learned when thresholds were frozen."""
     steps_up: bool = False
     """Whether `power_of_two` takes the next larger step, where nothing may be clipped; else the nearest."""
 
@@ -118,8 +120,6 @@ class Quantizer(ModeOfModel, nn.Module):
         self.lo, self.hi = 0, 0
         self.name = '?'
         """Name of the layer, for messages; set by convert.py."""
-        self.frozen_at: list[Tensor] = []
-        """What was learned when thresholds were frozen."""
         self.register_buffer('state', torch.tensor([self.stage, 0, 0, 0, bits], dtype=torch.int32))
 
     @classmethod
@@ -179,10 +179,9 @@ class Quantizer(ModeOfModel, nn.Module):
         self.frozen_at = [parameter.detach().clone() for parameter in self.parameters(recurse=False)]
 
     def hold(self) -> None:
-        """Undo what momentum and weight decay did to something learned that is frozen; after an optimizer step."""
-        if self.stage == Stage.FREEZE:
-            for parameter, value in zip(self.parameters(recurse=False), self.frozen_at):
-                parameter.data.copy_(value)
+        """Undo what momentum and weight decay did to what is learned, while thresholds are frozen."""
+        for parameter, value in zip(self.parameters(recurse=False), self.frozen_at):
+            parameter.data.copy_(value)
 
     def unused(self, x: Tensor) -> Tensor:
         """x itself, where a stage does not use what this quantizer learns: with a gradient of 0 for that.

@@ -46,7 +46,10 @@ INTERVAL = 100
 """Optimizer steps between two looks at the weights for what is not k * mean: a searched T, or the largest (ours)."""
 
 IN_OUTER_CELL = 0.45
-"""How far below the outer level the largest weight may lie, in distances of two levels; the cell ends at 0.5."""
+"""How far below the outer level the largest weight may lie for the default k (ours), in distances of two levels; the
+cell ends at 0.5. With a larger k, levels would never be used: weights that are nearly uniform, as those of 1x1
+convolutions often are, end at 2 to 4 times their mean. Within the outer cell the largest may still grow before it is
+clipped. Projected weights end at T; there k is not lowered."""
 
 
 def default_weight_k(bits: int, lo: int, hi: int) -> float:
@@ -79,29 +82,8 @@ class GDRQWeight(WeightQuantizer):
 
     def __init__(self, bits: int, *args: Any, **options: Any) -> None:
         super().__init__(bits, *args, **options)
-        self.register_buffer('k', torch.tensor(self.wanted_k))  # a trained model keeps it, whatever the default becomes
-
-    @property
-    def wanted_k(self) -> float:
-        """That of the config, or the default."""
-        return default_weight_k(self.bits, self.lo, self.hi) if self.options.k is None else self.options.k
-
-    def start(self, weight: Tensor) -> None:
-        self.limit_k(weight)
-        super().start(weight)
-
-    def limit_k(self, weight: Tensor) -> None:
-        """Lower a default k until the largest weight, of the group where it is largest, takes the outer level.
-
-        Levels beyond it would never be used: weights that are nearly uniform, as those of 1x1 convolutions often are,
-        end at 2 to 4 times their mean. Within the outer cell the largest may still grow before it is clipped. Projected
-        weights end at T, so that there k stays.
-        """
-        if self.options.k is None and self.options.clip == 'forward':
-            mean = F.mean_abs(weight, self.sizes)
-            ratios = F.max_abs(weight, self.sizes) / torch.where(mean > 0, mean, 1)
-            reach = ratios.amax() * -self.lo / (self.hi - IN_OUTER_CELL * self.apart)
-            self.k.copy_(torch.where(reach > 0, reach.clamp(max=self.wanted_k), self.wanted_k))
+        self.most = default_weight_k(bits, self.lo, self.hi) if self.options.k is None else self.options.k
+        self.register_buffer('k', torch.tensor(self.most))  # a trained model keeps it, whatever the default becomes
 
     def code_range(self) -> tuple[int, int]:
         levels = self.options.levels or ('without_zero' if self.bits == 2 else 'narrow')
@@ -116,10 +98,20 @@ class GDRQWeight(WeightQuantizer):
     def start_threshold(self, weight: Tensor) -> Tensor:
         if self.options.threshold == 'search':
             return F.search_threshold(weight, self.lo, self.hi, self.sizes, self.apart)
+        if self.options.k is None and self.options.clip == 'forward':
+            self.limit_k(weight)
         return F.scale_clip_threshold(weight, self.k, self.sizes)
 
+    def limit_k(self, weight: Tensor) -> None:
+        """Lower the default k until the largest weight, of the group where it is largest, takes the outer level."""
+        mean = F.mean_abs(weight, self.sizes)
+        ratio = (F.max_abs(weight, self.sizes) / torch.where(mean > 0, mean, 1)).amax()
+        reach = ratio * -self.lo / (self.hi - IN_OUTER_CELL * self.apart)
+        self.k.copy_(torch.where(reach > 0, reach.clamp(max=self.most), self.most))
+
     def current_threshold(self, weight: Tensor) -> Tensor:
-        return self.threshold if self.options.threshold == 'search' else self.start_threshold(weight)
+        searched = self.options.threshold == 'search'
+        return self.threshold if searched else F.scale_clip_threshold(weight, self.k, self.sizes)
 
     def factor_of_mean(self) -> float | None:
         simple = self.options.threshold == 'scale_clip' and not self.options.power_of_two
@@ -133,11 +125,11 @@ class GDRQWeight(WeightQuantizer):
         if self.stage not in (Stage.RESHAPE, Stage.QUANTIZE):
             return None
         if (step + 1) % INTERVAL == 0:
-            self.limit_k(weight)
-            if self.options.threshold == 'search':
-                self.threshold.copy_(self.start_threshold(weight))
-        if self.options.clip == 'forward':
-            return None
+            self.threshold.copy_(self.start_threshold(weight))
+        return self.project(weight) if self.options.clip == 'project' else None
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The filters clipped at T."""
         self.settle(weight)
         limit = self.spread(self.in_use(self.threshold))
         return torch.clamp(weight, -limit, limit)

@@ -137,9 +137,7 @@ class WeightQuantizer(Quantizer):
         if self.stage in (Stage.OBSERVE, Stage.FLOAT):
             return weight if self.stage == Stage.OBSERVE else self.unused(weight)
         if not self.calibrated:
-            if not self.trains:
-                raise UserError(uncalibrated(self.name))
-            self.start(weight.detach())
+            self.begin(weight)
         codes = None if torch.is_grad_enabled() else self.codes_in_use(weight)
         if codes is not None:
             return restored(codes)
@@ -147,6 +145,12 @@ class WeightQuantizer(Quantizer):
             if self.stage == Stage.RESHAPE:
                 return self.unused(self.reshape(weight, self.spread(self.in_use(self.current_threshold(weight)))))
             return self.quantize(weight, self.step(weight)).to(weight.dtype)  # thresholds are float32
+
+    def begin(self, weight: Tensor) -> None:
+        """Start in a first training forward what was not calibrated."""
+        if not self.trains:
+            raise UserError(uncalibrated(self.name))
+        self.start(weight.detach())
 
     def extra_repr(self) -> str:
         return f'bits={self.bits}, groups={self.groups}'
