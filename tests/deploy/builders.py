@@ -17,6 +17,7 @@ from gdrq_mm.core.topology import record
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.onnx_export import export_onnx
 from gdrq_mm.deploy.runtime import RUNTIMES, open_runtime
+from gdrq_mm.deploy.saturation import has_vnni, saturating
 from gdrq_mm.deploy.verify_onnx import record_codes, verify_onnx
 from tests.helpers import Block, Function
 
@@ -50,6 +51,11 @@ def norm_of(kind, layer, affine):
         norm.weight.data[0] = 0
         norm.bias.data.normal_()
     return norm
+
+
+def in_float_here(graph):
+    """The layers of a graph that OpenVINO computes in float on this CPU, see deploy/saturation.py."""
+    return [] if has_vnni() else saturating(graph)
 
 
 def prepared(model, *batches, **quantization):
