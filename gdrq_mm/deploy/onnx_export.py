@@ -160,9 +160,9 @@ class OnnxLayer(nn.Module):
             weight = _operator('DequantizeLinear', (self.codes, one, zero), torch.float32, self.codes)
             out = bare.compute(x, weight, None, **options)
             return out * self.scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
-        weight = _operator(
-            'DequantizeLinear', (self.codes, self.scale, self.zeros), torch.float32, self.codes, {'axis': 0}
-        )
+        # A zero point of one element would become that of other layers too, which onnxruntime 1.32 cannot make unsigned
+        made_from = (self.codes, self.scale, self.zeros)[: 2 if len(self.zeros) == 1 else 3]
+        weight = _operator('DequantizeLinear', made_from, torch.float32, self.codes, {'axis': 0})
         bias = self.bias
         if self.linear:
             bias = _operator('DequantizeLinear', (bias, self.unit, self.bias_zeros), torch.float32, bias, {'axis': 0})

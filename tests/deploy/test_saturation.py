@@ -70,3 +70,20 @@ def test_openvino_keeps_the_names_of_inputs_that_saturate(large_sums):
     assert len(found) == 2
     for name in found:
         assert [each.get_node().get_type_name() for each in readers[name]] == ['Convolution']
+
+
+@pytest.mark.parametrize('backend', RUNTIMES)
+def test_several_layers_with_one_filter(backend, monkeypatch):
+    """As YOLOX has for its objects at each level: their zero points are one element each."""
+    monkeypatch.setattr(runtime, 'has_vnni', lambda: False)
+    torch.manual_seed(0)
+    model = Function(
+        lambda m, x: m.one(y := m.first(x).relu()) + m.two(y),
+        first=nn.Conv2d(3, 4, 3),
+        one=nn.Conv2d(4, 1, 1),
+        two=nn.Conv2d(4, 1, 1),
+    )
+    x = torch.randn(2, 3, 8, 8)
+    model, plan = prepared(model.eval(), x, bits=8, deployable=True)
+    _, graph, seen, out = x, *exported(model, plan, x)
+    assert saturating_inputs(graph) and wrong(graph, seen, x, out)[backend] is None
