@@ -73,10 +73,8 @@ def table(rows: list[Row], columns: Sequence[str]) -> str:
     constant = {c: rows[0][c] for c in columns if len(rows) > 1 and len({row[c] for row in rows}) == 1}
     shown = [c for c in columns if c not in constant and any(row[c] for row in rows)]
     above = [_named(name, value) for name, value in constant.items() if value]
-    told = ' '.join(
-        [*([f'All rows: {", ".join(above)}.'] if above else []), notes_of(str([row[c] for row in rows for c in shown]))]
-    )
-    lines = [told.strip(), ''] if told.strip() else []
+    told = [f'All rows: {", ".join(above)}.' if above else '', notes_of(str([row[c] for row in rows for c in shown]))]
+    lines = [' '.join(filter(None, told)), ''] if any(told) else []
     return '\n'.join([*lines, markdown(shown, [[row[c] for c in shown] for row in rows])])
 
 

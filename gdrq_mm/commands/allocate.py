@@ -17,7 +17,7 @@ from ..core.mixed.choices import bits_to_try
 from ..core.mixed.program import monotone
 from ..deploy.runtime import RUNTIMES, installed_backends
 from ..openmmlab.amp import use_amp
-from ..openmmlab.cli import add_config_arguments, build_runner, load_config
+from ..openmmlab.cli import add_config_arguments, build_runner, given_settings, load_config
 from ..openmmlab.data_only import data_only
 from ..openmmlab.describe import model_name
 from ..openmmlab.mixed import check_target, open_chooser, prepare, search_bits, times_of, written_settings
@@ -111,7 +111,7 @@ def main() -> None:
     quantization = read_quantization(cfg)
     assert quantization is not None, 'prepare() refuses a float config'
     bits_to_try(quantization, args.bits, bool(limits.keys() - {'size'}))
-    settings = written_settings(cfg, {**(args.cfg_options or {}), **(args.cfg_values or {})}, args.checkpoint)
+    settings = written_settings(cfg, given_settings(args), args.checkpoint)
     found, unit = judge(cfg, args, limits)
     name = model_name(cfg)
     about = [f'{name} in mixed precision, chosen by tools/allocate.py --by {args.by}. Change what you like.']

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..core.errors import UserError, command
 from ..core.files import check_file
-from ..openmmlab.cli import add_config_arguments, build_runner, load_config
+from ..openmmlab.cli import add_config_arguments, build_runner, given_settings, load_config
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     if not hasattr(runner, 'calibrate'):
         raise UserError(f'runner_type={cfg.runner_type!r} does not quantize')
     runner.calibrate(str(out))
-    settings = {**(args.cfg_options or {}), **(args.cfg_values or {})}
+    settings = given_settings(args)
     same = ['--work-dir', args.work_dir] if args.work_dir else []
     same += ['--cfg-values', repr(settings)] if settings else []
     then = f'{command("test")} {shlex.join([args.config, str(out), *same])}'

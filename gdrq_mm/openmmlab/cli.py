@@ -91,6 +91,11 @@ class ConfigValues(argparse.Action):
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What --cfg-options and --cfg-values set."""
+    return {**(args.cfg_options or {}), **(args.cfg_values or {})}
+
+
 def load_config(args: argparse.Namespace, loaders: Iterable[str] = LOADERS) -> Config:
     """The config of the command line, with its options merged in.
 
@@ -105,7 +110,7 @@ def load_config(args: argparse.Namespace, loaders: Iterable[str] = LOADERS) -> C
     if variable and variable not in os.environ:
         scripts = 'tools' if command('train').startswith('python') else TOOLS
         raise UserError(f'--launcher {args.launcher} is for processes that {starter.format(scripts)} starts')
-    cfg = read_config(args.config, {**(args.cfg_options or {}), **(args.cfg_values or {})})
+    cfg = read_config(args.config, given_settings(args))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if not isinstance(cfg.work_dir, str):

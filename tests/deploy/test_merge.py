@@ -170,10 +170,10 @@ def test_a_wrong_merge_is_seen():
 
 
 def test_sums_that_may_not_fit_into_32_bits_are_refused():
-    for inputs, fits in ((30_000, True), (1_000_000, False)):
+    for inputs, fits in ((50_000, True), (1_000_000, False)):
         model = nn.Sequential(nn.Linear(inputs, 2))
         nn.init.constant_(model[0].weight, 1.0)
-        model, plan = prepared(model, torch.rand(2, inputs), bits=8)
+        model, plan = prepared(model, torch.rand(2, inputs), bits=8, weight=dict(bits=8, gdrq=dict(k=7.0)))
         if fits:
             layer = merge_model(model, plan)[0]
             sums = layer.accumulate(torch.full((1, inputs), float(layer.hi)))

@@ -85,5 +85,5 @@ def test_several_layers_with_one_filter(backend, monkeypatch):
     )
     x = torch.randn(2, 3, 8, 8)
     model, plan = prepared(model.eval(), x, bits=8, deployable=True)
-    _, graph, seen, out = x, *exported(model, plan, x)
+    graph, seen, out = exported(model, plan, x)
     assert saturating_inputs(graph) and wrong(graph, seen, x, out)[backend] is None

@@ -29,7 +29,4 @@ def test_a_model_that_has_never_been_near_openmmlab(name, tmp_path):
     report = gq.export(model.eval(), x[:4], tmp_path / 'exported')
     assert report.wrong == 0
     integers = gq.load(STRANGERS[name](), tmp_path / 'exported/model.safetensors')
-    # A tie that is rounded otherwise moves an output of a model that has hardly been trained
-    expected = model(x).detach()
-    off = (integers(x) - expected).abs() > 0.05 * expected.abs().max()
-    assert off.float().mean() < 0.05
+    torch.testing.assert_close(integers(x), model(x), atol=0.05 * float(model(x).detach().abs().max()), rtol=0)

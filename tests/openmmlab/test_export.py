@@ -325,12 +325,18 @@ def test_the_tool_writes_the_packed_file_of_a_checkpoint(whole, tmp_path, digits
     _, cfg, checkpoint, _, picture = whole
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/digits').symlink_to(digits_root)
+    saved = torch.load(checkpoint)
+    for value in saved['state_dict'].values():
+        if value.dim() == 4:  # most weights near 0, as training leaves them: new ones use all codes alike
+            value.mul_((value / value.std()).square())
+    checkpoint = str(tmp_path / 'peaked.pth')
+    torch.save(saved, checkpoint)
     options = '--format', 'packed', '--compress', '--out', 'out[w4a8]', '--cfg-options', EIGHT
     done = run(ROOT / 'tools/export.py', ROOT / 'configs' / CONFIGS['cls'], checkpoint, *options)
     assert done.returncode == 0, done.stderr
     assert re.search(r'^out\[w4a8]/model.safetensors: .* 21 layers as integers$', done.stdout, re.MULTILINE)
     saved = [float(share) for share in re.findall(r'([\d.]+)% less', done.stdout)]
-    assert len(saved) == 2 and saved[0] > saved[1] > 1, 'by the entropy, and by compression'
+    assert len(saved) == 2 and saved[0] > saved[1] > 10, 'by the entropy, and by compression'
     expected = infer(init_model(cfg, checkpoint, 'cpu'), picture).pred_score
     found = infer(init_model(cfg, tmp_path / 'out[w4a8]/model.safetensors', 'cpu'), picture).pred_score
     assert agreement(found, expected) > 0.9
@@ -363,7 +369,8 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
 
     done = tool('export.py', '--out', 'exported')
     assert done.returncode == 0, done.stderr
-    assert '21 of 21 layers as integer kernels' in done.stdout and 'codes differ' in done.stdout
+    assert '21 of 21 layers as integer kernels' in done.stdout
+    assert re.search(r': (0 of \d+ codes differ$|\d+ of \d+ codes differ, by the rounding of ties)', done.stdout, re.M)
     assert 'less than 4 bits' not in done.stdout
     assert 'pictures (N, H, W, 3) of 32 x 32 -> scores, topk_scores, topk_labels' in done.stdout
     codes, outputs = done.stdout.split('model: outputs')

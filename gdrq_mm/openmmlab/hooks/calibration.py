@@ -68,7 +68,8 @@ def own_loader(runner: Runner, dataset: Any = None) -> DataLoader:
     if not isinstance(sampler_cfg, dict) or sampler_cfg.get('type', DefaultSampler) in EVERY_SAMPLE:
         sampler: Any = DefaultSampler(dataset, shuffle=True, seed=runner.seed)
         # An endless sampler has no incomplete last batch: batch normalization cannot train on a single picture
-        whole |= sampler_cfg.get('type') in ENDLESS and len(sampler) >= size
+        endless = isinstance(sampler_cfg, dict) and sampler_cfg.get('type') in ENDLESS
+        whole |= endless and len(sampler) >= size
     else:
         sampler = DATA_SAMPLERS.build(sampler_cfg, default_args=dict(dataset=dataset, seed=runner.seed))
     if isinstance(batch_cfg, dict):
