@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 import torch
 import torch.nn as nn
+from onnxscript import opset21
 from torch import Tensor
 
 from ..core.attention import LINEAR
@@ -72,6 +73,7 @@ def export_onnx(
             output_names=list(outputs),
             opset_version=OPSET,
             dynamic_shapes=(axes,),
+            custom_translation_table=TRANSLATIONS,
             dynamo=True,
             optimize=False,
             verbose=False,
@@ -90,6 +92,41 @@ def export_onnx(
     return model
 
 
+def _shape_alone(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+# One operator of torch for each quantizer and each weight, as the time of a trace grows with their number. They are
+# traced, never computed.
+_LIBRARY = torch.library.Library('gdrq_mm', 'FRAGMENT')
+_LIBRARY.define('quantize(Tensor x, Tensor scale, int zero_point, int low, int high) -> Tensor')
+_LIBRARY.define('dequantize(Tensor codes, Tensor scale, Tensor? zeros=None) -> Tensor')
+for _name in ('quantize', 'dequantize'):
+    _LIBRARY.impl(_name, _shape_alone, 'CompositeExplicitAutograd')
+
+
+def _onnx_quantize(x: Any, scale: Any, zero_point: int, low: int, high: int) -> Any:
+    zero = _code(zero_point)
+    codes = opset21.QuantizeLinear(x, scale, zero)
+    if (low, high) != (0, 255):
+        codes = opset21.Clip(codes, _code(low), _code(high))
+    return opset21.DequantizeLinear(codes, scale, zero)
+
+
+def _code(value: int) -> Any:
+    return opset21.Constant(value=onnx.helper.make_tensor('code', onnx.TensorProto.UINT8, [], [value]))
+
+
+def _onnx_dequantize(codes: Any, scale: Any, zeros: Any = None) -> Any:
+    return opset21.DequantizeLinear(codes, scale, zeros, axis=0)
+
+
+TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.gdrq_mm.quantize.default: _onnx_quantize,
+    torch.ops.gdrq_mm.dequantize.default: _onnx_dequantize,
+}
+
+
 class QuantizeDequantize(nn.Module):
     """An activation quantizer as QuantizeLinear, Clip and DequantizeLinear on uint8.
 
@@ -103,17 +140,12 @@ class QuantizeDequantize(nn.Module):
         zero_point = zero_point_of_codes(lo, hi)
         dead = not step > 0  # all values become 0
         low, high = (zero_point, zero_point) if dead else (lo + zero_point, hi + zero_point)
-        self.whole = (low, high) == (0, 255)
+        self.codes = (zero_point, low, high)
         self.register_buffer('scale', torch.ones(()) if dead else step.detach().float().clone())
-        for name, value in dict(zero_point=zero_point, low=low, high=high).items():
-            self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same shape, on the grid."""
-        codes = _operator('QuantizeLinear', (x, self.scale, self.zero_point), torch.uint8, x)
-        if not self.whole:
-            codes = _operator('Clip', (codes, self.low, self.high), torch.uint8, x)
-        return _operator('DequantizeLinear', (codes, self.scale, self.zero_point), torch.float32, x)
+        return torch.ops.gdrq_mm.quantize(x, self.scale, *self.codes)
 
 
 def zero_point_of_codes(lo: int, hi: int) -> int:
@@ -157,20 +189,14 @@ class OnnxLayer(nn.Module):
         x, (bare,) = self.quantize(options.pop('input')), self.bare
         if self.transposed:
             one, zero = self.scale.new_ones(()), self.zeros.new_zeros(())
-            weight = _operator('DequantizeLinear', (self.codes, one, zero), torch.float32, self.codes)
+            weight = torch.ops.gdrq_mm.dequantize(self.codes, one, zero)
             out = bare.compute(x, weight, None, **options)
             return out * self.scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         # A zero point of one element would become that of other layers too, which onnxruntime 1.32 cannot make unsigned
-        made_from = (self.codes, self.scale, self.zeros)[: 2 if len(self.zeros) == 1 else 3]
-        weight = _operator('DequantizeLinear', made_from, torch.float32, self.codes, {'axis': 0})
-        bias = self.bias
-        if self.linear:
-            bias = _operator('DequantizeLinear', (bias, self.unit, self.bias_zeros), torch.float32, bias, {'axis': 0})
+        zeros = () if len(self.zeros) == 1 else (self.zeros,)
+        weight = torch.ops.gdrq_mm.dequantize(self.codes, self.scale, *zeros)
+        bias = torch.ops.gdrq_mm.dequantize(self.bias, self.unit, self.bias_zeros) if self.linear else self.bias
         return bare.compute(x, weight, bias)
-
-
-def _operator(name: str, inputs: Any, dtype: torch.dtype, like: Tensor, attributes: Any = None) -> Tensor:
-    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
 
 
 def _spread(layer: IntegerLayer, name: str) -> tuple[Tensor, int, Tensor, Tensor]:

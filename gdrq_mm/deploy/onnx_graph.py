@@ -37,6 +37,7 @@ def finish(
     _name_outputs(model.graph, outputs)
     for name, other in shared.items():
         _share(model.graph.initializers, name, other)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass(size_limit=1)(model)  # scale, zero point and bounds of quantizers
     common.CommonSubexpressionEliminationPass()(model)  # readers of one tensor with one quantizer
     for step in (_space_to_depth, _quantize_in_front, _clip_codes, _read_once):
@@ -182,7 +183,8 @@ def _quantize_in_front(graph: ir.Graph) -> None:
         last = _last_of_codes(quantize)
         last.outputs[0].replace_all_uses_with(mover.outputs[0])
         for place, source in enumerate(sources):
-            each = ir.node('QuantizeLinear', [source, *quantize.inputs[1:]], name=f'{quantize.name}_{place}')
+            inputs, name = [source, *quantize.inputs[1:]], f'{quantize.name}_{place}'
+            each = ir.node('QuantizeLinear', inputs, quantize.attributes, name=name)
             nodes = [each]
             if last is not quantize:
                 nodes.append(ir.node('Clip', [each.outputs[0], *last.inputs[1:]], name=f'{last.name}_{place}'))
