@@ -1,5 +1,5 @@
-# Progressive bits, for tools/sweep.py: 2-bit weights from the W4A4 checkpoint of benchmarks/mixed.py, beside as many
-# epochs, two, from the float model. `python tools/sweep.py benchmarks/mixed.py --only cifar10-gdrq-w4a4` comes first.
+# Progressive bits, for tools/sweep.py: 2-bit weights from the W4A4 checkpoint of benchmarks/mixed_cifar10.py,
+# beside as many epochs, two, from the float model. That sweep comes first.
 work_dir = 'work_dirs/progressive'
 records = 'docs/records/progressive'
 

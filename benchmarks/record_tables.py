@@ -262,18 +262,32 @@ CHOSEN = (
     ('', r'.*-gdrq-w\d.*'),
     ('mixed weights', r'.*-mixed-.*'),
     ('mixed weights and inputs', r'.*-mixed_bitops-.*'),
+    ('mixed weights, by loss', r'.*-by_loss-.*'),
+    ('mixed weights, learned', r'.*-by_search-.*'),
 )
 """What was chosen for each layer, and the cells of benchmarks/mixed.py."""
 
 
-def mixed() -> str:
+def mixed(model: str) -> str:
     """Bits chosen for each layer beside uniform ones (benchmarks/mixed.py), the smallest models first."""
     rows = []
     for bits, cells in CHOSEN:
-        for row in rows_of(read('mixed/*.json', cells)):
+        for row in rows_of(read(f'mixed/{model}-*.json', cells)):
             rows.append({**row, 'bits': bits or row['bits'], 'size in MB': row['size in MB'].split()[-1]})
     columns = ('model', 'data', 'metric', 'bits', 'quantized', 'seeds', 'size in MB', 'G bit operations')
     return table(sorted((r for r in rows if r['seeds']), key=lambda r: (r['data'], float(r['size in MB']))), columns)
+
+
+def progressive() -> str:
+    """2-bit weights from the float model and from the W4A4 model (benchmarks/progressive.py)."""
+    ways = {'float': r'.*two_epochs.*', 'W4A4': r'.*from_w4a4.*'}
+    rows = [
+        {**row, 'starts from': start}
+        for start, cells in ways.items()
+        for row in rows_of(read('progressive/*.json', cells))
+        if row['seeds']
+    ]
+    return table(rows, ('model', 'data', 'metric', 'bits', 'starts from', 'quantized', 'seeds'))
 
 
 def continued() -> str:
@@ -308,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'tasks_bccd': partial(tasks, 'faster_rcnn|yolox_20e'),
     'tasks_bccd_60e': partial(tasks, 'yolox'),
     'tasks_camvid': partial(tasks, 'pspnet|fcn'),
+    **{f'mixed_{model}': partial(mixed, model) for model in ('cifar10', 'yolox')},
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{
         f.__name__: f
@@ -321,7 +336,7 @@ TABLES: dict[str, Callable[[], str]] = {
             recipe,
             longer,
             continued,
-            mixed,
+            progressive,
             task_parts,
         )
     },

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dist import is_distributed
+from mmengine.utils import get_installed_path, is_installed
 from torch import Tensor
 
 from .. import CONFIGS
@@ -53,7 +55,9 @@ def mend_bases() -> None:
     onedl-mmengine 0.10.12 maps the former to mmsegmentation, a package that its stack does not have. Neither it nor
     mmengine 0.10.7 accepts a package that it does not list, and both look for an editable one where it does not lie.
     They give what a base config of a package builds the package's name as `_scope_`, where registries are looked for;
-    ours has none, so that the scope is the config's default_scope. Not reported upstream.
+    ours has none, so that the scope is the config's default_scope. For each base in a package they read the lists of
+    all its models and never find it there, as they leave out the `.py`: half a second for mmdet's, several times a
+    config. Not reported upstream.
     """
     if not installed('mmsegmentation'):
         MODULE2PACKAGE.update(mmseg='mmseg')
@@ -69,7 +73,11 @@ def _path_and_scope(path: str, filename: str) -> tuple[str, str | None]:
     package, _, name = path.partition('::')
     if package == 'gdrq_mm' and name:
         return str(CONFIGS / name), None
-    return _get_cfg_path(path, filename)
+    if package in MODULE2PACKAGE and is_installed(MODULE2PACKAGE[package]):
+        found = Path(get_installed_path(MODULE2PACKAGE[package]), '.mim', 'configs', name)
+        if found.is_file():
+            return str(found), package
+    return _get_cfg_path(path, filename)  # raises what is wrong
 
 
 def check_environment() -> None:

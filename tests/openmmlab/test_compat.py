@@ -10,6 +10,7 @@ import torch.nn as nn
 from mmcv.ops import DeformConv2d, RoIAlign
 from mmengine.config import Config, utils
 from mmengine.dist import init_dist
+from mmengine.fileio import load
 from mmengine.hooks import CheckpointHook
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmseg.models.losses import CrossEntropyLoss
@@ -104,6 +105,23 @@ def test_the_scope_of_a_base_is_a_package_with_registries(tmp_path):
     cfg = Config.fromfile(tmp_path / 'leaf.py')
     assert cfg.model['_scope_'] == 'mmpretrain'
     assert '_scope_' not in cfg.visualizer and not cfg.hooks.get('_scope_')
+
+
+BASES = [
+    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    'mmpretrain::resnet/resnet18_8xb32_in1k.py',
+    'mmseg::_base_/models/fcn_hr18.py',
+]
+
+
+@pytest.mark.parametrize('config', BASES)
+def test_mmengine_reads_the_lists_of_all_models_for_nothing(config, monkeypatch):
+    mend_bases()
+    theirs = compat._get_cfg_path(config, '')
+    read = []
+    monkeypatch.setattr(utils, 'load', lambda path: read.append(path) or load(path))
+    assert Config._get_cfg_path(config, '') == theirs and not read
+    assert compat._get_cfg_path(config, '') == theirs and len(read) > 10
 
 
 def test_a_config_of_this_package_is_a_base_that_trains(tmp_path, digits_root):
