@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -164,6 +165,27 @@ def sensitivity_rank() -> str:
     return markdown(('predictor', 'rank correlation with the drop', 'p'), cells)
 
 
+def oscillation() -> str:
+    """Weights that jump between two codes at the end of a training, by method (benchmarks/oscillation.py)."""
+    found = json.loads((FIGURES / 'oscillation.json').read_text())['rows']
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for row in found:
+        key = (row['model'], row['bits'], row['method'], 'yes' if row['freezing'] else '')
+        groups.setdefault(key, []).append(row)
+    rows = [
+        (
+            *key,
+            f'{statistics.mean(row["top1"] for row in each):.2f}',
+            f'{100 * statistics.mean(max(row["curve"]) for row in each):.1f}',
+            f'{100 * statistics.mean(row["curve"][-1] for row in each):.1f}',
+        )
+        for key, each in groups.items()
+    ]
+    columns = ('model', 'bits', 'method', 'freezing', 'top-1 in %', 'oscillating, most, in %', 'at the end, in %')
+    shown = [n for n in range(len(columns)) if any(row[n] for row in rows)]
+    return markdown([columns[n] for n in shown], [[row[n] for n in shown] for row in rows])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{
         f'train_step{name}': partial(train_step, f'train_step{name}')
@@ -188,6 +210,7 @@ TABLES: dict[str, Callable[[], str]] = {
             quantized_loss,
             fusions,
             sensitivity_rank,
+            oscillation,
         )
     },
 }

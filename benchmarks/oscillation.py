@@ -4,7 +4,7 @@
 A small transformer (DeiT) and a MobileNetV2 learn the handwritten digits that scikit-learn ships, in float, then with
 quantizers. Learned step sizes are said to let weights oscillate more than those from statistics, in transformers (Liu
 et al., arXiv:2302.02210); oscillation is said to spoil depth-wise layers, so that freezing helps (Nagel et al.,
-arXiv:2203.11086). Prints a table, writes a JSON, and draws the shares over the training. Half an hour on one core.
+arXiv:2203.11086). Prints a table, writes a JSON, and draws the shares over the training.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
+from mmengine.logging import MMLogger
 from mmpretrain.registry import MODELS
 from mmpretrain.utils import register_all_modules
 from rich import box
@@ -54,7 +55,7 @@ FREEZING = (0.1, 0.01)
 """Limits of the frequency from which a weight is frozen, the defaults of the hook."""
 RUNS = [
     *(('DeiT', method, bits, None) for bits in ('w4a4', 'w2a4') for method in ('gdrq', 'lsq', 'lsq_plus')),
-    *(('MobileNetV2', m, b, f) for b in ('w4a4', 'w3a4') for m in ('gdrq', 'lsq') for f in (None, FREEZING)),
+    *(('MobileNetV2', method, 'w4a4', limits) for method in ('gdrq', 'lsq') for limits in (None, FREEZING)),
 ]
 """Model, method, bits, and the limits of freezing or None."""
 BATCH, EVERY = 64, 10
@@ -158,13 +159,14 @@ def picture(groups: dict[tuple[Any, ...], list[Any]]) -> bytes:
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--epochs', type=int, nargs=2, default=(30, 30), help='in float, and with quantizers')
+    parser.add_argument('--epochs', type=int, nargs=2, default=(20, 20), help='in float, and with quantizers (20 20)')
     parser.add_argument('--seeds', type=int, default=2, help='default: %(default)s')
     parser.add_argument('--models', nargs='+', choices=list(MODELS_OF), default=list(MODELS_OF), help='default: all')
     parser.add_argument('--out', type=Path, default=Path('docs/figures/oscillation.json'), help='default: %(default)s')
     args = parser.parse_args()
     check_least(args, seeds=1)
     register_all_modules()
+    MMLogger.get_instance('mmengine', log_level='WARNING')  # what init_weights() did to each tensor
     parts = {}
     for part, (images, labels) in split_digits().items():
         parts[part] = ((torch.from_numpy(images).float()[:, None] - 5) / 6, torch.from_numpy(labels))
@@ -184,7 +186,9 @@ def run() -> None:
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
         groups.setdefault((row['model'], row['bits'], row['method'], row['freezing']), []).append(row)
-    table = Table('model', 'bits', 'method', 'freezing', 'top-1 in %', 'oscillating in %', 'frozen in %', box=box.SIMPLE)
+    table = Table(
+        'model', 'bits', 'method', 'freezing', 'top-1 in %', 'oscillating in %', 'frozen in %', box=box.SIMPLE
+    )
     for (name, bits, method, freezing), found in groups.items():
         last, frozen = mean(found, lambda r: 100 * r['curve'][-1], 1), mean(found, lambda r: 100 * r['frozen'], 1)
         table.add_row(name, bits, method, 'yes' if freezing else '', mean(found, lambda r: r['top1'], 2), last, frozen)

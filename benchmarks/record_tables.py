@@ -319,7 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     'grid_det_older': partial(grid, GRID['grid_det'], 'older'),
     **{sweep: partial(ranked, sweep) for sweep in ('ablation', 'references')},
-    'tasks_bccd': partial(tasks, 'faster_rcnn|yolox_20e'),
+    'tasks_bccd': partial(tasks, 'faster_rcnn|yolox_20e|yolox_20e_again'),
     'tasks_bccd_60e': partial(tasks, 'yolox'),
     'tasks_camvid': partial(tasks, 'pspnet|fcn'),
     **{f'mixed_{model}': partial(mixed, model) for model in ('cifar10', 'yolox')},

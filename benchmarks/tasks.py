@@ -13,9 +13,6 @@ yolox_20e = dict(yolox, name='yolox_20e', seeds=[0], options=short)
 rcnn = dict(name='faster_rcnn', config='configs/det/faster_rcnn_r18_gdrq_w4a4_bccd.py', seeds=[0, 1, 2], last=3)
 variants = {'': {}, 'distilled': {'quantization.distill.temperature': 2.0}}
 control = {'control': {'quantization.control': True}}
-# The learning rate of the float model's training, four times that of the config.
-faster = {'lr_of_float': {'optim_wrapper.optimizer.lr': 2e-3}}
-faster_control = {'lr_of_float-control': {**faster['lr_of_float'], **control['control']}}
 methods, bits = ['gdrq', 'lsq_plus'], ['w4a4', 'w2a4']
 runs = [
     dict(yolox, float_config='configs/det/yolox_nano_bccd.py', methods=['gdrq'], bits=['w4a4'], variants=control),
@@ -23,11 +20,9 @@ runs = [
     dict(yolox_20e, float_config='configs/det/yolox_nano_bccd.py', methods=['gdrq'], bits=['w4a4'], variants=control),
     dict(yolox_20e, methods=['gdrq'], bits=['w8a8', 'w32a4', 'w4a32']),
     dict(yolox_20e, methods=methods, bits=bits, variants=variants),
-    dict(yolox_20e, methods=['gdrq'], bits=['w4a4'], variants=faster_control),
-    dict(yolox_20e, methods=methods, bits=['w4a4'], variants=faster),
     dict(rcnn, float_config='configs/det/faster_rcnn_r18_bccd.py', methods=['gdrq'], bits=['w4a4'], variants=control),
     dict(rcnn, methods=methods, bits=bits, variants=variants),
     dict(pspnet, float_config='configs/seg/pspnet_r18_camvid.py', methods=['gdrq'], bits=['w4a4'], variants=control),
     dict(pspnet, methods=methods, bits=bits, variants=variants),
 ]
-del pspnet, yolox, short, yolox_20e, rcnn, variants, control, faster, faster_control, methods, bits
+del pspnet, yolox, short, yolox_20e, rcnn, variants, control, methods, bits

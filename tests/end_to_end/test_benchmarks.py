@@ -47,6 +47,19 @@ def test_scale_clip_makes_weights_more_uniform(run, tmp_path):
 
 
 @pytest.mark.full
+def test_oscillation_compares_methods(run, tmp_path):
+    out = tmp_path / 'oscillation.json'
+    done = run('oscillation.py', '--models', 'DeiT', '--seeds', 1, '--epochs', 1, 1, '--out', out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())['rows']
+    assert [(row['bits'], row['method']) for row in rows] == [
+        (bits, method) for bits in ('W4A4', 'W2A4') for method in ('gdrq', 'lsq', 'lsq_plus')
+    ]
+    assert all(0 < max(row['curve']) < 0.5 and row['frozen'] == 0 for row in rows)
+    assert out.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.full
 def test_train_step_compares_with_float(run, tmp_path):
     out = tmp_path / 'train_step.json'
     tiny = ('--models', 'ResNet-18', '--size', 64, '--batch', 2, '--rounds', 2, '--formats', 'channels_last')
