@@ -51,6 +51,19 @@ def test_what_is_joined_pooled_and_enlarged_between_integer_layers_is_codes():
     assert integer_layers(graph) == (4 - len(steps), 4)  # a sum that is rounded twice is a float
 
 
+def test_a_tensor_that_is_read_as_it_is_and_pooled_is_quantized_once():
+    def forward(m, x):
+        x = m.a(x).relu()
+        return m.b(x) + m.b(max_pool2d(x, 3, 1, 1))
+
+    model = Function(forward, **layers(('a', 3, 4, 3), ('b', 4, 4, 1)))
+    x = torch.randn(2, 3, 8, 8)
+    model, plan = prepared(model.eval(), x, bits=4, deployable=True)
+    graph, seen, out = exported(model, plan, x)
+    assert wrong(graph, seen, x, out) == dict.fromkeys(RUNTIMES)
+    assert operators(graph).count('QuantizeLinear') == 2
+
+
 def test_bilinear_values_are_quantized_where_they_are_read():
     def forward(m, x):
         return m.last(interpolate(m.a(x).relu(), scale_factor=2.0, mode='bilinear'))
