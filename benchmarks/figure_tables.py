@@ -165,25 +165,31 @@ def sensitivity_rank() -> str:
     return markdown(('predictor', 'rank correlation with the drop', 'p'), cells)
 
 
-def oscillation() -> str:
-    """Weights that jump between two codes at the end of a training, by method (benchmarks/oscillation.py)."""
-    found = json.loads((FIGURES / 'oscillation.json').read_text())['rows']
+def oscillation(path: Path = FIGURES / 'oscillation.json') -> str:
+    """Weights that jump between two codes, by method: the means of the seeds (benchmarks/oscillation.py)."""
     groups: dict[tuple[str, ...], list[dict]] = {}
-    for row in found:
+    for row in json.loads(path.read_text())['rows']:
         key = (row['model'], row['bits'], row['method'], 'yes' if row['freezing'] else '')
         groups.setdefault(key, []).append(row)
     rows = [
         (
             *key,
-            f'{statistics.mean(row["top1"] for row in each):.2f}',
-            f'{100 * statistics.mean(max(row["curve"]) for row in each):.1f}',
-            f'{100 * statistics.mean(row["curve"][-1] for row in each):.1f}',
+            _mean([row['top1'] for row in each], 2),
+            _mean([100 * max(row['curve']) for row in each], 1),
+            _mean([100 * row['curve'][-1] for row in each], 1),
+            _mean([100 * row['frozen'] for row in each], 1) if key[-1] else '',
         )
         for key, each in groups.items()
     ]
-    columns = ('model', 'bits', 'method', 'freezing', 'top-1 in %', 'oscillating, most, in %', 'at the end, in %')
+    names = ('model', 'bits', 'method', 'freezing', 'top-1 in %', 'oscillating, most, in %', 'at the end, in %')
+    columns = (*names, 'frozen in %')
     shown = [n for n in range(len(columns)) if any(row[n] for row in rows)]
     return markdown([columns[n] for n in shown], [[row[n] for n in shown] for row in rows])
+
+
+def _mean(values: list[float], digits: int) -> str:
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}'
 
 
 TABLES: dict[str, Callable[[], str]] = {

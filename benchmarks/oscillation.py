@@ -9,20 +9,18 @@ arXiv:2203.11086). Prints a table, writes a JSON, and draws the shares over the 
 
 import argparse
 import copy
-import io
-import statistics
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
+from figure_tables import oscillation
 from mmengine.logging import MMLogger
 from mmpretrain.registry import MODELS
 from mmpretrain.utils import register_all_modules
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from shared import write_figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
@@ -33,6 +31,7 @@ from gdrq_mm.core.files import write_whole
 from gdrq_mm.core.oscillation import Oscillations
 from gdrq_mm.data.digits import split_digits
 from gdrq_mm.openmmlab.cli import main
+from gdrq_mm.report.plots import png
 
 MODELS_OF = dict(
     DeiT=dict(
@@ -130,13 +129,6 @@ def quantized(name: str, method: str, bits: str, limits: Any, state: Any, parts:
     return row | dict(top1=top1(model, parts['test']), frozen=watched.shares()[1], curve=curve)
 
 
-def mean(rows: list[Any], value: Any, digits: int) -> str:
-    """The mean over seeds, with the standard deviation where there are several."""
-    found = [value(row) for row in rows]
-    spread = f' ± {statistics.stdev(found):.{digits}f}' if len(found) > 1 else ''
-    return f'{statistics.mean(found):.{digits}f}{spread}'
-
-
 def picture(groups: dict[tuple[Any, ...], list[Any]]) -> bytes:
     """A panel for each model and bits: the share of oscillating weights over the training, mean of the seeds."""
     panels = list(dict.fromkeys(key[:2] for key in groups))
@@ -151,10 +143,8 @@ def picture(groups: dict[tuple[Any, ...], list[Any]]) -> bytes:
         axis.set(title=' '.join(panel), xlabel='training in %', ylim=(0, None))
         axis.legend(fontsize=8)
     axes[0].set_ylabel('oscillating weights in %')
-    drawn = io.BytesIO()
-    fig.savefig(drawn, dpi=110)
     plt.close(fig)
-    return drawn.getvalue()
+    return png(fig, dpi=110)
 
 
 def run() -> None:
@@ -186,15 +176,9 @@ def run() -> None:
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
         groups.setdefault((row['model'], row['bits'], row['method'], row['freezing']), []).append(row)
-    table = Table(
-        'model', 'bits', 'method', 'freezing', 'top-1 in %', 'oscillating in %', 'frozen in %', box=box.SIMPLE
-    )
-    for (name, bits, method, freezing), found in groups.items():
-        last, frozen = mean(found, lambda r: 100 * r['curve'][-1], 1), mean(found, lambda r: 100 * r['frozen'], 1)
-        table.add_row(name, bits, method, 'yes' if freezing else '', mean(found, lambda r: r['top1'], 2), last, frozen)
-    console.print(table)
     write_whole(args.out.with_suffix('.png'), picture(groups))
     write_figure(args.out, dict(epochs=list(args.epochs), float=floats, rows=rows), console)
+    console.print(Markdown(oscillation(args.out)))
 
 
 if __name__ == '__main__':

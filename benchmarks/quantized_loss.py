@@ -10,7 +10,6 @@ quantized_loss.json and quantized_loss.png.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.files import write_whole
 from gdrq_mm.core.quantizers.gdrq import ACTIVATION_K, WEIGHT_K, GDRQActivation
 from gdrq_mm.openmmlab.cli import check_writable, main
+from gdrq_mm.report.plots import png
 from gdrq_mm.report.provenance import git_revision, versions
 
 matplotlib.use('Agg')
@@ -318,10 +318,8 @@ def figure(samples: dict[str, Tensor], rows: list[dict[str, Any]]) -> bytes:
     right.legend(framealpha=1)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format='png', dpi=150)
     plt.close(fig)
-    return buffer.getvalue()
+    return png(fig, dpi=150)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

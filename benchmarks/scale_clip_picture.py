@@ -7,7 +7,6 @@ with `clip='project'`: after each optimizer step the stored weights are clipped 
 """
 
 import argparse
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from gdrq_mm.core.quantizers import Stage
 from gdrq_mm.core.step import set_stage
 from gdrq_mm.data.digits import split_digits
 from gdrq_mm.openmmlab.cli import main
+from gdrq_mm.report.plots import png
 
 LAYER, K, BITS = '3', 2.0, 4
 """The layer that is drawn (the second convolution), Scale-Clip's k, and the bits of the steps that are drawn."""
@@ -124,10 +124,8 @@ def picture(looks: list[Look]) -> bytes:
         above = axis.get_xaxis_transform()
         axis.text(each.threshold, 0.98, ' T', color='#c44e52', va='top', fontsize=12, weight='bold', transform=above)
     axes[0].set_ylabel('weights')
-    drawn = io.BytesIO()
-    fig.savefig(drawn, dpi=110)
     plt.close(fig)
-    return drawn.getvalue()
+    return png(fig, dpi=110)
 
 
 def run() -> None:

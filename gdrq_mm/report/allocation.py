@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..core.mixed.allocation import Allocation, LayerBits
 from ..core.mixed.program import UNITS
+from .plots import png
 from .templates import TEMPLATES
 
 Cell = tuple[str, str, bool]
@@ -79,6 +79,4 @@ def curve_picture(allocation: Allocation, unit: str) -> bytes:
     axis.set_ylabel(unit)
     axis.grid(linewidth=0.4)
     axis.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png')
-    return buffer.getvalue()
+    return png(figure)

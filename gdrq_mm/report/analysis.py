@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .damage import Damage
+from .plots import png
 
 VERSION = 1
 """Version of the JSON's layout."""
@@ -215,7 +215,7 @@ def cost_picture(analysis: Analysis) -> bytes:
     first = (left or [right])[0]
     first.set_yticks(places, [f'{row.name}  {row.bits}' for row in rows], fontsize=8)
     first.set_ylim(len(rows) - 0.4, -0.6)
-    return _png(figure)
+    return png(figure)
 
 
 def weight_sheet(layers: Sequence[Weights], rows: Mapping[str, Row], columns: int = 4) -> bytes:
@@ -239,7 +239,7 @@ def weight_sheet(layers: Sequence[Weights], rows: Mapping[str, Row], columns: in
         axis.remove()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper center', ncols=4, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_weights(axis: Any, layer: Weights) -> None:
@@ -262,9 +262,3 @@ def _draw_weights(axis: Any, layer: Weights) -> None:
     axis.set_ylim(low, high)
     axis.tick_params(labelsize=6, length=2, pad=1)
     axis.minorticks_off()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png')
-    return buffer.getvalue()

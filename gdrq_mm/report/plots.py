@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,13 @@ def distribution_sheet(distributions: Sequence[Distribution], columns: int = 6) 
     axes.add_collection(LineCollection(lines, colors='black', linestyles='--', linewidths=0.8))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def png(figure: Figure, dpi: int | None = None) -> bytes:
+    """A figure as the content of a PNG file; dpi: dots per inch, by default the figure's own."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=dpi or 'figure')
+    return buffer.getvalue()
 
 
 def side_by_side(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> np.ndarray:
