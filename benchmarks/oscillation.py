@@ -171,8 +171,10 @@ def run() -> None:
             for setting in (each for each in RUNS if each[0] == name):
                 torch.manual_seed(seed)
                 rows.append(quantized(*setting, model.state_dict(), parts, args.epochs[1]) | dict(seed=seed))
-                shown = {key: value for key, value in rows[-1].items() if key != 'curve'}
-                console.print(f'{shown}, oscillating {rows[-1]["curve"][-1]:.4f}')
+                done = rows[-1]
+                freezing = ', freezing' * done['freezing']
+                found = f'top-1 {done["top1"]:.2f} %, oscillating {100 * done["curve"][-1]:.1f} %'
+                console.print(f'{name}, seed {seed}: {done["bits"]} {done["method"]}{freezing}: {found}')
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
         groups.setdefault((row['model'], row['bits'], row['method'], row['freezing']), []).append(row)
