@@ -17,7 +17,8 @@ A sweep file is a Python config:
             seeds=[0, 1, 2],
             variants={'': {}, 'project': {'quantization.weight.gdrq.clip': 'project'}},     # optional
             options={'train_cfg.max_epochs': 3},                        # optional: settings of every cell
-            last=3,                      # optional: the record has the mean of so many last checkpoints, for small data
+            last=3,                      # optional: mean of so many last checkpoints, for small data; of the float
+                                         # baseline too, if its checkpoint has a name like epoch_20.pth
             amp=True)]                                                  # optional
 """
 
@@ -154,13 +155,23 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
         yield from problems
         return
     if before is not None:
-        name, whole = f'{run["name"]}-float', _whole(before, None, False, cfg.load_from)
-        cell = _made(sweep, name, [], run['float_config'], cfg.load_from, {}, whole)
-        yield dataclasses.replace(cell, missing=_missing(cfg, run['config'], place))
+        yield _float_cell(sweep, run, cfg, before, place)
     variants = run.get('variants', {'': {}})
     for bits, method, variant, seed in itertools.product(run['bits'], run['methods'], variants, run['seeds']):
         name = '-'.join(filter(None, [run['name'], str(method), variant, str(bits), f'seed{seed}']))
         yield _cell(sweep, run, name, method, bits, variants[variant], seed, f'{place}: {name}')
+
+
+def _float_cell(
+    sweep: Mapping[str, Any], run: Mapping[str, Any], cfg: Config, before: Config, place: str
+) -> Cell | str:
+    """The test of the float baseline: of as many last checkpoints as the quantized cells, where they have numbers."""
+    last = run.get('last', 1) if re.fullmatch(r'(epoch|iter)_\d+\.pth', Path(cfg.load_from).name) else 1
+    if last > (kept := _kept_checkpoints(before)):
+        return f'{place}.last={last} is not at most {kept}, the checkpoints that {run["float_config"]} leaves'
+    settings = _whole(before, None, False, cfg.load_from) | ({'last': last} if last > 1 else {})
+    cell = _made(sweep, f'{run["name"]}-float', [], run['float_config'], cfg.load_from, {}, settings, last)
+    return dataclasses.replace(cell, missing=_missing(cfg, run['config'], place))
 
 
 def _missing(cfg: Config, config: str, place: str) -> str:

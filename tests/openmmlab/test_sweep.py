@@ -18,6 +18,7 @@ from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.openmmlab.sweep import _digest_of_file, _not_plain, read_sweep
 from gdrq_mm.openmmlab.sweep_cell import run_cell
 from gdrq_mm.report.compare import comparison_rows
+from gdrq_mm.report.recipe import tested
 from gdrq_mm.report.record import find_records
 from tests.helpers import ROOT
 from tests.runs import tiny_config
@@ -423,13 +424,25 @@ def test_more_checkpoints_than_a_training_leaves_are_refused(folder, config, flo
     options = {f'default_hooks.checkpoint.{key}': value for key, value in settings.items()}
     cfg = config(load_from=float_checkpoint, **options, **loop)
     cfg.dump(folder / 'quantized.py')
+    config(quantization=None, **options, **loop).dump(folder / 'float.py')
     write_sweep(folder, methods=['lsq'], options=options, last=left)
     assert f'--last {left}' in cell_of('lsq').command or left == 1
     write_sweep(folder, methods=['lsq'], seeds=[0, 1], options=options, last=left + 1)
-    with pytest.raises(UserError, match=rf'1 errors in sweep.py:\n  runs\[0\].last={left + 1} is not at most {left}'):
+    said = rf'2 errors in sweep.py:\n  runs\[0\].last={left + 1} is not at most {left}, .* (float.py|its)'
+    with pytest.raises(UserError, match=said):
         read_sweep('sweep.py')
     QuantRunner.from_cfg(cfg).train()
     assert len(list((folder / 'run').glob('[ei]*.pth'))) == left
+
+
+@pytest.mark.parametrize('name, count', [('epoch_2.pth', 2), ('resnet18.pth', 1)])
+def test_the_float_baseline_is_the_mean_of_as_many_checkpoints(folder, config, float_checkpoint, name, count):
+    for file in ('epoch_1.pth', name):
+        shutil.copy(float_checkpoint, file)
+    config(load_from=name).dump('quantized.py')
+    write_sweep(folder, methods=['lsq'], last=2)
+    assert run_cell(cell_of('float'), threads=2)[0]
+    assert tested(json.loads(cell_of('float').record.read_text())) == count
 
 
 def test_errors_of_every_run_are_named(folder):
