@@ -1,4 +1,4 @@
-# Progressive bits, for tools/sweep.py: 2-bit weights from the W4A4 checkpoint of benchmarks/mixed_cifar10.py,
+# Progressive bits, for tools/sweep.py: 2-bit weights from the W4A4 checkpoint of benchmarks/mixed.py,
 # beside as many epochs, two, from the float model. That sweep comes first.
 work_dir = 'work_dirs/progressive'
 records = 'docs/records/progressive'

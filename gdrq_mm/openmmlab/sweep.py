@@ -139,7 +139,9 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
         cfg = read_config(run['config'], run.get('options'))
         before = read_config(run['float_config']) if 'float_config' in run else None
     except UserError as error:
-        yield f'{place}: {error}'
+        configs = [run['config'], run.get('float_config', run['config'])]
+        there = all('::' in config or Path(config).is_file() for config in configs)
+        yield from [f'{place}: {error}'] if there else _later(sweep, run, f'{place}: {error}')
         return
     if not cfg.get('load_from'):
         yield f'{place}: {run["config"]} has no load_from: a quantized run starts from a float checkpoint'
@@ -156,10 +158,23 @@ def _cells(sweep: Mapping[str, Any], run: Mapping[str, Any], place: str) -> Iter
         return
     if before is not None:
         yield _float_cell(sweep, run, cfg, before, place)
-    variants = run.get('variants', {'': {}})
-    for bits, method, variant, seed in itertools.product(run['bits'], run['methods'], variants, run['seeds']):
-        name = '-'.join(filter(None, [run['name'], str(method), variant, str(bits), f'seed{seed}']))
-        yield _cell(sweep, run, name, method, bits, variants[variant], seed, f'{place}: {name}')
+    for name, (bits, method, variant, seed) in _named(run):
+        settings = run.get('variants', {'': {}})[variant]
+        yield _cell(sweep, run, name, method, bits, settings, seed, f'{place}: {name}')
+
+
+def _named(run: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any, str, Any]]]:
+    """The name of each quantized cell of a run, with its bits, method, variant and seed."""
+    for cell in itertools.product(run['bits'], run['methods'], run.get('variants', {'': {}}), run['seeds']):
+        bits, method, variant, seed = cell
+        yield '-'.join(filter(None, [run['name'], str(method), variant, str(bits), f'seed{seed}'])), cell
+
+
+def _later(sweep: Mapping[str, Any], run: Mapping[str, Any], missing: str) -> Iterator[Cell]:
+    """The cells of a run whose config does not exist yet, as one that `tools/allocate.py` is to write."""
+    names = [f'{run["name"]}-float'] if 'float_config' in run else []
+    for name in [*names, *(name for name, _ in _named(run))]:
+        yield dataclasses.replace(_made(sweep, name, [], run['config'], None, {}, {}), missing=missing)
 
 
 def _float_cell(

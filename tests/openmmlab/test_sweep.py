@@ -17,8 +17,8 @@ from gdrq_mm.openmmlab.cli import add_config_arguments
 from gdrq_mm.openmmlab.runner import QuantRunner
 from gdrq_mm.openmmlab.sweep import _digest_of_file, _not_plain, read_sweep
 from gdrq_mm.openmmlab.sweep_cell import run_cell
+from gdrq_mm.report import recipe
 from gdrq_mm.report.compare import comparison_rows
-from gdrq_mm.report.recipe import tested
 from gdrq_mm.report.record import find_records
 from tests.helpers import ROOT
 from tests.runs import tiny_config
@@ -339,8 +339,6 @@ def test_all_errors_are_named_at_once_before_anything_runs(folder, sweep):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (dict(config='none.py'), 'config none.py does not exist'),
-        (dict(float_config='none.py'), 'config none.py does not exist'),
         (dict(methods=[]), 'methods is empty'),
         (dict(last=0), 'runs[0].last=0 is not at least 1'),
         (dict(last=2), '1 errors in sweep.py:\n  runs[0].last=2 is not at most 1'),
@@ -388,13 +386,16 @@ def test_another_teacher_is_another_cell(folder):
     assert digests[0] != digests[1]
 
 
-def test_a_missing_float_checkpoint_stops_the_cells_that_start_from_it(folder, sweep):
+@pytest.mark.parametrize('what', ['config later.py', 'the float checkpoint none.pth of later.py'])
+def test_a_missing_config_or_float_checkpoint_stops_the_cells_that_start_from_it(folder, sweep, what):
     config = (folder / 'quantized.py').read_text()
     load_from = re.search("load_from ?= ?'(.*?)'", config)[1]
-    (folder / 'later.py').write_text(config.replace(load_from, 'none.pth'))
+    if 'checkpoint' in what:
+        (folder / 'later.py').write_text(config.replace(load_from, 'none.pth'))
+    run = dict(name='later', config='later.py', methods=['lsq'], bits=['w4a4'], seeds=[1])
     with open('sweep.py', 'a') as file:
-        file.write("runs += [dict(name='later', config='later.py', methods=['lsq'], bits=['w4a4'], seeds=[1])]\n")
-    line = 'runs[1]: the float checkpoint none.pth of later.py does not exist'
+        file.write(f'runs += [{run!r}]\n')
+    line = f'runs[1]: {what} does not exist'
     for arguments in ([], ['--only', 'later']):
         done = sweep(*arguments)
         assert done.returncode == 1 and f'1 errors in sweep.py:\n  {line}' in done.stderr
@@ -442,14 +443,14 @@ def test_the_float_baseline_is_the_mean_of_as_many_checkpoints(folder, config, f
     config(load_from=name).dump('quantized.py')
     write_sweep(folder, methods=['lsq'], last=2)
     assert run_cell(cell_of('float'), threads=2)[0]
-    assert tested(json.loads(cell_of('float').record.read_text())) == count
+    assert recipe.tested(json.loads(cell_of('float').record.read_text())) == count
 
 
 def test_errors_of_every_run_are_named(folder):
-    run = dict(name='a', config='none.py', methods=['lsq'], bits=['w4a4'], seeds=[0])
-    content = f"work_dir = 'work'\nrecords = 'records'\nruns = [{run!r}, {dict(run, config='nil.py')!r}]\n"
+    run = dict(name='a', config='float.py', methods=['lsq'], bits=['w4'], seeds=[0])
+    content = f"work_dir = 'work'\nrecords = 'records'\nruns = [{run!r}, {dict(run, name='b')!r}]\n"
     (folder / 'sweep.py').write_text(content)
-    with pytest.raises(UserError, match=r'2 errors(.|\n)*runs\[0\]: config none.py(.|\n)*runs\[1\]: config nil.py'):
+    with pytest.raises(UserError, match=r'2 errors(.|\n)*runs\[0\]: a-lsq(.|\n)*runs\[1\]: b-lsq'):
         read_sweep('sweep.py')
 
 
