@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,17 +12,19 @@ from mmengine.optim import OptimWrapper
 from ..core.quantizers import Quantizer, learned_parameters
 
 
-def set_rates(optim_wrapper: Any, model: nn.Module) -> None:
+def set_rates(optim_wrapper: Any, model: nn.Module, custom_keys: Iterable[str] = ()) -> None:
     """Give each learned Parameter the settings of its layer's weight, with the multiples of its method.
 
     It is done behind the constructor of the optimizer, so it holds for each of them: `paramwise_cfg.custom_keys`,
-    `norm_decay_mult`, a rate that decays from layer to layer, and `lr_mult=0`.
+    `norm_decay_mult`, a rate that decays from layer to layer, and `lr_mult=0`. A custom key that fits the Parameter's
+    name and not that of the weight, such as 'learned_step', has the last word.
 
     Args:
         optim_wrapper: one that was just built.
         model: bare.
+        custom_keys: those of `paramwise_cfg`.
     """
-    learned = {id(p): (q, w) for p, q, w in _learned(model)}
+    learned = {id(p): (q, w) for p, q, w in _learned(model, sorted(sorted(custom_keys), key=len, reverse=True))}
     if not learned or not isinstance(optim_wrapper, OptimWrapper):
         return
     optimizer = optim_wrapper.optimizer
@@ -32,10 +35,13 @@ def set_rates(optim_wrapper: Any, model: nn.Module) -> None:
         optim_wrapper.base_param_settings = dict(params=torch.tensor([0.0]), **optimizer.defaults)
 
 
-def _learned(model: nn.Module) -> list[tuple[nn.Parameter, Quantizer, nn.Parameter | None]]:
+def _learned(model: nn.Module, keys: list[str]) -> list[tuple[nn.Parameter, Quantizer, nn.Parameter | None]]:
     """Each learned Parameter, its quantizer, and the weight of the module whose weight, input or output it quantizes.
 
-    The weight is None where the module has none, as an nn.Identity.
+    The weight is None where the module has none, as an nn.Identity. Left out are those with a custom key of their own.
+
+    Args:
+        keys: custom keys, in the order in which mmengine looks for one that fits.
     """
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     found = []
@@ -43,6 +49,8 @@ def _learned(model: nn.Module) -> list[tuple[nn.Parameter, Quantizer, nn.Paramet
         holder = name.rpartition('.')[0]
         while isinstance(modules[holder], (Quantizer, nn.ModuleList)):  # one for each pyramid level stands in a list
             holder = holder.rpartition('.')[0]
+        if next((key not in f'{holder}.weight' for key in keys if key in name), False):
+            continue
         weight = getattr(modules[holder], 'weight', None)
         found.append((parameters[name], quantizer, weight if isinstance(weight, nn.Parameter) else None))
     return found

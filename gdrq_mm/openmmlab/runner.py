@@ -122,7 +122,8 @@ class QuantRunner(CheckpointRunner):
         if isinstance(built, OptimWrapperDict):
             raise UserError('optim_wrapper makes several optimizers; this runner takes one')
         if built is not optim_wrapper:  # mmengine asks again for one that is built already
-            set_rates(built, bare_model(self.model))
+            paramwise = optim_wrapper.get('paramwise_cfg') or {}
+            set_rates(built, bare_model(self.model), paramwise.get('custom_keys') or {})
         return built
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:

@@ -61,7 +61,7 @@ def built(constructor, paramwise, **optimizer):
     settings = dict(type='AdamW', lr=0.1, weight_decay=0.05) | optimizer
     settings = {key: value for key, value in settings.items() if value is not None}
     wrapper = constructor(dict(type='OptimWrapper', optimizer=settings), paramwise)(model)
-    set_rates(wrapper, model)
+    set_rates(wrapper, model, (paramwise or {}).get('custom_keys', {}))
     groups = wrapper.optimizer.param_groups
     return model, {id(p): (g['lr'], g['weight_decay']) for g in groups for p in g['params']}, groups
 
@@ -96,3 +96,13 @@ def test_an_optimizer_with_a_decay_of_its_own_does_not_decay_steps():
     assert found[id(model.head.weight)][1] == 0.01
     for key, quantizer in learned_parameters(model).items():
         assert found[id(parameters[key])][1] == 0.01 * quantizer.decay_mult
+
+
+def test_a_custom_key_of_what_is_learned_has_the_last_word():
+    keys = {'learned_step': dict(lr_mult=0.3, decay_mult=2.0), 'backbone': dict(lr_mult=0.1), 'head.w': dict(lr_mult=7)}
+    model, found, _ = built(DefaultOptimWrapperConstructor, dict(custom_keys=keys))
+    parameters = dict(model.named_parameters())
+    assert found[id(parameters['backbone.stages.0.conv1.weight_quant.learned_step'])] == pytest.approx((0.03, 0.1))
+    assert found[id(parameters['head.weight_quant.learned_step'])] == pytest.approx((0.03, 0.1))
+    alpha = parameters['backbone.stages.2.bn2.output_quant.alpha']  # no key of its own
+    assert found[id(alpha)] == pytest.approx((0.1 * 0.1 * 3.0, 0.05))
