@@ -1,5 +1,5 @@
 # Mixed bits beside uniform ones, for tools/sweep.py: the same recipe, from the same float model. The mixed configs are
-# what tools/allocate.py chose at the size of uniform W3A4 (`bitops`: at the size and the bit operations of uniform W4A4);
+# what tools/allocate.py chose at the size of uniform W3A4 (`bitops`: at the size and bit operations of uniform W4A4);
 # docs/mixed.md has the commands. They say W4A4, and their overrides the rest. W4A4 and W2A4 of the YOLOX and the PSPNet
 # are cells of benchmarks/tasks.py (yolox_20e, pspnet). The float models come first:
 # `python tools/train.py configs/cls/resnet18_width16_12e_cifar10.py`, `... configs/det/yolox_nano_bccd.py` and

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError, check_least, command
-from ..core.files import file_digest, write_whole
+from ..core.files import check_file, write_whole
 from ..core.mixed.allocation import Allocation, config_text
 from ..core.mixed.budgets import read_budgets
 from ..core.mixed.choices import bits_to_try
 from ..core.mixed.program import monotone
 from ..deploy.runtime import RUNTIMES, installed_backends
 from ..openmmlab.amp import use_amp
+from ..openmmlab.checkpoints import checkpoint_digest
 from ..openmmlab.cli import add_config_arguments, build_runner, given_settings, load_config
 from ..openmmlab.data_only import data_only
 from ..openmmlab.describe import model_name
@@ -47,19 +48,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--bits', type=int, nargs='+', help='to choose from (default: 2 3 4 8 that the method has)')
     parser.add_argument('--by', choices=list(UNITS), default='loss', help='how bits are judged (default: %(default)s)')
     parser.add_argument('--sensitivities', type=Path, help='JSON file (default: WORK_DIR/sensitivities_BY.json)')
-    parser.add_argument('--batches', type=int, default=8, help='training batches to look at (default: %(default)s)')
+    batches = 'training batches for the gradients of --by loss, and for the thresholds of bits (default: %(default)s)'
+    parser.add_argument('--batches', type=int, default=8, help=batches)
     parser.add_argument('--samples', type=int, help='--by metric: so many test pictures, evenly spaced (default: all)')
-    parser.add_argument('--metric', help="--by metric: its key (default: the task's main one)")
+    metric = "--by metric: its key, the higher the better (default: the task's main one)"
+    parser.add_argument('--metric', help=metric)
     parser.add_argument('--amp', action='store_true', help='--by search: automatic mixed precision')
-    parser.add_argument(
-        '--runtime', choices=list(RUNTIMES), default='onnxruntime', help='for ms (default: %(default)s)'
-    )
+    parser.add_argument('--runtime', choices=list(RUNTIMES), help='for ms (default: onnxruntime)')
     parser.add_argument('--threads', type=int, help="for ms (default: the runtime's choice)")
     args = parser.parse_args()
     if args.launcher != 'none':
         raise UserError('--launcher: bits are chosen in one process')
     check_least(args, batches=1, samples=1, threads=1)
     return args
+
+
+def check_used(args: argparse.Namespace, limits: dict[str, float]) -> None:
+    """Refuse options that this way of choosing bits does not read.
+
+    Raises:
+        UserError: names the option, and what it is for.
+    """
+    ways = dict(samples=('metric',), metric=('metric',), sensitivities=('loss', 'metric'), amp=('search',))
+    for name, by in ways.items():
+        if getattr(args, name) and args.by not in by:
+            raise UserError(f'--{name} is for --by {" and ".join(by)}')
+    for name in ('runtime', 'threads'):
+        if getattr(args, name) and 'ms' not in limits:
+            raise UserError(f'--{name} is for --budget ms=...')
 
 
 def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple[Allocation, str]:
@@ -69,12 +85,14 @@ def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple
     read += ['test_dataloader', 'test_evaluator'] if args.by == 'metric' else []
     about = dict(
         by=args.by,
-        checkpoint=file_digest(args.checkpoint) or args.checkpoint,
+        checkpoint=checkpoint_digest(args.checkpoint) or args.checkpoint,
         quantization=cfg.quantization.to_dict(),
         config=digest_of({key: plain(cfg[key]) for key in read if cfg.get(key)}),
         batches=args.batches,
         **(dict(samples=args.samples, metric=args.metric) if args.by == 'metric' else {}),
     )
+    if args.by != 'search':
+        check_file(file, '--sensitivities')
     sensitivities = SensitivityFile(file, about) if args.by != 'search' else None
     runner = build_runner(cfg, args)
 
@@ -99,15 +117,15 @@ def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple
 def main() -> None:
     args = parse_args()
     limits = read_budgets(args.budget)
+    check_used(args, limits)
     cfg = load_config(args, ('train_dataloader', 'test_dataloader'))
     base = check_target(args.out, args.config)
     if args.amp:
-        if args.by != 'search':
-            raise UserError('--amp is for --by search')
         use_amp(cfg)
+    args.runtime = args.runtime or next(iter(RUNTIMES))
     if 'ms' in limits and args.runtime not in installed_backends():
         raise UserError(f"{args.runtime} is not installed: uv pip install 'gdrq-mm[deploy]'")
-    prepare(cfg, args.checkpoint, args.by == 'search', args.unsafe_load)
+    prepare(cfg, args.checkpoint, args.by, args.unsafe_load)
     quantization = read_quantization(cfg)
     assert quantization is not None, 'prepare() refuses a float config'
     bits_to_try(quantization, args.bits, bool(limits.keys() - {'size'}))
@@ -117,7 +135,9 @@ def main() -> None:
     about = [f'{name} in mixed precision, chosen by tools/allocate.py --by {args.by}. Change what you like.']
     if 'ms' in limits:
         about.append(f'Times: the sum of its layers, each alone, in {args.runtime}.')
-    facts = dict(config=args.config, checkpoint=args.checkpoint, sha256=file_digest(args.checkpoint) or '', by=args.by)
+    facts = dict(
+        config=args.config, checkpoint=args.checkpoint, sha256=checkpoint_digest(args.checkpoint) or '', by=args.by
+    )
     write_whole(args.out.with_suffix('.png'), curve_picture(found, unit))
     write_whole(args.out.with_suffix('.html'), allocation_page(found, unit, name, facts).encode())
     write_whole(args.out, config_text(found, base, about, unit, settings).encode())

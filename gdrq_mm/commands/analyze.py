@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..core.errors import UserError
-from ..core.files import check_writable, file_digest, write_whole
+from ..core.errors import UserError, check_least
+from ..core.files import check_writable, write_whole
 from ..openmmlab.analysis import analyze, load, prepare, weights_of
-from ..openmmlab.checkpoints import read_checkpoint
+from ..openmmlab.checkpoints import checkpoint_digest, read_checkpoint
 from ..openmmlab.cli import add_config_arguments, build_runner, check_data, load_config
 from ..openmmlab.describe import model_name
 from ..openmmlab.models import bare_model
@@ -37,7 +37,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--reference',
         choices=['float', 'quantized'],
-        default='float',
         help='quantize one layer of the float model (default), or make one layer of the quantized model float, for '
         'weights that training has adapted to their quantizers',
     )
@@ -47,8 +46,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.launcher != 'none':
         raise UserError('--launcher: the analysis runs in one process')
-    if args.samples is not None and args.samples < 1:
-        raise UserError(f'--samples {args.samples} is not at least 1')
+    check_least(args, samples=1)
+    if args.no_metric and (args.metric or args.reference):
+        raise UserError('--metric and --reference tell how costs are measured, and --no-metric measures none')
     return args
 
 
@@ -67,14 +67,16 @@ def main() -> None:
         start = read_checkpoint(args.float_checkpoint, args.unsafe_load)
         check_fits(model, start, args.float_checkpoint, share=1.0)
         start = state_of(start)
-    found = analyze(runner, args.layers, args.samples, args.metric, None if args.no_metric else args.reference)
+    found = analyze(
+        runner, args.layers, args.samples, args.metric, None if args.no_metric else args.reference or 'float'
+    )
     about = dict(
         time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         task=task_of(cfg),
         model=dict(name=model_name(cfg), **runner.describe()),
         config=args.config,
         quantization=cfg.quantization.to_dict(),
-        checkpoint=dict(file=args.checkpoint, sha256=file_digest(args.checkpoint), calibrated_here=calibrate),
+        checkpoint=dict(file=args.checkpoint, sha256=checkpoint_digest(args.checkpoint), calibrated_here=calibrate),
         git=git_revision(),
         versions=versions(),
         hardware=hardware(),

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ..core.errors import UserError, check_least, command
-from ..core.files import write_whole
+from ..core.files import check_file, write_whole
 from ..deploy.float_twin import float_twin
 from ..deploy.measure import ExportedGraph, graphs_of, inputs_for, peak_memory, timed_rounds, traced_size
 from ..deploy.runtime import (
@@ -90,8 +90,8 @@ def parse_args() -> argparse.Namespace:
     for name in args.runtime or ():
         if name not in installed_backends():
             raise UserError(f"{name} is not installed: uv pip install 'gdrq-mm[deploy]'")
-    if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        raise UserError(f'--out {args.out} cannot be written: its folder does not exist, or it is one')
+    if args.out:
+        check_file(args.out, '--out')
     return args
 
 

@@ -27,7 +27,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--cores', type=int, default=cores, help='cores that they share (default: all)')
     parser.add_argument('--only', help='run the cells in whose name this regular expression matches')
     parser.add_argument('--list', action='store_true', help='list the cells and which are finished, run nothing')
-    parser.add_argument('--slurm', metavar='SCRIPT', help='write the unfinished cells as slurm jobs, run nothing')
+    slurm = 'write the unfinished cells as slurm jobs, run nothing; what other settings left is set aside now'
+    parser.add_argument('--slurm', metavar='SCRIPT', help=slurm)
     parser.add_argument('--slurm-args', default='', help='options of sbatch, such as "-p gpu --gres=gpu:1"')
     args = parser.parse_args()
     if args.jobs < 1 or args.cores < 1:

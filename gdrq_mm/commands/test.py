@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import is_main_process
 
@@ -30,7 +31,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--last', type=int, default=1, metavar='N', help='the mean of the checkpoint and the N - 1 before it'
     )
-    parser.add_argument('--record', help='run record (default: WORK_DIR/record.json, or record_BACKEND.json)')
+    parser.add_argument(
+        '--record',
+        help='run record (default: WORK_DIR/record.json; with --backend, --parts, --tta or --last its name says so)',
+    )
     parser.add_argument('--backend', choices=RUNTIMES, help='runtime that runs the exported graphs (default: torch)')
     parser.add_argument('--exported', help=f'folder that {command("export")} wrote, for --backend')
     parser.add_argument(
@@ -52,7 +56,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args, ('test_dataloader',))
     task_of(cfg)  # the record states it: what has none is refused before it is tested
-    ways = [args.backend, 'tta' if args.tta else None, f'last{args.last}' if args.last != 1 else None]
+    ways = [args.backend, 'parts' * args.parts, 'tta' * args.tta, f'last{args.last}' * (args.last != 1)]
     name = '_'.join(filter(None, ['record', *ways])) + '.json'
     record = Path(args.record or Path(cfg.work_dir) / name)
     check_file(record, '--record')
@@ -67,13 +71,15 @@ def main() -> None:
     runner = build_runner(cfg, args)
     if args.out:
         dump_after_build(cfg, runner, args.out)
+    parts = args.parts or args.tta
+    described: dict[str, Any] = {'backend': args.backend or 'torch'}
     if args.backend:
         from ..openmmlab.bundle import use_runtime  # with onnx, an extra of the package
 
-        model, parts = bare_model(runner.model), args.parts or args.tta
-        use_runtime(model, args.exported, args.backend, args.checkpoint, parts=parts)
+        described['parts'] = parts
+        use_runtime(bare_model(runner.model), args.exported, args.backend, args.checkpoint, parts=parts)
     metrics = runner.test()
-    described, training = {**runner.describe(), 'backend': args.backend or 'torch'}, runner.training
+    described, training = {**runner.describe(), **described}, runner.training
     others = [runner.test_another(checkpoint) for checkpoint in earlier]
     if not is_main_process():
         return

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from ..core.errors import UserError
 from ..openmmlab.amp import use_amp
 from ..openmmlab.checkpoints import find_resumable
-from ..openmmlab.cli import add_config_arguments, build_runner, load_config
+from ..openmmlab.cli import add_config_arguments, build_runner, check_data, load_config
 from ..openmmlab.distill import name_teacher
 
 
@@ -35,8 +35,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, ('train_dataloader',))
     adapt(cfg, args)
+    check_data(cfg, ['val_dataloader' if cfg.get('val_dataloader') else 'test_dataloader'])  # of the trial prediction
     name_teacher(cfg)
     reason = ''
     if args.resume == 'auto':

@@ -33,7 +33,7 @@ from .models import bare_model
 from .runner import QuantRunner
 from .seeding import kept_random_state, seed_all
 from .tasks import task_of
-from .weights import state_of, without_quantizers
+from .weights import is_quantized
 
 SAMPLES = 1 << 16
 """How many values of an input are kept for the distance to uniform, over all batches (ours)."""
@@ -56,8 +56,7 @@ def prepare(cfg: Config, checkpoint: str, unsafe: bool = False) -> bool:
         raise UserError('the config has no quantization: there is nothing to analyze')
     if not cfg.get('test_dataloader'):
         raise UserError('the config has no test_dataloader: there is nothing to run it on')
-    content = read_checkpoint(checkpoint, unsafe)
-    is_float = len(without_quantizers(content)['state_dict']) == len(state_of(content))
+    is_float = not is_quantized(read_checkpoint(checkpoint, unsafe))
     if is_float:
         cfg.load_from, cfg.resume = checkpoint, False
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None

@@ -21,6 +21,7 @@ from ..deploy.onnx_export import size_axes
 from ..deploy.runtime import open_runtime
 from ..deploy.saturation import saturating_inputs
 from ..report.provenance import versions
+from .checkpoints import checkpoint_digest
 from .deployed import EndToEnd, let_graph_predict, takes_rgb
 from .parts import Part, parts_of
 from .tasks import TASKS, task_of
@@ -83,7 +84,7 @@ def write_bundle(out: Path, model: Any, checkpoint: str, report: ExportReport, w
         about = dict(
             export_version=VERSION,
             task=task_of(model.cfg),
-            checkpoint_sha256=file_digest(checkpoint),
+            checkpoint_sha256=checkpoint_digest(checkpoint),
             parts=parts,
             end2end=_entry(folder, whole),
             mean=_numbers(normalize, 'mean'),
@@ -115,7 +116,7 @@ def use_runtime(
     Raises:
         UserError: the folder is no export of this checkpoint, a file was changed, or the runtime is not installed.
     """
-    folder, digest = Path(folder), file_digest(checkpoint)
+    folder, digest = Path(folder), checkpoint_digest(checkpoint)
     about = read_bundle(folder)
     if digest is None or about['checkpoint_sha256'] != digest:
         raise UserError(f'{folder} was exported from another checkpoint than {checkpoint}')

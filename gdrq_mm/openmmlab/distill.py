@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from .checkpoints import read_checkpoint
 from .heads import TRAINING_ONLY, last_layers
 from .models import drop_pretrained, use_memory_format
-from .weights import load_weights, state_of, without_quantizers
+from .weights import is_quantized, load_weights
 
 CLASS_LAYERS = ('*cls*', '*obj*', '*conf*')
 """Names, behind the last dot but a number, of the last layers of a detector that score classes and objects."""
@@ -88,7 +88,7 @@ def distillation_of(model: Any, cfg: Config, unsafe: bool = False) -> Distillati
     teacher: Any = revert_sync_batchnorm(MODELS.build(architecture))
     try:
         checkpoint = read_checkpoint(str(path), unsafe)
-        if len(without_quantizers(checkpoint)['state_dict']) < len(state_of(checkpoint)):
+        if is_quantized(checkpoint):
             raise UserError(f'{path} is a quantized model; distill.teacher names the float checkpoint')
         load_weights(teacher, checkpoint, str(path), None)
     except UserError as error:

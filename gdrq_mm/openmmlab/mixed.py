@@ -13,6 +13,7 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import Runner
 
 from ..core.errors import UserError
+from ..core.files import check_file
 from ..core.mixed.allocation import Chooser
 from ..core.mixed.budgets import choices_of_layers
 from ..core.mixed.search import BitSearch
@@ -26,31 +27,36 @@ from .models import bare_model
 from .runner import QuantRunner
 from .seeding import kept_random_state
 from .sensitivities import loss_of
-from .weights import state_of, without_quantizers
+from .weights import is_quantized
 
 NOT_IN_A_SEARCH = (CheckpointHook, EMAHook, SettleHook, StatisticsHook, StopHook)
 """Hooks for a model that is kept; that of a search is not."""
 
 
-def prepare(cfg: Config, checkpoint: str, search: bool, unsafe: bool = False) -> None:
+def prepare(cfg: Config, checkpoint: str, by: str, unsafe: bool = False) -> None:
     """Remove from a config what choosing bits does not need, and start from `checkpoint`.
 
+    Args:
+        by: 'loss', 'metric' or 'search', how bits are judged.
+
     Raises:
-        UserError: the config quantizes nothing, or the checkpoint is not of the float model: training has adapted its
-            weights to their quantizers, and without them it computes something else.
+        UserError: the config quantizes nothing or has no test data for the metric, or the checkpoint is not of the
+            float model: training has adapted its weights to their quantizers, and without them it computes something
+            else.
     """
     if 'quantization' not in cfg:
         raise UserError('the config has no quantization: there are no bits to choose')
     if cfg.quantization.get('control'):
         raise UserError('quantization.control=True: the model stays float, there are no bits to choose')
-    content = read_checkpoint(checkpoint, unsafe)
-    if len(without_quantizers(content)['state_dict']) != len(state_of(content)):
+    if by == 'metric' and not cfg.get('test_dataloader'):
+        raise UserError('the config has no test_dataloader: --by metric has nothing to run it on')
+    if is_quantized(read_checkpoint(checkpoint, unsafe)):
         raise UserError(
             f'checkpoint {checkpoint} is of a quantized model; bits are chosen for the float one: name that'
         )
     cfg.load_from, cfg.resume = checkpoint, False
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    if not search:
+    if by != 'search':
         cfg.log_level = 'WARNING'
 
 
@@ -178,7 +184,7 @@ def check_target(out: Path, config: str) -> str:
     `PACKAGE::PATH` is the same from everywhere.
 
     Raises:
-        UserError: it exists, is no .py file, its folder cannot be written, or the user's config cannot be its base.
+        UserError: it exists, is no .py file, cannot be written, or the user's config cannot be its base.
     """
     if Path(config).is_file() and Config._is_lazy_import(config):
         raise UserError(
@@ -189,6 +195,5 @@ def check_target(out: Path, config: str) -> str:
         raise UserError(f'--out {out} is not the name of a config: write NAME.py')
     if out.exists():
         raise UserError(f'--out {out} exists')
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise UserError(f'--out {out} cannot be written: its folder does not exist or is not writable')
+    check_file(out, '--out')
     return config if '::' in config else os.path.relpath(Path(config).absolute(), out.absolute().parent)

@@ -76,11 +76,10 @@ def other_settings(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | N
     """In what the `quantization` dict of a checkpoint differs from that of a config, one line each."""
     configs = (None if each is None else Quantization.from_dict(each) for each in (theirs, ours))
     one, other = ({**s.pop('options'), **s} for s in map(settings_of, configs))
-    missing = 'not set'
     return [
-        f'{key} is {one.get(key, missing)!r} in the checkpoint and {other.get(key, missing)!r} in the config'
+        f'{key} is {one.get(key, NOT_SET)!r} in the checkpoint and {other.get(key, NOT_SET)!r} in the config'
         for key in {**one, **other}
-        if one.get(key, missing) != other.get(key, missing)
+        if one.get(key, NOT_SET) != other.get(key, NOT_SET)
     ]
 
 

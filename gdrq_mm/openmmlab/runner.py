@@ -21,6 +21,7 @@ from ..core.errors import UserError
 from ..report.layers import layer_table
 from .amp import check_amp
 from .checkpoint_runner import CheckpointRunner
+from .checkpoints import read_checkpoint
 from .compat import init_without_gpu
 from .data_only import data_only
 from .describe import describe_model
@@ -32,6 +33,7 @@ from .mistakes import not_found, registered
 from .models import bare_model, drop_pretrained, prepare_model, read_quantization
 from .rates import set_rates
 from .seeding import SeedHook, seed_dataloader
+from .weights import is_quantized
 
 
 @RUNNERS.register_module()
@@ -163,11 +165,14 @@ class QuantRunner(CheckpointRunner):
         """Load the weights, find thresholds on training batches, and write the quantized checkpoint without training.
 
         Raises:
-            UserError: the config quantizes nothing.
+            UserError: the config quantizes nothing, or the weights are those of a quantized model: it is calibrated.
         """
         if self.quantization is None or self.quantization.control:
             without = 'has no quantization' if self.quantization is None else 'is a control'
             raise UserError(f'the config {without}: there is nothing to calibrate')
+        start = self._load_from
+        if start is not None and is_quantized(read_checkpoint(start, bool(self.cfg.get('unsafe_load')))):
+            raise UserError(f'checkpoint {start} is of a quantized model; calibration starts from the float one')
         self.load_calibrated()
         self.log_layers()
         folder, name = os.path.split(path)

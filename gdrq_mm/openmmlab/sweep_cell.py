@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import write_whole
-from ..report.recipe import flat
+from ..report.recipe import NOT_SET, flat
 from ..report.record import plain, read_record
 
 SETTINGS = 'cell.json'
@@ -34,7 +34,7 @@ class Cell:
     settings: Mapping[str, Any]
     """The whole configuration as plain data, see :func:`_whole`; the record holds its digest."""
     missing: str = ''
-    """Why it cannot run yet: its float checkpoint is not there."""
+    """Why it cannot run yet: its config or its float checkpoint is not there. Without a config it has no settings."""
 
     @property
     def work_dir(self) -> Path:
@@ -60,7 +60,7 @@ class Cell:
         Raises:
             UserError: the record is damaged.
         """
-        if not self.record.exists():
+        if not (self.record.exists() and self.settings):
             return False
         record = read_record(self.record)
         if record.get('cell') is not None:
@@ -75,8 +75,7 @@ class Cell:
         if not before:
             return []
         one, other = flat(before), flat(self.settings)
-        missing = 'not set'
-        lines = (f'{key}: {one.get(key, missing)} → {other.get(key, missing)}' for key in {**one, **other})
+        lines = (f'{key}: {one.get(key, NOT_SET)} → {other.get(key, NOT_SET)}' for key in {**one, **other})
         return [line for line, key in zip(lines, {**one, **other}) if one.get(key) != other.get(key)]
 
     def prepare(self) -> str:

@@ -277,6 +277,11 @@ def _without_other_heads(model: nn.Module, state: dict[str, Any]) -> dict[str, A
     return state
 
 
+def is_quantized(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has quantizers, so that training or calibration has been there."""
+    return any(_QUANTIZER_ENTRY.search(name) for name in state_of(checkpoint))
+
+
 def without_quantizers(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint as if it came from the float model."""
     state = state_of(checkpoint)

@@ -348,8 +348,9 @@ def _published(record: Record, method: str, bits: str) -> str:
 
 
 def _different(records: Iterable[Record]) -> list[Record]:
-    """One record for each result: the user may have given a record twice."""
-    return list({_result(record): record for record in records}.values())
+    """One record for each result: the user may have given a record twice, or tested the parts of an export too."""
+    whole_last = sorted(records, key=lambda record: not record['model'].get('parts'))
+    return list({_result(record): record for record in whole_last}.values())
 
 
 def _result(record: Record) -> tuple[str, int]:

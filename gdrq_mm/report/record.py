@@ -84,6 +84,7 @@ REQUIRED = {
 type of each entry, or a dict of further keys."""
 OPTIONAL = {
     'model.backend': ('torch', *RUNTIMES),
+    'model.parts': bool,
     'training.start': FILE,
     'training.epoch': NUMBER,
     'training.iter': NUMBER,

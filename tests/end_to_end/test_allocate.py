@@ -143,6 +143,7 @@ def test_a_model_of_each_task_is_trained_and_exported(task, tool, scenes_root, t
     assert ending(run) == 0 and (tmp_path / 'packed/model.safetensors').is_file()
 
 
+NO_TEST = ('test_dataloader=None', 'test_cfg=None', 'test_evaluator=None')
 NO_BITS = ('quantization.weight.bits=32', 'quantization.activation.bits=32')
 SIZE = ('--budget', 'size=0.2')
 
@@ -163,7 +164,18 @@ SIZE = ('--budget', 'size=0.2')
         (['FLOAT', *SIZE, '--cfg-options', 'quantization.control=True'], 'the model stays float'),
         (['FLOAT', *SIZE, '--out', 'tiny.py'], '--out tiny.py exists'),
         (['FLOAT', *SIZE, '--out', 'mixed.txt'], '--out mixed.txt is not the name of a config'),
-        (['FLOAT', *SIZE, '--out', 'none/mixed.py'], '--out none/mixed.py cannot be written'),
+        (['FLOAT', *SIZE, '--out', 'text.pth/mixed.py'], '--out text.pth/mixed.py cannot be written'),
+        (['FLOAT', *SIZE, '--sensitivities', 'text.pth/s.json'], '--sensitivities text.pth/s.json cannot be written'),
+        (
+            ['FLOAT', *SIZE, '--by', 'search', '--sensitivities', 's.json'],
+            '--sensitivities is for --by loss and metric',
+        ),
+        (['FLOAT', *SIZE, '--samples', '8'], '--samples is for --by metric'),
+        (['FLOAT', *SIZE, '--threads', '2'], '--threads is for --budget ms=...'),
+        (
+            ['FLOAT', *SIZE, '--by', 'metric', '--cfg-options', *NO_TEST],
+            'the config has no test_dataloader: --by metric',
+        ),
         (['FLOAT', *SIZE, '--launcher', 'slurm'], '--launcher: bits are chosen in one process'),
         (['FLOAT', *SIZE, '--amp'], '--amp is for --by search'),
         (['FLOAT', *SIZE, '--batches', '0'], '--batches 0 is less than 1'),

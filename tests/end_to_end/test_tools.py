@@ -99,7 +99,7 @@ def test_mixed_precision_on_a_cpu(home, run, trained):
 
 
 def test_the_learning_rate_is_scaled_with_the_batch_size(home, run):
-    options = (*TINY, 'auto_scale_lr.base_batch_size=256')
+    options = (*TINY, 'auto_scale_lr.base_batch_size=256', 'test_dataloader.dataset.data_root=not_read')
     done = run(TRAIN, W4A4, '--work-dir', 'work', '--auto-scale-lr', '--cfg-options', *options)
     assert done.returncode == 0, done.stderr
     groups = torch.load(home / 'work/epoch_1.pth', weights_only=False)['optimizer']['param_groups']
@@ -108,7 +108,8 @@ def test_the_learning_rate_is_scaled_with_the_batch_size(home, run):
 
 def test_options_reach_the_model_and_validation_can_be_left_out(home, run):
     options = ('quantization.weight.bits=3', 'model.head.num_classes=12', 'quantization.skip=[backbone.layer4.*]')
-    done = run(TRAIN, W4A4, '--work-dir', 'work', '--no-validate', '--cfg-options', *TINY, *options)
+    without = ('--no-validate', '--cfg-options', 'val_dataloader.dataset.data_root=not_read')
+    done = run(TRAIN, W4A4, '--work-dir', 'work', *without, *TINY, *options)
     assert done.returncode == 0, done.stderr
     state = weights(home / 'work/epoch_1.pth')
     assert int(state['backbone.layer1.0.conv1.weight_quant.state'][-1]) == 3

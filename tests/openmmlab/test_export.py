@@ -375,18 +375,21 @@ def test_the_tools_export_and_test_in_a_runtime(whole, tmp_path, digits_root, ru
     assert 'pictures (N, H, W, 3) of 32 x 32 -> scores, topk_scores, topk_labels' in done.stdout
     codes, outputs = done.stdout.split('model: outputs')
     assert 'y0' not in codes and 'whole graph: y0' in outputs and 'largest relative difference' in outputs
+    (tmp_path / 'taken').touch()
     accuracy = []
     graphs = [('--backend', name, '--exported', 'exported') for name in RUNTIMES]
     for options in ((), *graphs, (*graphs[0], '--parts')):
-        done = tool('test.py', '--record', 'record.json', *options)
+        done = tool('test.py', '--work-dir', 'tested', *options)
         assert done.returncode == 0, done.stderr
-        found = json.loads((tmp_path / 'record.json').read_text())
+        name = '_'.join(['record', *options[1:2], *(['parts'] if '--parts' in options else [])])
+        found = json.loads((tmp_path / f'tested/{name}.json').read_text())
         assert found['model']['backend'] == (options[1] if options else 'torch')
+        assert found['model'].get('parts', False) == ('--parts' in options)
         accuracy.append(found['metrics']['accuracy/top1'])
     assert len(set(accuracy)) == 1
     for name, args, message in [
         ('export.py', ('--out', 'exported'), '--out exported exists'),
-        ('export.py', ('--out', 'record.json/exported'), '--out: the folder record.json cannot be written'),
+        ('export.py', ('--out', 'taken/exported'), '--out: the folder taken cannot be written'),
         ('test.py', ('--backend', 'openvino'), '--backend and --exported DIR belong together'),
         ('test.py', ('--parts',), '--parts belongs to --backend and --exported DIR'),
         ('test.py', ('--backend', 'openvino', '--exported', 'none'), 'none/export.json cannot be read'),

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab import sweep as sweep_module
@@ -74,12 +75,7 @@ def swept(finished, tmp_path, monkeypatch):
 
 def write_sweep(folder, **changes):
     run = dict(
-        name='tiny',
-        config='quantized.py',
-        float_config='float.py',
-        methods=['lsq', 'ptq'],
-        bits=['w4a4'],
-        seeds=[1],
+        name='tiny', config='quantized.py', float_config='float.py', methods=['lsq', 'ptq'], bits=['w4a4'], seeds=[1]
     )
     run.update(changes)
     content = f"work_dir = 'work'\nrecords = 'records'\nruns = [{run!r}]\n"
@@ -251,6 +247,8 @@ def test_a_record_without_a_cell_counts_by_its_quantization_and_seed(swept):
     assert cell.finished()
     cell.record.write_text(json.dumps({**record, 'training': {**record['training'], 'seed': 2}}))
     assert not cell.finished()
+    (swept / 'quantized.py').unlink()
+    assert not cell_of('lsq').finished()
 
 
 @pytest.mark.parametrize(
@@ -486,9 +484,14 @@ def test_calibration_writes_a_checkpoint_that_evaluates(folder, float_checkpoint
         (['quantized.py', 'none.pth'], 'checkpoint none.pth does not exist'),
         (['float.py', 'FLOAT'], 'the config has no quantization: there is nothing to calibrate'),
         (['quantized.py', 'FLOAT', '--out', '.'], '--out . is a folder'),
+        (
+            ['quantized.py', 'quantized.pth'],
+            'checkpoint quantized.pth is of a quantized model; calibration starts from',
+        ),
     ],
 )
 def test_what_cannot_be_calibrated_ends_in_one_line(folder, float_checkpoint, run, arguments, message):
+    torch.save({'fc.weight_quant.threshold': torch.zeros(4)}, 'quantized.pth')
     arguments = [float_checkpoint if argument == 'FLOAT' else argument for argument in arguments]
     done = run(ROOT / 'tools/calibrate.py', *arguments, '--work-dir', 'w')
     assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]

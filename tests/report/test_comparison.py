@@ -74,6 +74,18 @@ def test_the_mean_of_the_last_checkpoints_stands_beside_the_last_one(made):
         assert {row['recipe'] for row in rows} == {'A', 'B'}
 
 
+def test_the_whole_graph_of_an_export_counts_where_its_parts_were_tested_too(made):
+    """By `gdrq test --backend`, and again with --parts, of one checkpoint."""
+
+    def ran(top1, **parts):
+        found = made('q', top1, start='f')
+        return {**found, 'model': {**found['model'], 'backend': 'openvino', **parts}}
+
+    records = [made('f', 92.0, False), made('q', 91.0, start='f'), ran(90.5), ran(90.75, parts=True)]
+    for given in (records, records[::-1]):
+        assert cells(comparison_rows(given), 'quantized', 'openvino') == [('91.00', '90.50')]
+
+
 # ---- the float model, trained on ------------------------------------------------------------------------------------
 
 
