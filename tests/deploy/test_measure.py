@@ -278,7 +278,7 @@ def refused(tmp_path, monkeypatch):
         (['--size', 8, 0], '--size 0 is less than 1'),
         (['--batch', 3], './exported/model.onnx takes batches of 2 only, not 3'),
         (['--batch', 2, '--size', 9, 9], './exported/model.onnx takes pictures of 8 x 8 only, not 9 x 9'),
-        (['--out', '/dev/null/a.json'], '--out /dev/null/a.json cannot be written: Not a directory'),
+        (['--out', '/dev/null/a.json'], '--out /dev/null/a.json cannot be written: File exists'),
     ],
 )
 def test_a_wrong_option_is_one_line(refused, options, message):
