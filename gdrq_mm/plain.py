@@ -141,9 +141,7 @@ def allocate(
     chooser = Chooser(copied, quantization, report, size, bits, inputs='bitops' in limits)
     chooser.check(limits)
     chooser.candidates.calibrate(used, lambda batch: loss(copied, batch))
-    sensitivities = loss_sensitivity(
-        chooser.candidates, used, lambda batch: loss(copied, batch), lambda batch: len(_first(batch))
-    )
+    sensitivities = loss_sensitivity(chooser.candidates, used, lambda batch: loss(copied, batch), _pictures_of)
     found = chooser.allocate(monotone(sensitivities), limits)
     if show:
         print('\n'.join(found.summary('expected rise of the loss')))
@@ -216,8 +214,9 @@ def freeze(model: nn.Module) -> None:
     Raises:
         UserError: the model is not quantized.
     """
-    if set_stage(model, Stage.FREEZE) is None:
-        raise UserError('the model is not quantized')
+    if not quant_layers(model):
+        raise UserError('the model is not quantized: call gdrq_mm.quantize first')
+    set_stage(model, Stage.FREEZE)
 
 
 def checkpoint(model: nn.Module) -> dict[str, Any]:
@@ -253,6 +252,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             return load_packed(model, path)[0]
     content = read_torch(path)
     try:
+        if not isinstance(content, Mapping):
+            raise TypeError(f'it holds a {type(content).__name__}')
         settings, plan = content['meta']['quantization'], Plan.from_dict(content['meta']['plan'])
         state = content['state_dict']
     except KeyError as error:
@@ -304,6 +305,14 @@ def _first(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
+def _pictures_of(batch: Any) -> int:
+    """The length of the first tensor of a batch; 1 without any."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((_pictures_of(each) for each in parts if isinstance(each, (Tensor, Mapping, tuple, list))), 1)
+
+
 def _moved(batch: Any, device: Any) -> Any:
     """A batch with its tensors on a device."""
     if type(batch) is dict:
@@ -330,14 +339,17 @@ def _bare(model: nn.Module) -> nn.Module:
 
 def _quantized(model: nn.Module, settings: dict[str, Any], plan: Plan) -> Report:
     """Quantize a model, which remembers how."""
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise UserError(f'the model is on several devices, {", ".join(devices)}; its quantizers need it on one')
     report = quantize_model(model, Quantization.from_dict(settings), plan)
     model.to(next(model.parameters()).device)  # quantizers are made on the CPU
-    model.quantization = settings, plan  # type: ignore[assignment]
+    model.gdrq_quantization = settings, plan  # type: ignore[assignment]
     return report
 
 
 def _remembered(model: nn.Module) -> tuple[dict[str, Any], Plan]:
-    found: Any = getattr(_bare(model), 'quantization', None)
+    found: Any = getattr(_bare(model), 'gdrq_quantization', None)
     if found is None:
         raise UserError('the model is not quantized: call gdrq_mm.quantize first')
     return found

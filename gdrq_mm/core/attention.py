@@ -21,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .compat import is_compiling
 from .errors import UserError
-from .layers import QUANTIZED, QuantLayer
+from .layers import COPIED, QUANTIZED, QuantLayer
 from .modules import replace_modules
 
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
@@ -127,7 +127,7 @@ class WrittenOut(nn.Module):
     def of(cls, attention: nn.MultiheadAttention) -> WrittenOut:
         """The same attention with the same Parameters, hooks and attributes."""
         new = cls.__new__(cls)
-        new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in attention.__dict__.items()})
+        new.__dict__.update({k: copy.copy(v) if k in COPIED else v for k, v in attention.__dict__.items()})
         out = nn.Linear.__new__(nn.Linear)
         out.__dict__.update(new._modules.pop('out_proj').__dict__)  # type: ignore[union-attr]
         for number, name in enumerate(PROJECTIONS):

@@ -156,7 +156,8 @@ def _judging(norms: list[Any]) -> Iterator[dict[Any, list[bool]]]:
         found[norm].append(not 1 / GROSSLY_WRONG < size < GROSSLY_WRONG)
         if not found[norm][-1]:
             return None
-        return nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps).to(out.dtype)
+        weight, bias = (None if each is None else each.float() for each in (norm.weight, norm.bias))
+        return nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps).to(out.dtype)
 
     with hooked(norm.register_forward_hook(judge, with_kwargs=True) for norm in norms):
         yield found

@@ -121,7 +121,7 @@ def _reason_to_skip(name: str, layer: nn.Module, config: Quantization, plan: Pla
     if config.skipped(name):
         return 'float: skipped by config'
     if name in plan.by_function:
-        return 'float: a function reads its weight, its forward is not called'
+        return 'float: its weight is read outside of a call of the layer'
     if type(layer) not in QUANTIZED:
         module = type(layer).__module__.split('.')[0]
         return f'float: {module} {type(layer).__name__} has no quantized form'

@@ -40,6 +40,10 @@ def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
     return ACTIVATION_METHODS[cfg.method](cfg.bits, cfg.range, **cfg.options)
 
 
+COPIED = ('_parameters', '_buffers', '_modules', '_state_dict_hooks', '_state_dict_pre_hooks')
+"""Attributes of a layer that the one in its place changes. Its hooks stay where they are: handles remove them there."""
+
+
 class QuantLayer(ModeOfModel):
     """What quantized layers have in common; a mixin for a torch layer."""
 
@@ -69,7 +73,7 @@ class QuantLayer(ModeOfModel):
     def from_float(cls, layer: nn.Module, weight: Weight, activation: Activation) -> Any:
         """A quantized layer that takes over the Parameters, hooks and attributes of `layer`."""
         new = cls.__new__(cls)  # type: ignore[type-var]
-        new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+        new.__dict__.update({k: copy.copy(v) if k in COPIED else v for k, v in layer.__dict__.items()})
         new._attach(weight, activation)
         return new
 
@@ -80,6 +84,12 @@ class QuantLayer(ModeOfModel):
         self.weight_quant = make_weight_quantizer(weight, self.filters())
         self.own_input_quant: InputQuant | None = make_activation_quantizer(activation)
         after_state_dict(self, _settle)  # type: ignore[arg-type]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UserError(
+            'nn.DataParallel copies a model in each step, and quantizers that layers share would stay on the first '
+            'device: use nn.parallel.DistributedDataParallel'
+        )
 
     @property
     def pyramid_levels(self) -> int:
@@ -200,6 +210,7 @@ def _settle(layer: Any, *_: Any) -> None:
     """A hook of state_dict(), whose tensors share their memory with the buffers: T of the weights as they are now."""
     if layer.weight_quant is not None:
         layer.weight_quant.settle(layer.filters())
+        layer.weight_quant.set_state()
 
 
 def _init(self: Any, torch_class: type, args: Any, quantization: Mapping[str, Any] | None, kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from .compat import is_compiling
+from .errors import UserError
 from .typed import FLOAT_BITS
 
 KINDS: dict[Any, str] = {
@@ -230,6 +233,7 @@ class _Quantizing(TorchFunctionMode):
     def __init__(self, products: nn.ModuleList) -> None:
         super().__init__()
         self.products, self.count = products, 0
+        self.learns = torch.is_grad_enabled()
 
     def __enter__(self) -> Any:
         _RUNNING.modules.append(self)
@@ -247,4 +251,22 @@ class _Quantizing(TorchFunctionMode):
     def pair(self, factors: Sequence[Tensor], equation: str, softmax: bool) -> Sequence[Tensor]:
         number, self.count = self.count, self.count + 1
         quantizers: Any = self.products[number] if number < len(self.products) else ()
+        if self.learns and len(quantizers) and not is_compiling():
+            _refuse_checkpoint(quantizers[0].name)
         return [quant(x) for quant, x in zip(quantizers, factors)] if len(quantizers) else factors
+
+
+def _refuse_checkpoint(name: str) -> None:
+    """Refuse a product in a part of its module that is computed again in the backward pass, where it would be float.
+
+    Raises:
+        UserError: torch.utils.checkpoint stands between the product and the forward of its module.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _run.__code__:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            raise UserError(
+                f'{name}: activation checkpointing holds a part of a module that multiplies; let it hold the whole '
+                'module, or leave the products in float by attention=dict(bits=32)'
+            )
+        frame = frame.f_back  # type: ignore[assignment]

@@ -69,7 +69,8 @@ class Plan:
     products: list[Product] = field(default_factory=list)
     """Products of two tensors in the forward of a module, as in attention, in the order of each module's forward."""
     by_function: list[str] = field(default_factory=list)
-    """Layers that are not called, whose weight a function reads, as torchvision's Swin reads that of `attn.qkv`."""
+    """Layers that are not called, though their weight is read: by a function, as torchvision's Swin reads that of
+    `attn.qkv`, or by `layer.forward(x)`."""
     last: list[str] = field(default_factory=list)
     """Layers that make the model's outputs; empty: the one that was called last."""
     training_only: list[str] = field(default_factory=list)
@@ -188,7 +189,7 @@ class _Recorder(TorchFunctionMode):
         if func is Tensor.__setitem__ or next(_tensors(out), None) is not None:  # a size or a type is no reading
             self._read(numbers)
             owners = (self.owners.get(id(a)) for a in given)
-            found = [n for n in owners if n is not None and n not in (*self.running, *self.plan.by_function)]
+            found = [n for n in owners if n is not None and n not in (*self.stack, *self.plan.by_function)]
             self.plan.by_function.extend(dict.fromkeys(found))
         return out
 

@@ -173,7 +173,7 @@ def _refusal(model: Callable[..., Any], inputs: tuple[Tensor, ...]) -> str:
     try:
         with torch.no_grad():
             model(*inputs)
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:  # of torch, and of models
+    except Exception as error:  # a model says in many ways that it takes no other size
         return _first_line(error)
     return ''
 
@@ -232,14 +232,17 @@ def export_part(
     """
     inputs = (x,) if isinstance(x, Tensor) else tuple(x)
     if any_size:
+        other, part = _other_size(trained, inputs, multiple), None
+        reason = _refusal(trained, other)
         try:
-            part = _exported(name, trained, merged, inputs, _other_size(trained, inputs, multiple), target)
-            reason = part.wrong
+            if not reason:
+                part = _exported(name, trained, merged, inputs, other, target)
+                reason = part.wrong
         except UserError:
             raise
         except (RuntimeError, AssertionError, ValueError) as error:  # of torch, its exporter, the runtimes, and models
             reason = _first_line(error)  # that refuse a size
-        if not reason:
+        if part is not None and not reason:
             return part
         log.warning('part %s takes the traced size only: %s', name, reason)
     try:
@@ -277,7 +280,8 @@ def _first_line(error: BaseException) -> str:
     """What an error says; of the exporter's, which tell how far it came, what they were raised from."""
     while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
         error = error.__cause__
-    text, *others = (str(error).strip() or type(error).__name__).splitlines()
+    said = '' if isinstance(error, KeyError) else str(error).strip()  # a KeyError says the key alone
+    text, *others = (said or repr(error)).splitlines()
     while text.endswith(':') and others:
         text = f'{text} {others.pop(0).strip()}'.strip()
     return text

@@ -54,6 +54,7 @@ def load_packed(model: Any, path: str | Path, config: Quantization | None = None
             raise UserError(f'packed file {path} is that of another model: {name} is a {type(known[name]).__name__}')
         if config is not None:
             _check_config(path, name, layer, config)
+    device = _device_of(model)
     replaced: dict[nn.Module, nn.Module] = {
         known[name]: _empty(known[name], layer) for name, layer in packed.layers.items()
     }
@@ -70,14 +71,15 @@ def load_packed(model: Any, path: str | Path, config: Quantization | None = None
         if None in pair:
             raise UserError(f'packed file {path} is damaged: one factor of {name[:-2]} is missing')
         if match[3] == '0':
-            quantizers: list[nn.Module] = [OutputQuantizer(torch.zeros(()), *ends) for ends in pair]  # type: ignore[misc]
+            step = torch.zeros((), device=device)
+            quantizers: list[nn.Module] = [OutputQuantizer(step.clone(), *ends) for ends in pair]  # type: ignore[misc]
             attach(known[match[1] or ''], int(match[2]), quantizers)
     for module in model.modules():
         if isinstance(module, WrittenOut):
             module.forget_weights()
     for name, (lo, hi) in outputs.items():
         module = replaced.get(known[name], known[name])
-        module.add_module('output_quant', OutputQuantizer(torch.zeros(()), lo, hi))
+        module.add_module('output_quant', OutputQuantizer(torch.zeros((), device=device), lo, hi))
         module.register_forward_hook(quantize_output)
     _fill(model, packed.state, path)
     return model.eval(), packed.meta
@@ -118,7 +120,14 @@ def _empty(module: Any, layer: PackedLayer) -> IntegerLayer | IntegerPyramid:
     ]
     for each in levels:
         each.norm = layer.norm
-    return levels[0] if layer.head is None else IntegerPyramid(levels)
+    merged = levels[0] if layer.head is None else IntegerPyramid(levels)
+    return merged.to(_device_of(module))
+
+
+def _device_of(module: Any) -> Any:
+    """Where a module's Parameters are; the CPU for those without any, or without data."""
+    device = next((p.device for p in module.parameters()), torch.device('cpu'))
+    return torch.device('cpu') if device.type == 'meta' else device
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:

@@ -318,7 +318,10 @@ def test_a_model_is_loaded_on_its_device(tmp_path):
     gq.calibrate(again, [dict(input=x)])
 
 
-def test_a_layer_whose_weight_a_function_reads_stays_float_and_is_exported(tmp_path):
+@pytest.mark.parametrize(
+    'read', [lambda layer, x: nn.functional.linear(x, layer.weight, layer.bias), lambda layer, x: layer.forward(x)]
+)
+def test_a_layer_that_is_read_and_not_called_stays_float_and_is_exported(tmp_path, read):
     """As torchvision's Swin does with `attn.qkv`."""
 
     class Net(nn.Module):
@@ -327,12 +330,12 @@ def test_a_layer_whose_weight_a_function_reads_stays_float_and_is_exported(tmp_p
             self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
 
         def forward(self, x):
-            return self.c(nn.functional.linear(self.a(x).relu(), self.b.weight, self.b.bias).relu())
+            return self.c(read(self.b, self.a(x).relu()).relu())
 
     model, x = Net(), torch.randn(16, 8)
     report = gq.quantize(model, 'w4a4', example=x, show=False)
     (row,) = [row for row in report.layers if row.name == 'b']
-    assert row.note == 'float: a function reads its weight, its forward is not called'
+    assert row.note == 'float: its weight is read outside of a call of the layer'
     assert type(model.b) is nn.Linear
     gq.calibrate(model, [x])
     gq.export(model.eval(), x, tmp_path / 'exported')

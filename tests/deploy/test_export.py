@@ -209,9 +209,28 @@ def strict():
     return *prepared(model.eval(), x, bits=8, deployable=True), x
 
 
+def by_table(found):
+    """One that looks something up by the width."""
+
+    def network():
+        def forward(m, x):
+            return m.last(m.first(x).relu()) * found(x.shape[-1])
+
+        x = torch.randn(4, 3, 8, 8)
+        model = Function(forward, first=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 3, 1))
+        return *prepared(model.eval(), x, bits=8, deployable=True), x
+
+    return network
+
+
 @pytest.mark.parametrize(
     'network, reason',
-    [(flattened, 'mat1 and mat2 shapes cannot be multiplied'), (strict, 'a picture is 72 pixels wide')],
+    [
+        (flattened, 'mat1 and mat2 shapes cannot be multiplied'),
+        (strict, 'a picture is 72 pixels wide'),
+        (by_table({8: 2.0}.__getitem__), r'KeyError\(72\)'),
+        (by_table(range(1, 10).__getitem__), 'range object index out of range'),
+    ],
 )
 def test_why_a_graph_takes_one_size_is_said(network, reason, tmp_path, caplog):
     model, plan, x = network()

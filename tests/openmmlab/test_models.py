@@ -292,7 +292,7 @@ def check_layers(runner, first, last, floats, missed, products):
     assert by_note == dict(first=first, last=last)
     table = {line.split()[0]: line for line in layer_table(model, runner.report).splitlines() if line}
     assert set(rows) - set(layers) == {name for name in rows if re.search(floats, name)}
-    reasons = 'float: .* has no quantized form|float: a function reads its weight, its forward is not called'
+    reasons = 'float: .* has no quantized form|float: its weight is read outside of a call of the layer'
     assert all(re.match(reasons, rows[name].note) for name in set(rows) - set(layers))
     assert not_reached(model) == {name for name in layers if re.search(missed, name)}
     assert all('not reached by calibration' in table[name] for name in not_reached(model))
@@ -306,7 +306,7 @@ def check_layers(runner, first, last, floats, missed, products):
     assert len(made_by_softmax) == products // 2
     # Shared modules have several names; no name still leads to a float layer.
     left = {name for name, m in model.named_modules(remove_duplicate=False) if type(m) in QUANTIZED}
-    assert left == {name for name in rows if 'a function reads its weight' in rows[name].note}
+    assert left == {name for name in rows if 'outside of a call' in rows[name].note}
     # The table leaves out no weight.
     listed = {id(parameter) for name in rows for parameter in parameters_of(modules[name])}
     matrices = {name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in listed}

@@ -187,5 +187,9 @@ class ActivationQuantizer(Quantizer):
 
 
 def _settle(quantizer: ActivationQuantizer, *_: Any) -> None:
-    """A hook of state_dict(), whose tensors share their memory with the buffers."""
+    """A hook of state_dict(), whose tensors share their memory with the buffers.
+
+    The integers come from the attributes: an average of buffers, as torch's AveragedModel makes it, cuts them down.
+    """
     quantizer.settle()
+    quantizer.set_state()

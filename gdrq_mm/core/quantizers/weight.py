@@ -99,9 +99,10 @@ class WeightQuantizer(Quantizer):
         """The filters as they are quantized already, in a forward of the model that has not changed them. None
         elsewhere, and where torch.compile traces: there they would be constants."""
         runs = any(getattr(model, 'in_forward', False) for model in self.root)
-        if self.prepared is None or not runs or is_compiling():
+        prepared = self.prepared  # read once: the forward of another thread may end meanwhile
+        if prepared is None or not runs or is_compiling():
             return None
-        version, codes = self.prepared
+        version, codes = prepared
         return codes if version == version_of(weight) else None
 
     def is_uniform(self) -> bool:
