@@ -266,13 +266,18 @@ CHOSEN = (
     ('mixed weights, learned', r'.*-by_search-.*'),
 )
 """What was chosen for each layer, and the cells of benchmarks/mixed.py."""
+UNIFORM = {'yolox': 'yolox_20e', 'pspnet': 'pspnet'}
+"""Model -> how the cells of benchmarks/tasks.py begin that have the same bits in all layers."""
 
 
 def mixed(model: str) -> str:
     """Bits chosen for each layer beside uniform ones (benchmarks/mixed.py), the smallest models first."""
     rows = []
     for bits, cells in CHOSEN:
-        for row in rows_of(read(f'mixed/{model}-*.json', cells)):
+        records = read(f'mixed/{model}-*.json', cells)
+        if not bits and model in UNIFORM:
+            records += read(f'tasks/{UNIFORM[model]}-*.json', r'.*-gdrq-w[24]a4-seed[01]')
+        for row in rows_of(records):
             rows.append({**row, 'bits': bits or row['bits'], 'size in MB': row['size in MB'].split()[-1]})
     columns = ('model', 'data', 'metric', 'bits', 'quantized', 'seeds', 'size in MB', 'G bit operations')
     return table(sorted((r for r in rows if r['seeds']), key=lambda r: (r['data'], float(r['size in MB']))), columns)
@@ -322,7 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'tasks_bccd': partial(tasks, 'faster_rcnn|yolox_20e|yolox_20e_again'),
     'tasks_bccd_60e': partial(tasks, 'yolox'),
     'tasks_camvid': partial(tasks, 'pspnet|fcn'),
-    **{f'mixed_{model}': partial(mixed, model) for model in ('cifar10', 'yolox')},
+    **{f'mixed_{model}': partial(mixed, model) for model in ('cifar10', 'yolox', 'pspnet')},
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{
         f.__name__: f

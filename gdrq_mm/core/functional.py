@@ -161,7 +161,7 @@ def clip(x: Tensor, threshold: Tensor, gradient: str = 'masked', low: Tensor | N
     low = -threshold if low is None else low.detach()
     if gradient == 'straight_through':
         return straight_through(x, torch.minimum(torch.maximum(x, low), threshold))
-    return torch.clamp(x, low, threshold)
+    return torch.clamp(x, low, threshold).to(x.dtype)  # thresholds are float32
 
 
 def nonzero_start(start: Tensor, weight: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from .quantizers.following import move_thresholds
 def after_step(model: nn.Module, step: int | None = None, progress: float | None = None) -> None:
     """Call once after each optimizer step, before an average of the weights: project weights, then move thresholds.
 
-    Statistics of all forwards since the last call and of all processes are added up, in one collective. `step` is the
-    number of the optimizer step, from 0; None counts the calls. `progress`, the part of the training that is done, is
-    for methods that go by it (inq, tsq).
+    Statistics of all forwards since the last call and of all processes are added up, in one collective, in two where a
+    method takes largest values. `step` is the number of the optimizer step, from 0; None counts the calls. `progress`,
+    the part of the training that is done, is for methods that go by it (inq, tsq).
     """
     if step is None:
         step = model.steps_taken = getattr(model, 'steps_taken', -1) + 1  # type: ignore[assignment]

@@ -31,7 +31,7 @@ def test_a_value_clipped_straight_through_is_the_threshold_itself(dtype, thresho
 
 
 @pytest.mark.parametrize('method', WEIGHT_METHODS)
-@pytest.mark.parametrize('size', [1e30, 3e36, 3e37])
+@pytest.mark.parametrize('size', [1e30, 3e36, 3e37, 1.1e38])
 def test_huge_weights_have_finite_thresholds_and_values(method, size):
     weight = size * torch.randn(8, 16, 3, 3).clamp(-3, 3)
     quantizer = weight_quantizer(method, weight, few_bits(method))
@@ -90,3 +90,13 @@ def test_what_is_learned_of_filters_of_zeros_does_not_start_at_zero(method):
     quantizer = weight_quantizer(method, torch.zeros(4, 3, 3, 3), few_bits(method))
     assert all(bool((parameter > 0).all()) for parameter in quantizer.parameters())
     assert list(quantizer.parameters())
+
+
+@pytest.mark.parametrize('method', WEIGHT_METHODS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_weights_have_the_codes_of_the_same_weights_in_float32(method, dtype):
+    half = (0.1 * torch.randn(8, 16, 3, 3)).to(dtype)
+    most = WEIGHT_METHODS[method].allowed_bits[-1]
+    quantizer = weight_quantizer(method, half.float(), most)
+    one, other = (quantizer.round(weight, quantizer.step(weight)).float() for weight in (half, half.float()))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)

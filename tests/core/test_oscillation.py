@@ -145,6 +145,23 @@ def test_whether_a_weight_keeps_its_code(method):
         assert torch.equal(again[held], codes[held]) == quantizer.keeps
 
 
+def test_lbw_with_3_bits_would_move_a_weight_that_is_held():
+    """The cut goes by the largest weight, the value by the scale."""
+    torch.manual_seed(0)
+    moved = set()
+    for scale in torch.logspace(-1, 0, 10):
+        weight = scale * torch.randn(1, 64)
+        quantizer = weight_quantizer('lbw', weight, 3, groups=1)
+        step = quantizer.step(weight)
+        codes = quantizer.round(weight, step)
+        for place in (codes == 2).nonzero():
+            held = weight.clone()
+            held[tuple(place)] = 2 * step
+            moved.add(float(quantizer.round(held, quantizer.step(held))[tuple(place)]))
+    assert moved > {2.0} and not quantizer.keeps
+    assert weight_quantizer('lbw', weight, 2, groups=1).keeps
+
+
 def test_it_goes_on_where_its_state_was_taken():
     model = model_of()
     whole = Oscillations(model, (0.3, 0.1), 0.1)

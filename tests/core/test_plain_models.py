@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import gdrq_mm as gq
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
+from gdrq_mm.core.quantizers import Stage
+from gdrq_mm.core.step import set_stage
 from tests.helpers import conv
 
 
@@ -71,6 +73,15 @@ def test_a_model_of_another_precision_with_wrong_statistics_is_calibrated(dtype)
     quantized(model, example=x)
     assert all(layer.weight_quant.calibrated for layer in quant_layers(model).values())
     assert model.eval()(x).isfinite().all()
+
+
+@pytest.mark.parametrize('config', ['w4a4', 'w2a4', 'lsq_w4a4', 'dorefa_w4a4'])
+@pytest.mark.parametrize('stage', [Stage.RESHAPE, Stage.QUANTIZE])
+def test_a_half_model_runs_in_each_stage(config, stage):
+    model = quantized(network(), config).bfloat16()
+    set_stage(model, stage)
+    model(images().bfloat16()).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 class Elsewhere(nn.Module):

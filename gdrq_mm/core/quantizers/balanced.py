@@ -5,6 +5,7 @@ Computer Science and Technology 2017, arXiv:1706.07145. The histogram of the wei
 recursively k times, each part gets one of 2^k evenly spaced levels, the gradient is straight through. As in the
 paper's faster variant a part is cut at its mean, not at its median. The paper quantizes activations as DoReFa does.
 Deviations: the outermost levels are at a constant that keeps the mean|w| of the float checkpoint (the scale is ours).
+A part of equal weights has none above its mean and gets its lowest level, in a group of one weight the most negative.
 8-bit layers take the method 'minmax'.
 """
 

@@ -35,8 +35,8 @@ class DoReFaWeight(WeightQuantizer):
         self.set_state(lo=1 - 2**bits, hi=2**bits - 1)
 
     def squashed(self, weight: Tensor) -> Tensor:
-        """tanh(w) / max|tanh(w)|, in [-1, 1]."""
-        squashed = torch.tanh(weight)
+        """tanh(w) / max|tanh(w)|, in [-1, 1], in float32 or better."""
+        squashed = torch.tanh(weight if weight.dtype == torch.float64 else weight.float())
         top = F.per_group(squashed.flatten(1).abs().amax(1), self.sizes, 'max')
         return squashed / self.spread(torch.where(top > 0, top, 1))
 

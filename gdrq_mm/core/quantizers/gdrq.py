@@ -31,7 +31,7 @@ WEIGHT_K = {2: 2.0, 3: 3.0, 4: 4.5, 5: 5.0, 6: 5.5, 7: 6.0, 8: 7.0}
 belongs to the code -2^(n-1), so there k is larger by 2^(n-1) / (2^(n-1) - 1), and the step the same."""
 
 WEIGHT_K_WITHOUT_ZERO = {2: 1.875, 3: 2.5}
-"""Default k where 0 is no level (ours); T is the outer level. Of least squared error on Gaussian weights."""
+"""Default k where 0 is no level (ours); T is the outer level. About that of least squared error on Gaussian weights."""
 
 ACTIVATION_K = {
     'unsigned': {2: 2.6, 3: 3.6, 4: 4.6, 5: 5.6, 6: 7.0, 7: 9.0, 8: 12.0},

@@ -63,6 +63,11 @@ class LBWWeight(PowerWeight):
         """The free parameter as a multiple of max|w|, for 3 bits and more. 3/4 is the middle of the two largest levels,
         if the largest is max|w|."""
 
+    @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        """Not with 3 bits: what lies at the scale may be below the cut at mu, which is a part of max|w|."""
+        return self.hi == 1
+
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         top = step if self.hi == 1 else self.spread(4 / 3 * self.options.mu * F.max_abs(weight, self.sizes))
         return power_codes(weight, top, self.hi)

@@ -39,7 +39,7 @@ class Log2Weight(WeightQuantizer):
     allowed_bits = range(2, 6)
 
     def current_threshold(self, weight: Tensor) -> Tensor:
-        return F.power_of_two(F.max_abs(weight, self.sizes))
+        return F.power_of_two(F.max_abs(weight, self.sizes)).clamp(max=F.LARGEST)
 
     def round(self, weight: Tensor, step: Tensor) -> Tensor:
         return log2_codes(weight, step * self.hi, self.lo, self.hi)

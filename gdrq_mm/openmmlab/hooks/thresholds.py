@@ -14,8 +14,8 @@ from ..models import bare_model
 class ThresholdHook(Hook):
     """After each optimizer step: project weights, then move the thresholds of activations (docs/method.md, section 2).
 
-    Statistics of all inner forwards of gradient accumulation and of all ranks are added up, in one collective. The
-    priority puts it before EMA (mmengine's EMAHook is NORMAL).
+    Statistics of all inner forwards of gradient accumulation and of all ranks are added up, in one collective, in two
+    where a method takes largest values. The priority puts it before EMA (mmengine's EMAHook is NORMAL).
 
     Example:
         custom_hooks = [dict(type='ThresholdHook')]   # QuantRunner adds it by itself
