@@ -11,7 +11,7 @@ import codecs
 import math
 import pickle
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, ClassVar
 
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_OF_ONE = 1000
+"""Largest number in a Counter."""
 _DTYPE = re.compile(r'[<>|=]?(b1|\?|[iu][1248]|f[248]|c8|c16|[US]\d{1,9})')
 
 
@@ -124,6 +126,22 @@ def _collection(kind: type) -> Callable[..., Any]:
     return make
 
 
+class _Counter(Stand):
+    """How often the milestones of a learning rate stand in its list; `elements()` of large numbers would not end."""
+
+    def __init__(self, counts: Any = None) -> None:
+        self.counts = counts
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError('Unsupported Counter with a state')
+
+    def finished(self, finish: Callable[[Any], Any]) -> Counter[Any]:
+        counts = {} if self.counts is None else finish(self.counts)
+        if type(counts) is not dict or any(type(n) is not int or not 0 <= n <= MOST_OF_ONE for n in counts.values()):
+            raise pickle.UnpicklingError('Unsupported counts of a Counter')
+        return Counter(counts)
+
+
 PLAIN: dict[str, Any] = {
     'numpy.ndarray': _Array,
     'numpy.dtype': _Dtype,
@@ -133,6 +151,7 @@ PLAIN: dict[str, Any] = {
     'builtins.set': _collection(set),
     'builtins.frozenset': _collection(frozenset),
     'collections.OrderedDict': _collection(OrderedDict),
+    'collections.Counter': _Counter,
     '_codecs.encode': _encode,
     **{
         f'numpy.{core}.{name}': stand

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn as nn
 from mmengine.dist import all_gather_object, get_world_size, master_only
 from mmengine.hooks import EarlyStoppingHook
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import EpochBasedTrainLoop, Runner, find_latest_checkpoint
 
 from ..core.convert import Report
 from ..core.errors import UserError
@@ -16,7 +16,7 @@ from ..core.topology import Plan
 from .accumulation import accumulated, is_between_steps, restore
 from .checkpoints import checkpoint_digest, last_written, read_checkpoint, written_whole
 from .data_only import data_only
-from .hooks import StopHook, WorkDirHook
+from .hooks import OscillationHook, StopHook, WorkDirHook
 from .loading import go_on
 from .models import bare_model, quantization_of
 from .recipe import changed_settings, trained_as, training_of
@@ -114,6 +114,8 @@ class CheckpointRunner(Runner):
         meta = {**(kwargs.get('meta') or {}), 'start': self.training.get('start'), 'run': self.run_id}
         meta['changed'] = self.changed
         meta.update(plan=self.report.plan.to_dict(), **trained_as(self.cfg, self.iter > 0, get_world_size()))
+        if isinstance(self._train_loop, EpochBasedTrainLoop):
+            meta['batches'] = len(self._train_loop.dataloader)
         meta['validated'] = meta.get('iter') == self.validated_at
         meta['patience'] = {hook.monitor: [hook.wait_count, float(hook.best_score)] for hook in self._early_stopping()}
         if kwargs.get('save_optimizer', True) and is_between_steps(self.optim_wrapper):
@@ -132,7 +134,7 @@ class CheckpointRunner(Runner):
         iterations = all_gather_object(self.iter)
         if len(set(iterations)) > 1:
             raise UserError(f'the processes resume from different checkpoints, after {iterations} iterations')
-        go_on(self.train_loop, self.seed)
+        go_on(self.train_loop, self.seed, self._meta.get('batches'))
         if 'accumulated' in self._meta:
             restore(bare_model(self.model), self._meta['accumulated'])
             self.logger.info('What was accumulated before the checkpoint, which lies between two steps, is restored.')
@@ -146,13 +148,18 @@ class CheckpointRunner(Runner):
     def _note_changes(self) -> None:
         """Keep, and warn of, settings of the training that are not those of the checkpoint that is resumed."""
         before = training_of(self._meta)
-        lines = changed_settings(before.get('recipe', {}), trained_as(self.cfg, True, get_world_size())['recipe'])
+        now = trained_as(self.cfg, True, get_world_size())['recipe']
+        lines = changed_settings(before.get('recipe', {}), now, self.by_fractions())
         if lines:
             self.logger.warning(
                 f'The training is resumed with other settings: {"; ".join(lines)}. What the optimizer and its schedule '
                 'keep, as learning rates, is that of the checkpoint.'
             )
         self.changed = [*before.get('changed', []), *(f'after iteration {self.iter}: {line}' for line in lines)]
+
+    def by_fractions(self) -> bool:
+        """Whether what was trained before a checkpoint depends on the length of the whole training."""
+        return any(isinstance(hook, OscillationHook) for hook in self.hooks)
 
     def load_or_resume(self) -> None:
         """Load the checkpoint of the config, if it names one."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from mmengine.fileio import get as fetch
 from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 from ..core.errors import UserError
 from ..core.files import file_digest
@@ -42,22 +43,38 @@ class _History(Stand):
         return HistoryBuffer(*values, **(dict(max_length=limit) if type(limit) is int and limit > 0 else {}))
 
 
-class _Method(Stand):
-    """Stands for a statistic of a HistoryBuffer, such as its mean."""
+class _OneCycle(Stand):
+    """Stands for mmengine's OneCycleParamScheduler, of which its state dict names a function."""
+
+
+_ATTRIBUTES: dict[Any, tuple[type, tuple[str, ...]]] = {
+    _History: (HistoryBuffer, ('max', 'min', 'current', 'mean')),
+    _OneCycle: (OneCycleParamScheduler, ('_annealing_cos', '_annealing_linear')),
+}
+"""Stand for a class -> the class, and its attributes that a checkpoint may name."""
+
+
+class _Attribute(Stand):
+    """Stands for a function of a class, such as a statistic of a HistoryBuffer."""
 
     def __init__(self, owner: Any, name: Any) -> None:
-        if owner is not _History or name not in ('max', 'min', 'current', 'mean'):
+        known = _ATTRIBUTES.get(owner) if isinstance(owner, type) else None
+        if known is None or type(name) is not str or name not in known[1]:
             raise pickle.UnpicklingError(f'Unsupported attribute {name!r} of {getattr(owner, "__name__", owner)!r}')
-        self.state = name
+        self.owner, self.state = known[0], name
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError('Unsupported attribute with a state')
 
     def finished(self, finish: Callable[[Any], Any]) -> Any:
-        return getattr(HistoryBuffer, self.state)
+        return getattr(self.owner, self.state)
 
 
-NAMES: dict[str, Any] = {'mmengine.logging.history_buffer.HistoryBuffer': _History, 'builtins.getattr': _Method}
+NAMES: dict[str, Any] = {
+    'mmengine.logging.history_buffer.HistoryBuffer': _History,
+    'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler': _OneCycle,
+    'builtins.getattr': _Attribute,
+}
 HINT = ' (--unsafe-load runs what it holds)'
 
 

@@ -25,7 +25,7 @@ from ..report.provenance import git_revision, hardware, versions
 from ..report.record import VERSION, plain
 from .checkpoints import checkpoint_digest
 from .recipe import settings_of
-from .tasks import dataset_of, task_of, type_name
+from .tasks import dataset_of, task_of, type_name, wrappers_of
 
 LARGEST = 100_000
 """What an evaluator returned beside numbers is kept up to so many characters."""
@@ -60,7 +60,7 @@ def make_record(
         data=_data(cfg),
         metrics=numbers,
         **(dict(other_metrics=others) if others else {}),
-        quantization=quantization,
+        quantization=_with_short_teacher(quantization),
         config=dict(file=_relative(cfg.filename), text=_config_text(cfg)),
         checkpoint=dict(file=_relative(checkpoint), sha256=checkpoint_digest(checkpoint)),
         training={key: value for key, value in training.items() if key != 'quantization'},
@@ -68,6 +68,14 @@ def make_record(
         versions=versions(),
         hardware=hardware(),
     )
+
+
+def _with_short_teacher(quantization: Any) -> Any:
+    """The `quantization` dict for a record, which is published: with the teacher as :func:`_relative` tells it."""
+    distill = (quantization or {}).get('distill')
+    if not distill or not distill.get('teacher'):
+        return quantization
+    return {**quantization, 'distill': {**distill, 'teacher': _relative(distill['teacher'])}}
 
 
 def compared_by(cfg: Config) -> tuple[str, str]:
@@ -131,11 +139,16 @@ def model_name(cfg: Config) -> str:
     return name if whole == 'ImageClassifier' else f'{whole} {name}'.strip()
 
 
+WRITING = ('output_dir', 'keep_results')
+"""Settings of mmseg's metric that write predictions, as `gdrq test --out` does."""
+
+
 def _data(cfg: Config) -> dict[str, Any]:
     """What decides whether two records can be compared: data set, split and evaluation settings."""
     dataset = plain(dataset_of(cfg.test_dataloader))
     evaluators = plain(cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator])
-    root = _root(dataset)
+    evaluators = [_without(each, WRITING) for each in evaluators]
+    root, around = _root(dataset), wrappers_of(cfg.test_dataloader)
     settings = _paths_below({k: v for k, v in dataset.items() if k not in ('data_root', '_scope_')}, root)
     parts = Path(root).parts
     below = parts[len(parts) - parts[::-1].index('data') :] if 'data' in parts else parts[-1:]
@@ -145,8 +158,12 @@ def _data(cfg: Config) -> dict[str, Any]:
         type=kind,
         root=_relative(root),
         # Records made on different machines are comparable: paths count from the data folder on.
-        evaluation_sha256=_digest([settings, _paths_below(evaluators, root)]),
+        evaluation_sha256=_digest([settings, _paths_below(evaluators, root), *([plain(around)] if around else [])]),
     )
+
+
+def _without(value: Any, keys: tuple[str, ...]) -> Any:
+    return {key: each for key, each in value.items() if key not in keys} if isinstance(value, dict) else value
 
 
 def _root(dataset: Mapping[str, Any]) -> str:

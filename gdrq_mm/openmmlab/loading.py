@@ -67,6 +67,8 @@ def _predict_sample(runner: Any, model: nn.Module, name: str) -> None:
         if isinstance(model, BaseTTAModel):  # its loader gives a list with an entry for each augmentation
             batch = {key: value[0] for key, value in batch.items()}
         bare_model(model).test_step(batch)
+        if hasattr(bare_model(model), 'prototype_inited'):  # mmpretrain's retriever would keep those of these weights
+            bare_model(model).prototype_inited = False
 
 
 def _lose_sample(runner: Any, model: nn.Module) -> None:
@@ -84,11 +86,22 @@ def check_loader(loader: DataLoader, cfg: Config) -> None:
     check_dataset(loader.dataset, labels_of(cfg.model))
 
 
-def go_on(loop: Any, seed: int) -> None:
-    """Let a resumed training loop draw by the seed of the checkpoint, and start in the middle of an epoch too."""
+def go_on(loop: Any, seed: int, batches: int | None = None) -> None:
+    """Let a resumed training loop draw by the seed of the checkpoint, and start in the middle of an epoch too.
+
+    Args:
+        batches: of an epoch in the training of the checkpoint; None if it does not say. With another number now, the
+            loop goes on at the same fraction of the training.
+    """
     reseed_dataloader(loop.dataloader, seed)
-    if isinstance(loop, EpochBasedTrainLoop) and loop.iter > loop.epoch * len(loop.dataloader):
-        skip_batches(loop.dataloader, loop.iter - loop.epoch * len(loop.dataloader))
+    if not isinstance(loop, EpochBasedTrainLoop):
+        return
+    now, done = len(loop.dataloader), loop.iter - loop.epoch * (batches or len(loop.dataloader))
+    if batches not in (None, now):
+        done = done * now // batches
+        loop._iter = loop.epoch * now + done
+    if done > 0:
+        skip_batches(loop.dataloader, done)
 
 
 class DataError(UserError):

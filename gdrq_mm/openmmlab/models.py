@@ -148,7 +148,7 @@ def _with_contiguous_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[
 
 
 def read_quantization(cfg: Config) -> Quantization | None:
-    """The validated `quantization` dict of a config; None if it has none.
+    """The validated `quantization` dict of a config; None if it has none, or None to switch off that of a base config.
 
     Raises:
         UserError: a value in it is wrong, or the config has a name that looks like it or like load_from: nothing reads
@@ -157,12 +157,14 @@ def read_quantization(cfg: Config) -> Quantization | None:
     for setting in ('quantization', 'load_from'):
         for name in difflib.get_close_matches(setting, set(cfg) - {setting}, n=1, cutoff=0.85):
             raise UserError(f"{name} is not a setting; did you mean '{setting}'? (else rename it)")
-    return Quantization.from_dict(cfg.quantization) if 'quantization' in cfg else None
+    given = cfg.get('quantization')
+    return None if given is None else Quantization.from_dict(given)
 
 
 def quantization_of(cfg: Config) -> dict[str, Any] | None:
     """The `quantization` dict of a config as plain data, as checkpoints hold it."""
-    return cfg.quantization.to_dict() if 'quantization' in cfg else None
+    given = cfg.get('quantization')
+    return None if given is None else given.to_dict()
 
 
 def _is_pretrained(init: Any) -> bool:

@@ -50,13 +50,20 @@ def training_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, 'quantization': meta['quantization']} if 'quantization' in meta else found
 
 
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+LENGTH = ('train_cfg.max_epochs', 'train_cfg.max_iters')
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], length: bool = False) -> list[str]:
     """In what a recipe differs from one before, one line each; {} is one that is not known.
 
-    Left out is what does not change what was trained already: the length, how often it is validated, and the versions.
+    Left out is what does not change what was trained already: how often it is validated, the versions, and the length.
+
+    Args:
+        length: tell it too, as what was trained already went by fractions of it.
     """
     one, other = (flat({k: v for k, v in each.items() if k != 'versions'}) for each in (before, after))
-    keys = [key for key in {**one, **other} if before and not key.startswith('train_cfg.')]
+    told = LENGTH if length else ()
+    keys = [key for key in {**one, **other} if before and (key in told or not key.startswith('train_cfg.'))]
     return [f'{k} {one.get(k, NOT_SET)} → {other.get(k, NOT_SET)}' for k in keys if one.get(k) != other.get(k)]
 
 

@@ -16,7 +16,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from torch.utils.data import DataLoader
 
 from ..core.compat import COMPILES
-from ..core.config import Quantization, unused_options
+from ..core.config import Quantization, Schedule, unused_options
 from ..core.errors import UserError
 from ..report.layers import layer_table
 from .amp import check_amp
@@ -34,6 +34,9 @@ from .models import bare_model, drop_pretrained, prepare_model, read_quantizatio
 from .rates import set_rates
 from .seeding import SeedHook, seed_dataloader
 from .weights import is_quantized
+
+BY_FRACTIONS = {'inq', 'tsq'}
+"""Methods that go by the fraction of the training that is done."""
 
 
 @RUNNERS.register_module()
@@ -160,6 +163,15 @@ class QuantRunner(CheckpointRunner):
         calibration.trains_next = False
         with data_only(self._unsafe):
             calibration.before_train(self)
+
+    def by_fractions(self) -> bool:
+        """Of stages, or of methods that go by them, such as inq."""
+        config = self.quantization
+        if config is not None:
+            methods = {config.weight.method, config.activation.method}
+            if config.schedule != Schedule() or not BY_FRACTIONS.isdisjoint(methods):
+                return True
+        return super().by_fractions()
 
     def calibrate(self, path: str) -> None:
         """Load the weights, find thresholds on training batches, and write the quantized checkpoint without training.

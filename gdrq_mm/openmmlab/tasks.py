@@ -57,6 +57,15 @@ def dataset_of(loader: Mapping[str, Any]) -> Any:
     return dataset
 
 
+def wrappers_of(loader: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of the data sets around the innermost one of a data loader, such as the fold of a KFoldDataset."""
+    dataset, found = (loader or {}).get('dataset') or {}, []
+    while 'dataset' in dataset:
+        found.append({key: value for key, value in dataset.items() if key not in ('dataset', '_scope_')})
+        dataset = dataset['dataset']
+    return found
+
+
 def pipeline_of(cfg: Config) -> list[Any]:
     """The transforms of the test data, or where there are none of the validation data; those of a wrapper come last.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +25,7 @@ _RESUMED: dict[str, Callable[[Any], bool]] = {
     'seed': lambda value: value is None or (type(value) is int and 0 <= value < 1 << 32),
     'run': lambda value: isinstance(value, str),
     'validated': lambda value: isinstance(value, bool),
+    'batches': lambda value: type(value) is int and value > 0,
     'recipe': lambda value: isinstance(value, dict),
     'changed': lambda value: isinstance(value, list) and all(type(each) is str for each in value),
     'patience': lambda value: isinstance(value, dict) and all(map(_is_patience, value.values())),
@@ -231,6 +233,18 @@ def check_resumable(model: nn.Module, checkpoint: Mapping[str, Any], filename: s
         _refuse_entry(filename, 'accumulated', meta['accumulated'])
 
 
+def _teacher_of(quantization: Any) -> str:
+    return ((quantization or {}).get('distill') or {}).get('teacher') or ''
+
+
+def _with_moved_teacher(theirs: Any, ours: Any) -> Any:
+    """The settings of a checkpoint with the teacher's path of the config, if its file has the same name."""
+    before, now = _teacher_of(theirs), _teacher_of(ours)
+    if not before or Path(before).name != Path(now).name:
+        return theirs
+    return {**theirs, 'distill': {**theirs['distill'], 'teacher': now}}
+
+
 def other_quantization(
     model: nn.Module, checkpoint: Mapping[str, Any], quantization: Mapping[str, Any] | None, resume: bool = False
 ) -> str:
@@ -245,7 +259,8 @@ def other_quantization(
     state, meta = state_of(checkpoint), meta_of(checkpoint)
     theirs = {name for name in state if _QUANTIZER_ENTRY.search(name)}
     if 'quantization' in meta and (theirs or resume):
-        difference = first_difference(meta['quantization'], quantization, training=resume)
+        before = _with_moved_teacher(meta['quantization'], quantization)
+        difference = first_difference(before, quantization, training=resume)
         if difference:
             return difference
     if not theirs:

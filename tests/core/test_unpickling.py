@@ -86,7 +86,6 @@ REFUSED = {
     'torch._utils._rebuild_device_tensor_from_cpu_tensor': 'of another device',
     'torch.serialization._get_layout': 'sparse',
     'torch.storage.TypedStorage': 'no tensor',
-    'collections.Counter': 'no plain data',
 }
 """What torch.load(weights_only=True) lets in and a checkpoint of ours does not hold -> what it is of."""
 

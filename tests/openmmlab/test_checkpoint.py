@@ -1,9 +1,11 @@
 """Reading checkpoints that are damaged, hostile or of another model."""
 
+import copy
 import http.server
 import os
 import pickle
 import threading
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 import torch.nn as nn
 from mmdet.models import FCOSHead
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import DefaultScope
+from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 from mmpretrain.models import VisionTransformer
 
 from gdrq_mm.core.config import Quantization
@@ -167,6 +169,60 @@ def test_getattr_reaches_the_statistics_of_a_history_only(tmp_path, args):
         args = (Payload(__import__, 'os'), 'system')
     torch.save(dict(state_dict={}, more=Payload(getattr, *args)), tmp_path / 'bad.pth')
     assert 'more than tensors' in refusal(tmp_path / 'bad.pth')
+
+
+SCHEDULERS = {
+    'ConstantLR': dict(factor=0.5, end=3),
+    'CosineAnnealingLR': dict(T_max=6),
+    'CosineRestartLR': dict(periods=[2, 4], restart_weights=[1, 0.5], eta_min=0.0),
+    'ExponentialLR': dict(gamma=0.9),
+    'LinearLR': dict(start_factor=0.1, end=4),
+    'MultiStepLR': dict(milestones=[2, 4, 4], gamma=0.1),
+    'OneCycleLR': dict(eta_max=0.2, total_steps=7),
+    'PolyLR': dict(power=0.9, end=6),
+    'QuadraticWarmupLR': dict(end=4),
+    'StepLR': dict(step_size=2, gamma=0.1),
+}
+
+
+@pytest.mark.parametrize('kind', SCHEDULERS)
+def test_each_scheduler_goes_on_from_a_checkpoint(tmp_path, kind):
+    """Those of mmdet and mmpretrain too; MultiStepLR is mmdet's 1x schedule."""
+
+    def make():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        settings = dict(type=kind, optimizer=optimizer, by_epoch=True, **copy.deepcopy(SCHEDULERS[kind]))
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            return optimizer, PARAM_SCHEDULERS.build(settings)
+
+    def rates(optimizer, scheduler, steps):
+        found = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            found.append(optimizer.param_groups[0]['lr'])
+        return found
+
+    optimizer, scheduler = make()
+    rates(optimizer, scheduler, 3)
+    torch.save(dict(state_dict={}, rate=scheduler.state_dict(), optimizer=optimizer.state_dict()), tmp_path / 'x.pth')
+    expected = rates(optimizer, scheduler, 3)
+    found = read_checkpoint(str(tmp_path / 'x.pth'))
+    optimizer, scheduler = make()
+    optimizer.load_state_dict(found['optimizer'])
+    scheduler.load_state_dict(found['rate'])
+    assert rates(optimizer, scheduler, 3) == expected
+
+
+def test_no_registered_scheduler_is_left_out():
+    registered = {name for name in PARAM_SCHEDULERS.module_dict if name.endswith('LR')}
+    assert registered - {'ReduceOnPlateauLR'} <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize('counts', [{2: 10**12}, {2: -1}, {2: 1.5}, [2, 2]])
+def test_counts_that_would_not_end_are_refused(tmp_path, counts):
+    torch.save(dict(state_dict={}, rate=Payload(Counter, counts)), tmp_path / 'bad.pth')
+    assert 'counts of a Counter' in refusal(tmp_path / 'bad.pth')
 
 
 def test_an_address_is_read_as_a_file_is(tmp_path, float_checkpoint, payload):

@@ -1,6 +1,7 @@
 """Distillation and the control in real trainings: what is compared, exact resume, what a control is."""
 
 import copy
+import os
 import re
 
 import pytest
@@ -59,11 +60,12 @@ def test_the_distance_of_a_model_that_was_not_quantized_yet_is_0(make, float_che
 
 
 def test_a_resumed_training_has_the_same_teacher(make, float_checkpoint):
+    """Its path may be another one, as from another folder."""
     whole = make(quantization=DISTILL, load_from=float_checkpoint)
     train(whole)
-    resumed = make(
-        quantization=copy.deepcopy(whole.cfg.quantization.to_dict()), load_from=checkpoint_of(whole), resume=True
-    )
+    quantization = copy.deepcopy(whole.cfg.quantization.to_dict())
+    quantization['distill']['teacher'] = os.path.relpath(float_checkpoint)
+    resumed = make(quantization=quantization, load_from=checkpoint_of(whole), resume=True)
     train(resumed)
     assert same(contents(whole, 'epoch_3.pth'), contents(resumed, 'epoch_3.pth'))
 

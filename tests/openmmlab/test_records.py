@@ -115,6 +115,12 @@ def test_a_record_does_not_call_the_tested_checkpoint_the_teacher(digits_root, t
     assert 'teacher' not in cfg.quantization.distill
 
 
+def test_a_record_does_not_show_the_folder_of_the_teacher():
+    quantization = {**QUANTIZATION, 'distill': dict(temperature=2.0, teacher='/home/someone/float.pth')}
+    record = make_record(config(), 'none.pth', {}, MODEL, dict(quantization=quantization))
+    assert record['quantization']['distill']['teacher'] == 'float.pth' and 'someone' not in str(record)
+
+
 def evaluation(**dataset):
     cfg = config()
     cfg.test_dataloader.dataset = dict(type='CustomDataset', **dataset)

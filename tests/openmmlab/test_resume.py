@@ -12,7 +12,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.checkpoints import find_resumable, read_checkpoint
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import ROOT, same
-from tests.runs import At, checkpoint_of, tiny_config, train
+from tests.runs import QUANTIZATION, At, checkpoint_of, tiny_config, train
 
 TRAIN = ROOT / 'tools/train.py'
 
@@ -236,3 +236,30 @@ def test_spawned_data_workers_load_what_this_process_loads(make, method):
         assert same(train(runner), state)
     finally:
         multiprocessing.set_start_method('fork', force=True)
+
+
+# ---- another length -------------------------------------------------------------------------------------------------
+
+FREEZES = {**QUANTIZATION, 'schedule': dict(freeze=0.8)}
+
+
+@pytest.mark.parametrize('size', [8, 16, 32])
+def test_with_another_batch_size_all_epochs_run_and_the_stages_end_with_them(make, size):
+    """64 pictures, the checkpoint is of batches of 16."""
+    train(make('before', epochs=3, quantization=FREEZES))
+    start = checkpoint_of(make('before'), 'epoch_1.pth')
+    again = {'train_dataloader.batch_size': size}
+    runner = make('after', epochs=3, quantization=FREEZES, load_from=start, resume=True, **again)
+    seen, batches = [], 64 // size
+    train(runner, lambda runner: seen.append((runner.epoch, runner.iter)))
+    assert seen == [(epoch, epoch * batches + number) for epoch in (1, 2) for number in range(batches)]
+    assert runner.iter == 3 * batches and runner.describe()['stage'] == 'freeze'
+
+
+@pytest.mark.parametrize(('quantization', 'told'), [(FREEZES, True), (QUANTIZATION, False)])
+def test_another_length_is_told_where_stages_are_fractions_of_it(make, quantization, told):
+    train(make('run', epochs=1, quantization=quantization))
+    longer = make('run', epochs=2, quantization=quantization, resume=True)
+    longer.load_or_resume()
+    lines = [line for line in longer.changed if 'train_cfg.max_epochs 1 → 2' in line]
+    assert len(lines) == told
