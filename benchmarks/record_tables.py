@@ -11,7 +11,7 @@ from figure_tables import FIGURES
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.report.compare import NOT_RUN, PUBLISHED, comparison_rows
-from gdrq_mm.report.identity import backend_of, bits_of, method_of
+from gdrq_mm.report.identity import backend_of, bits_of, checkpoint_of, method_of, starts_of
 from gdrq_mm.report.metrics import main_metric
 from gdrq_mm.report.record import read_record
 from gdrq_mm.report.text import markdown
@@ -42,10 +42,15 @@ def read(pattern: str, fits: str = '.*') -> Records:
 
 def rows_of(records: Records) -> list[Row]:
     """The rows of the comparison; those of records with older defaults are marked."""
-    marks = {_key(record): mark for record in records if (mark := mark_of([record]))}
+    floats = {checkpoint_of(r): f'{main_metric(r)[1]:.2f}' for r in records if r['quantization'] is None}
+    marks, only = {}, next(iter(floats.values())) if len(floats) == 1 else NOT_RUN
+    for record in records:
+        before = next((floats[start] for start in starts_of(record) if start in floats), only)
+        if mark := mark_of([record]):
+            marks[(*_key(record), before)] = mark
     rows = comparison_rows(records)
     for row in rows:
-        row['quantized'] += marks.get((row['model'], row['data'], row['method'], row['bits']), '')
+        row['quantized'] += marks.get((row['model'], row['data'], row['method'], row['bits'], row['float']), '')
     return rows
 
 
@@ -117,7 +122,7 @@ HEADLINE = (
     ('ResNet-18, CIFAR-10', 'continued/*.json', r'cifar10-gdrq-(control-)?w4a4-seed\d', 'ResNet-18', ' ¹'),
     ('Faster R-CNN, BCCD', 'tasks/*.json', f'faster_rcnn-{W4A4}', 'Faster R-CNN R18', ''),
     ('YOLOX, BCCD', 'tasks/*.json', f'yolox_20e-{W4A4}', 'YOLOX', ''),
-    ('PSPNet, CamVid', 'tasks/*.json', f'pspnet-{W4A4}', 'PSPNet R18', ''),
+    ('PSPNet, CamVid', 'tasks/*.json', f'pspnet_first-{W4A4}', 'PSPNet R18', ''),
 )
 """Title, records and which of them, name in docs/figures/inference.json, and a mark where that model is not the one of
 the records."""
@@ -252,7 +257,7 @@ def tasks(models: str) -> str:
 
 def task_parts() -> str:
     """What weights and activations of few bits cost the YOLOX after 20 epochs, both and each alone."""
-    parts = r'yolox_20e-(float|gdrq-(control-w4a4|w8a8|w4a4|w4a32|w32a4)-seed0)'
+    parts = r'yolox_20e_first-(float|gdrq-(control-w4a4|w8a8|w4a4|w4a32|w32a4)-seed0)'
     rows = [row for row in rows_of(read('tasks/*.json', parts)) if row['seeds']]
     columns = ('task', 'model', 'data', 'metric', 'float', 'trained on', 'method', 'seeds')
     return table(rows, [*columns, 'bits', 'quantized', 'drop', 'drop, trained on'])
@@ -324,9 +329,9 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(grid, cells) for name, cells in GRID.items()},
     'grid_det_older': partial(grid, GRID['grid_det'], 'older'),
     **{sweep: partial(ranked, sweep) for sweep in ('ablation', 'references')},
-    'tasks_bccd': partial(tasks, 'faster_rcnn|yolox_20e|yolox_20e_again'),
+    'tasks_bccd': partial(tasks, 'faster_rcnn|yolox_20e|yolox_20e_again|yolox_20e_first'),
     'tasks_bccd_60e': partial(tasks, 'yolox'),
-    'tasks_camvid': partial(tasks, 'pspnet|fcn'),
+    'tasks_camvid': partial(tasks, 'pspnet|pspnet_first|fcn'),
     **{f'mixed_{model}': partial(mixed, model) for model in ('cifar10', 'yolox', 'pspnet')},
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{
