@@ -111,12 +111,20 @@ def prepare_model(
         trials: predictions of the model, or a training loss, from which is learned what feeds what. The first one that
             does not fail counts.
         plan: that of a checkpoint, where there is one; then nothing is predicted.
+
+    Raises:
+        UserError: the model cannot be quantized.
     """
     use_memory_format(model, cfg)
     mend_losses(model)
     bare, quantization = bare_model(model), read_quantization(cfg)
     if quantization is None or quantization.control:
         return float_report(bare, plan or _plan_of_float(bare, trials))
+    if {'student', 'teacher'} <= bare._modules.keys():  # mmdet's semi-supervised detectors
+        raise UserError(
+            'the model has a student and a teacher, and a prediction runs one of them: train it in float, then quantize '
+            'the detector in it by a config of its own'
+        )
     report = quantize_model(bare, quantization, plan or first_plan(bare, trials))
     bare.train(bare.training)  # models with frozen parts freeze them here: what was added to these parts too
     model.to(next(model.parameters()).device)

@@ -251,3 +251,12 @@ def test_a_layer_of_several_names_is_loaded():
         assert other_quantization(other, checkpoint, config) == ''
         load_weights(other, checkpoint, 'x.pth', config)
     assert same(dict(other.state_dict()), dict(state))
+
+
+def test_a_student_with_a_teacher_is_refused(scenes_root, tmp_path):
+    """The plan would be that of the teacher alone, and the student would be quantized in another way."""
+    cfg = task_config('det', scenes_root, tmp_path / 'run')
+    semi = dict(type='SoftTeacher', detector=cfg.model, semi_train_cfg={}, semi_test_cfg=dict(predict_on='teacher'))
+    cfg.model = dict(semi, data_preprocessor=cfg.model.data_preprocessor)
+    with pytest.raises(UserError, match='the model has a student and a teacher'):
+        QuantRunner.from_cfg(cfg)
