@@ -122,8 +122,8 @@ def prepare_model(
         return float_report(bare, plan or _plan_of_float(bare, trials))
     if {'student', 'teacher'} <= bare._modules.keys():  # mmdet's semi-supervised detectors
         raise UserError(
-            'the model has a student and a teacher, and a prediction runs one of them: train it in float, then quantize '
-            'the detector in it by a config of its own'
+            'the model has a student and a teacher, and a prediction runs one of them: train it in float, then '
+            'quantize the detector in it by a config of its own'
         )
     report = quantize_model(bare, quantization, plan or first_plan(bare, trials))
     bare.train(bare.training)  # models with frozen parts freeze them here: what was added to these parts too
