@@ -252,11 +252,11 @@ class _Quantizing(TorchFunctionMode):
         number, self.count = self.count, self.count + 1
         quantizers: Any = self.products[number] if number < len(self.products) else ()
         if self.learns and len(quantizers) and not is_compiling():
-            _refuse_checkpoint(quantizers[0].name)
+            _refuse_checkpoint(quantizers[0])
         return [quant(x) for quant, x in zip(quantizers, factors)] if len(quantizers) else factors
 
 
-def _refuse_checkpoint(name: str) -> None:
+def _refuse_checkpoint(quantizer: Any) -> None:
     """Refuse a product in a part of its module that is computed again in the backward pass, where it would be float.
 
     Raises:
@@ -266,7 +266,7 @@ def _refuse_checkpoint(name: str) -> None:
     while frame is not None and frame.f_code is not _run.__code__:
         if frame.f_code.co_filename == checkpoint.__file__:
             raise UserError(
-                f'{name}: activation checkpointing holds a part of a module that multiplies; let it hold the whole '
-                'module, or leave the products in float by attention=dict(bits=32)'
+                f'{getattr(quantizer, "name", "a product")}: activation checkpointing holds a part of a module that '
+                'multiplies; let it hold the whole module, or leave the products in float by attention=dict(bits=32)'
             )
         frame = frame.f_back  # type: ignore[assignment]
