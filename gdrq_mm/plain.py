@@ -141,7 +141,9 @@ def allocate(
     chooser = Chooser(copied, quantization, report, size, bits, inputs='bitops' in limits)
     chooser.check(limits)
     chooser.candidates.calibrate(used, lambda batch: loss(copied, batch))
-    sensitivities = loss_sensitivity(chooser.candidates, used, lambda batch: loss(copied, batch), _pictures_of)
+    sensitivities = loss_sensitivity(
+        chooser.candidates, used, lambda batch: loss(copied, batch), lambda batch: _pictures_of(batch) or 1
+    )
     found = chooser.allocate(monotone(sensitivities), limits)
     if show:
         print('\n'.join(found.summary('expected rise of the loss')))
@@ -306,11 +308,11 @@ def _first(batch: Any) -> Any:
 
 
 def _pictures_of(batch: Any) -> int:
-    """The length of the first tensor of a batch; 1 without any."""
+    """The length of the first tensor of a batch that is no scalar; 0 without any."""
     if isinstance(batch, Tensor):
-        return len(batch)
+        return len(batch) if batch.dim() else 0
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((_pictures_of(each) for each in parts if isinstance(each, (Tensor, Mapping, tuple, list))), 1)
+    return next(filter(None, map(_pictures_of, parts)), 0)
 
 
 def _moved(batch: Any, device: Any) -> Any:

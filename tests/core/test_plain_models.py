@@ -183,7 +183,11 @@ def test_a_model_without_a_quantizer_left_can_be_frozen():
 def test_batches_of_any_kind_have_the_same_sensitivities():
     model, x = network().eval(), images()
     losses = []
-    for batch in ((x, torch.zeros(4)), dict(x=x, y=torch.zeros(4)), dict(data=dict(x=x), count=[4, 4])):
+    for batch in (
+        (x, torch.zeros(4)),
+        dict(x=x, y=torch.zeros(4)),
+        dict(scale=torch.ones(()), data=dict(x=x), count=[4, 4]),
+    ):
 
         def loss(model, batch):
             given = batch[0] if isinstance(batch, tuple) else batch['x'] if 'x' in batch else batch['data']['x']
