@@ -1,5 +1,5 @@
 # Quantization at the end of a training, for tools/sweep.py: the float model is trained on first (the control of
-# benchmarks/recipe.py, twelve epochs), then six epochs in few bits at two fifths of that learning rate, beside six
+# benchmarks/recipe.py, twelve epochs), then three epochs in few bits at two fifths of that learning rate, beside three
 # more in float. `python tools/sweep.py benchmarks/recipe.py --only 12e-gdrq-control` comes first.
 work_dir = 'work_dirs/continued'
 records = 'docs/records/continued'
@@ -7,22 +7,23 @@ records = 'docs/records/continued'
 cifar10 = dict(
     name='cifar10',
     config='configs/cls/resnet18_width16_gdrq_w4a4_12e_cifar10.py',
-    seeds=[0, 1],
+    seeds=[0, 1, 2],
     amp=True,
     options={
         'load_from': 'work_dirs/recipe/cifar10_12e-gdrq-control-w4a4-seed0/epoch_12.pth',
-        'train_cfg.max_epochs': 6,
-        'train_cfg.val_interval': 6,
-        'param_scheduler.T_max': 6,
+        'train_cfg.max_epochs': 3,
+        'train_cfg.val_interval': 3,
+        'param_scheduler.T_max': 3,
         'optim_wrapper.optimizer.lr': 0.02,
     },
 )
 control = {'control': {'quantization.control': True}}
-distilled = {'distilled': {'quantization.distill.temperature': 2.0}}
-both, bits = ['gdrq', 'lsq_plus'], ['w4a4', 'w2a4']
+larger = {'activation_k5': {'quantization.activation.gdrq.k': 5.0}}  # the default is 4.6
 runs = [
-    dict(cifar10, methods=['gdrq'], bits=['w4a4'], variants=control),
-    dict(cifar10, methods=both, bits=bits),
-    dict(cifar10, methods=both, bits=bits, seeds=[0], variants=distilled),
+    dict(cifar10, methods=['gdrq'], bits=['w4a4'], seeds=[0], variants=control),
+    dict(cifar10, methods=['gdrq'], bits=['w4a4']),
+    dict(cifar10, methods=['gdrq'], bits=['w4a4'], variants=larger),
+    dict(cifar10, methods=['lsq_plus'], bits=['w4a4'], seeds=[0]),
+    dict(cifar10, methods=['gdrq', 'lsq_plus'], bits=['w2a4'], seeds=[0]),
 ]
-del cifar10, control, distilled, both, bits
+del cifar10, control, larger
