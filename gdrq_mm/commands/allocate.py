@@ -91,9 +91,10 @@ def judge(cfg: Any, args: argparse.Namespace, limits: dict[str, float]) -> tuple
         batches=args.batches,
         **(dict(samples=args.samples, metric=args.metric) if args.by == 'metric' else {}),
     )
+    sensitivities = None
     if args.by != 'search':
         check_file(file, '--sensitivities')
-    sensitivities = SensitivityFile(file, about) if args.by != 'search' else None
+        sensitivities = SensitivityFile(file, about)
     runner = build_runner(cfg, args)
 
     def start() -> Any:

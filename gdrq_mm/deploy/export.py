@@ -178,15 +178,20 @@ def _refusal(model: Callable[..., Any], inputs: tuple[Tensor, ...]) -> str:
     return ''
 
 
-def _other_size(trained: Flat, inputs: tuple[Tensor, ...], multiple: int) -> tuple[Tensor, ...]:
-    """Inputs of another size, which has other remainders if sizes need not be a multiple and the model takes it."""
+def _other_size(trained: Flat, inputs: tuple[Tensor, ...], multiple: int) -> tuple[tuple[Tensor, ...], str]:
+    """Inputs of another size, which has other remainders if sizes need not be a multiple and the model takes it.
+
+    Also why the model does not take them; '' if it does.
+    """
 
     def larger(x: Tensor, padding: dict[tuple[int, ...], tuple[int, ...]]) -> Tensor:
         axes = size_axes(x)
         return nn.functional.pad(x, (0, 0) * (x.dim() - 1 - axes[-1]) + padding[axes])
 
-    odd = tuple(larger(x, ODD) for x in inputs)
-    return odd if multiple == 1 and not _refusal(trained, odd) else tuple(larger(x, PADDING) for x in inputs)
+    odd, padded = (tuple(larger(x, padding) for x in inputs) for padding in (ODD, PADDING))
+    if multiple == 1 and not _refusal(trained, odd):
+        return odd, ''
+    return padded, _refusal(trained, padded)
 
 
 def example_batch(x: Tensor) -> Tensor:
@@ -232,8 +237,8 @@ def export_part(
     """
     inputs = (x,) if isinstance(x, Tensor) else tuple(x)
     if any_size:
-        other, part = _other_size(trained, inputs, multiple), None
-        reason = _refusal(trained, other)
+        part = None
+        other, reason = _other_size(trained, inputs, multiple)
         try:
             if not reason:
                 part = _exported(name, trained, merged, inputs, other, target)

@@ -24,7 +24,7 @@ from ..report.layers import totals
 from ..report.provenance import git_revision, hardware, versions
 from ..report.record import VERSION, plain
 from .checkpoints import checkpoint_digest
-from .recipe import settings_of
+from .recipe import settings_of, without
 from .tasks import dataset_of, task_of, type_name, wrappers_of
 
 LARGEST = 100_000
@@ -147,7 +147,6 @@ def _data(cfg: Config) -> dict[str, Any]:
     """What decides whether two records can be compared: data set, split and evaluation settings."""
     dataset = plain(dataset_of(cfg.test_dataloader))
     evaluators = plain(cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator])
-    evaluators = [_without(each, WRITING) for each in evaluators]
     root, around = _root(dataset), wrappers_of(cfg.test_dataloader)
     settings = _paths_below({k: v for k, v in dataset.items() if k not in ('data_root', '_scope_')}, root)
     parts = Path(root).parts
@@ -158,12 +157,10 @@ def _data(cfg: Config) -> dict[str, Any]:
         type=kind,
         root=_relative(root),
         # Records made on different machines are comparable: paths count from the data folder on.
-        evaluation_sha256=_digest([settings, _paths_below(evaluators, root), *([plain(around)] if around else [])]),
+        evaluation_sha256=_digest(
+            [settings, _paths_below(without(evaluators, WRITING), root), *([plain(around)] if around else [])]
+        ),
     )
-
-
-def _without(value: Any, keys: tuple[str, ...]) -> Any:
-    return {key: each for key, each in value.items() if key not in keys} if isinstance(value, dict) else value
 
 
 def _root(dataset: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ def trained_as(cfg: Config, trained: bool, processes: int) -> dict[str, Any]:
     """
     found = {key: cfg.get(key) for key in (*(TRAINED if trained else ()), *ALWAYS)}
     loader = dict(found.pop('train_dataloader') or {})
-    found['train_data'] = _without(loader.get('dataset'), ('data_root', '_scope_'))
+    found['train_data'] = without(loader.get('dataset'), ('data_root', '_scope_'))
     found |= {key: loader.get(key) for key in ('batch_size', 'sampler', 'batch_sampler', 'drop_last')}
     model = cfg.model if isinstance(cfg.get('model'), dict) else {}
     found |= {'model.train_cfg': model.get('train_cfg'), 'processes': processes}
@@ -96,10 +96,11 @@ def _commit() -> str | None:
     return git_revision()['commit']
 
 
-def _without(value: Any, keys: tuple[str, ...]) -> Any:
+def without(value: Any, keys: tuple[str, ...]) -> Any:
+    """Nested settings without some keys."""
     if isinstance(value, Mapping):
-        return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
-    return [_without(inner, keys) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: without(inner, keys) for key, inner in value.items() if key not in keys}
+    return [without(inner, keys) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _no_folders(value: Any) -> Any:

@@ -51,18 +51,20 @@ def scope_of(cfg: Config) -> str | None:
 
 def dataset_of(loader: Mapping[str, Any]) -> Any:
     """The innermost data set of a data loader's config."""
-    dataset = (loader or {}).get('dataset') or {}
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return dataset
+    return _datasets_of(loader)[-1]
 
 
 def wrappers_of(loader: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The settings of the data sets around the innermost one of a data loader, such as the fold of a KFoldDataset."""
-    dataset, found = (loader or {}).get('dataset') or {}, []
-    while 'dataset' in dataset:
-        found.append({key: value for key, value in dataset.items() if key not in ('dataset', '_scope_')})
-        dataset = dataset['dataset']
+    around = _datasets_of(loader)[:-1]
+    return [{key: value for key, value in each.items() if key not in ('dataset', '_scope_')} for each in around]
+
+
+def _datasets_of(loader: Mapping[str, Any]) -> list[Any]:
+    """The data set of a data loader's config, and those inside of it, the innermost last."""
+    found = [(loader or {}).get('dataset') or {}]
+    while 'dataset' in found[-1]:
+        found.append(found[-1]['dataset'])
     return found
 
 
