@@ -14,7 +14,7 @@ yolox = dict(both, name='yolox', last=3, options=short)
 pspnet = dict(both, name='pspnet', last=3, amp=True)
 mixed = 'work_dirs/mixed_bits/'
 runs = [
-    dict(cifar10, config='configs/cls/resnet18_width16_gdrq_w4a4_12e_cifar10.py', bits=['w3a4', 'w4a4']),
+    dict(cifar10, config='configs/cls/resnet18_width16_gdrq_w4a4_12e_cifar10.py', bits=['w2a4', 'w3a4', 'w4a4']),
     dict(cifar10, config=mixed + 'cifar10_loss.py', bits=['w4a4'], variants={'by_loss': {}}),
     dict(cifar10, config=mixed + 'cifar10_search.py', bits=['w4a4'], variants={'by_search': {}}),
     dict(yolox, config='configs/det/yolox_nano_gdrq_w4a4_bccd.py', bits=['w3a4']),
