@@ -133,15 +133,15 @@ def test_any_activations_get_few_levels_and_zero_is_one_of_them(method, values, 
 
 
 def test_a_running_largest_value():
-    """T <- T + m * (max|x| - T) once a step, the mean over its forwards."""
+    """T <- T + m * (max|x| - T) once a step, the largest of its forwards, as if they were one batch."""
     quantizer = activation_quantizer('minmax', torch.tensor([0.0, 4.0]), momentum=0.25)
     for largest in (8.0, 2.0):
         quantizer(torch.tensor([0.5, -largest]))
         assert float(quantizer.threshold) == 4
     move(quantizer)
-    assert float(quantizer.threshold) == 4 + 0.25 * (5 - 4)
+    assert float(quantizer.threshold) == 4 + 0.25 * (8 - 4)
     move(quantizer)
-    assert float(quantizer.threshold) == 4.25, 'no forward since'
+    assert float(quantizer.threshold) == 5, 'no forward since'
 
 
 def test_saving_does_not_change_how_a_training_goes_on():

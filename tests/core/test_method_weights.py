@@ -283,6 +283,14 @@ def test_a_learned_step_may_start_from_scale_clip():
     np.testing.assert_allclose(quantizer.learned_step.detach(), expected, rtol=1e-5)
 
 
+def test_a_step_that_starts_from_scale_clip_does_not_reach_beyond_the_largest_weight():
+    """As GDRQ's own k: a uniform distribution ends at twice its mean."""
+    weight = torch.linspace(-1, 1, 640).view(8, 80)
+    expected = weight_quantizer('gdrq', weight, 4, 1).threshold
+    assert expected < 1.1
+    torch.testing.assert_close(learned(weight).threshold, expected)
+
+
 def test_a_step_that_starts_from_scale_clip_has_the_gradient_of_lsq():
     weight = torch.randn(8, 3, 3, 3)
     upstream = torch.randn(8, 3, 3, 3)

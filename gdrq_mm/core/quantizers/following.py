@@ -22,7 +22,7 @@ from .activation import ActivationQuantizer
 class FollowingQuantizer(ActivationQuantizer):
     """T <- T + m * (k * s / n - T), with what `measure` gave, summed over the forwards and ranks of a step.
 
-    With `largest` it is the largest s / n of the ranks instead: each has a part of the batch.
+    With `largest`, s is the largest of the forwards and ranks instead, since each has a part of the batch; n is 1.
 
     A method overrides `measure`, has an option `momentum`, and registers a scalar buffer `k`.
     """
@@ -44,7 +44,7 @@ class FollowingQuantizer(ActivationQuantizer):
 
     @property
     def sums(self) -> Tensor:
-        """Since the last move: the sums of all s and of all n, (2,) float64.
+        """Since the last move: the sums of all s and of all n, or the largest, (2,) float64.
 
         No buffer: DistributedDataParallel would copy those of one process, and `half` would round them."""
         if self._sums.device != self.threshold.device:
@@ -57,13 +57,16 @@ class FollowingQuantizer(ActivationQuantizer):
         return moved
 
     def measure(self, x: Tensor) -> tuple[Tensor, Any]:
-        """s and n of one input, scalars."""
+        """s and n of one input, scalars; with `largest` n is 1."""
         raise NotImplementedError
 
     def track(self, x: Tensor) -> None:
         total, count = self.measure(x)
-        self.sums[0] += total
-        self.sums[1] += count
+        if self.largest:
+            self.sums[0], self.sums[1] = torch.maximum(self.sums[0], total), count
+        else:
+            self.sums[0] += total
+            self.sums[1] += count
 
 
 def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
@@ -73,9 +76,8 @@ def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
 
 
 def _of_all_processes(found: Tensor, largest: list[int]) -> Tensor:
-    """The sums over the processes; in the rows `largest` the largest s / n of a process, and n = 1."""
-    total, count = found[largest].unbind(1)
-    highest = torch.stack([total / count.clamp(min=1), count.clamp(max=1)], 1)
+    """The sums over the processes; in the rows `largest` the largest s and n."""
+    highest = found[largest]
     all_reduce(found, 'sum')
     if largest:
         all_reduce(highest, 'max')

@@ -57,6 +57,18 @@ def default_weight_k(bits: int, lo: int, hi: int) -> float:
     return WEIGHT_K_WITHOUT_ZERO[bits] if hi >= 2 ** (bits - 1) else WEIGHT_K[bits] * -lo / hi
 
 
+def limited_k(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
+    """The default k, or the one with which the largest weight, of the group where it is largest, takes the outer level.
+
+    A scalar tensor: the lower of the two.
+    """
+    lo, hi, apart = quantizer.lo, quantizer.hi, quantizer.apart
+    most, mean = default_weight_k(quantizer.bits, lo, hi), F.mean_abs(weight, quantizer.sizes)
+    ratio = (F.max_abs(weight, quantizer.sizes) / torch.where(mean > 0, mean, 1)).amax()
+    reach = ratio * -lo / (hi - IN_OUTER_CELL * apart)
+    return torch.where(reach > 0, reach.clamp(max=most), most)
+
+
 @register('gdrq', title='GDRQ')
 class GDRQWeight(WeightQuantizer):
     """Weights by Scale-Clip in groups (docs/method.md, sections 2 and 3)."""
@@ -66,7 +78,7 @@ class GDRQWeight(WeightQuantizer):
     @dataclass(frozen=True)
     class Options(FixedPoint):
         k: Annotated[float, Bounds(0, 1000)] | None = field(default=None, metadata=OF_BITS)
-        """T_g = k * mean(|w|) of the group. None: `default_weight_k`, or less, see `limit_k`."""
+        """T_g = k * mean(|w|) of the group. None: the default of the bits, or less, see `limited_k`."""
         clip: Literal['forward', 'project'] = 'forward'
         """'forward', clipped on the way into the layer, or 'project', clipped as stored after each optimizer step."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
@@ -82,8 +94,8 @@ class GDRQWeight(WeightQuantizer):
 
     def __init__(self, bits: int, *args: Any, **options: Any) -> None:
         super().__init__(bits, *args, **options)
-        self.most = default_weight_k(bits, self.lo, self.hi) if self.options.k is None else self.options.k
-        self.register_buffer('k', torch.tensor(self.most))  # a trained model keeps it, whatever the default becomes
+        k = default_weight_k(bits, self.lo, self.hi) if self.options.k is None else self.options.k
+        self.register_buffer('k', torch.tensor(k))  # a trained model keeps it, whatever the default becomes
 
     def code_range(self) -> tuple[int, int]:
         levels = self.options.levels or ('without_zero' if self.bits == 2 else 'narrow')
@@ -99,15 +111,8 @@ class GDRQWeight(WeightQuantizer):
         if self.options.threshold == 'search':
             return F.search_threshold(weight, self.lo, self.hi, self.sizes, self.apart)
         if self.options.k is None and self.options.clip == 'forward':
-            self.limit_k(weight)
+            self.k.copy_(limited_k(self, weight))
         return F.scale_clip_threshold(weight, self.k, self.sizes)
-
-    def limit_k(self, weight: Tensor) -> None:
-        """Lower the default k until the largest weight, of the group where it is largest, takes the outer level."""
-        mean = F.mean_abs(weight, self.sizes)
-        ratio = (F.max_abs(weight, self.sizes) / torch.where(mean > 0, mean, 1)).amax()
-        reach = ratio * -self.lo / (self.hi - IN_OUTER_CELL * self.apart)
-        self.k.copy_(torch.where(reach > 0, reach.clamp(max=self.most), self.most))
 
     def current_threshold(self, weight: Tensor) -> Tensor:
         searched = self.options.threshold == 'search'

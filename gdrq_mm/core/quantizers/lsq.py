@@ -22,7 +22,7 @@ from .. import functional as F
 from ..typed import Bounds
 from .activation import ActivationQuantizer, Statistics
 from .fixed_point import FixedPoint
-from .gdrq import default_weight_k
+from .gdrq import limited_k
 from .registry import register
 from .weight import WeightQuantizer
 
@@ -58,7 +58,7 @@ class LSQWeight(WeightQuantizer):
 
     def start_threshold(self, weight: Tensor) -> Tensor:
         if self.options.start == 'scale_clip':
-            return F.scale_clip_threshold(weight, default_weight_k(self.bits, self.lo, self.hi), self.sizes)
+            return F.scale_clip_threshold(weight, limited_k(self, weight), self.sizes)
         return (2 * F.mean_abs(weight, self.sizes) / self.hi**0.5 * max(-self.lo, self.hi)).clamp(max=F.LARGEST)
 
     def current_threshold(self, weight: Tensor) -> Tensor:
