@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -9,10 +10,10 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..core.files import write_whole
 from ..report.recipe import NOT_SET, flat
@@ -140,12 +141,22 @@ def run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
         return False, f'{cell.name}: {error}'
 
 
-def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
+@contextlib.contextmanager
+def _locked_log(cell: Cell) -> Iterator[TextIO | None]:
+    """The log of a cell, locked until the end of the block; None if another sweep or job runs the cell."""
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, 'a', encoding='utf-8') as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes of the cell inherit the lock
+            free = True
         except BlockingIOError:
+            free = False
+        yield log if free else None
+
+
+def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
+    with _locked_log(cell) as log:
+        if log is None:
             return True, f'{cell.name}: left to another sweep that runs it'
         if cell.finished():  # asked while we hold the lock: before, another sweep might still finish it
             return True, f'{cell.name}: done by another sweep'
@@ -163,15 +174,23 @@ def _run_cell(cell: Cell, threads: int) -> tuple[bool, str]:
 
 
 def slurm_script(cells: list[Cell], arguments: str) -> str:
-    """A shell script that submits one slurm job for each cell; what other settings left is set aside now."""
+    """A shell script that submits one slurm job for each cell; what other settings left is set aside now.
+
+    A job takes the lock that a sweep takes: a cell that another sweep or job runs is left to it.
+    """
     lines = [
         '#!/usr/bin/env bash',
         '# Run it in the folder where the sweep was made. Finished cells are left out.',
         'set -e',
     ]
     for cell in cells:
-        cell.prepare()
+        with _locked_log(cell) as log:
+            if log is None:
+                lines.append(f'# {cell.name} is left to another sweep that runs it')
+                continue
+            cell.prepare()
         lines.append(f'mkdir -p {shlex.quote(str(cell.log.parent))}')
         job = ['sbatch', *shlex.split(arguments), '--job-name', cell.name, '--output', str(cell.log)]
-        lines.append(shlex.join([*job, '--wrap', cell.command]))
+        locked = ['flock', '--nonblock', '--verbose', str(cell.log), 'bash', '-c', cell.command]
+        lines.append(shlex.join([*job, '--wrap', shlex.join(locked)]))
     return '\n'.join(lines) + '\n'

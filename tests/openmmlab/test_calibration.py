@@ -1,12 +1,16 @@
-"""Calibration draws what training draws: the sampler's samples, in the batches that training makes of them."""
+"""Calibration draws what training draws, the sampler's samples in the batches of training; and tools/calibrate.py."""
+
+import json
 
 import pytest
+import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.registry import DATA_SAMPLERS
 
 from gdrq_mm.core.modules import activation_quantizers
 from gdrq_mm.openmmlab.hooks.calibration import CalibrationHook, own_loader
-from tests.runs import At
+from tests.helpers import ROOT
+from tests.runs import At, tiny_config
 
 
 @DATA_SAMPLERS.register_module(force=True)
@@ -87,3 +91,46 @@ def test_running_statistics_that_do_not_fit_are_told(make, float_checkpoint, mon
     runner.train()
     (message,) = [message for message in told if 'do not fit the data' in message]
     assert 'backbone.bn1' in message and 'thresholds fit the statistics of the batches' in message
+
+
+# ---- tools/calibrate.py ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(digits_root, tmp_path, monkeypatch):
+    """The working directory, with a float and a quantized config of the tiny model."""
+    monkeypatch.chdir(tmp_path)
+    for name, changes in (('quantized', {}), ('float', {'quantization': None})):
+        tiny_config(digits_root, tmp_path / 'run', epochs=1, log_level='INFO', **changes).dump(f'{name}.py')
+    return tmp_path
+
+
+def test_calibration_writes_a_checkpoint_that_evaluates(folder, float_checkpoint, run):
+    done = run(ROOT / 'tools/calibrate.py', 'quantized.py', float_checkpoint, '--out', 'new/ptq.pth', '--work-dir', 'w')
+    assert done.returncode == 0, done.stderr
+    assert 'python tools/test.py quantized.py new/ptq.pth' in done.stdout + done.stderr
+    done = run(ROOT / 'tools/test.py', 'quantized.py', 'new/ptq.pth', '--work-dir', 'w')
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / 'w/record.json').read_text())
+    assert record['model']['stage'] == 'quantize' and record['training']['iter'] == 0
+    assert record['training']['start']['file'] == 'epoch_1.pth'
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['quantized.py', 'none.pth'], 'checkpoint none.pth does not exist'),
+        (['float.py', 'FLOAT'], 'the config has no quantization: there is nothing to calibrate'),
+        (['quantized.py', 'FLOAT', '--out', '.'], '--out . is a folder'),
+        (
+            ['quantized.py', 'quantized.pth'],
+            'checkpoint quantized.pth is of a quantized model; calibration starts from',
+        ),
+    ],
+)
+def test_what_cannot_be_calibrated_ends_in_one_line(folder, float_checkpoint, run, arguments, message):
+    torch.save({'fc.weight_quant.threshold': torch.zeros(4)}, 'quantized.pth')
+    arguments = [float_checkpoint if argument == 'FLOAT' else argument for argument in arguments]
+    done = run(ROOT / 'tools/calibrate.py', *arguments, '--work-dir', 'w')
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]
+    assert not list((folder / 'w').rglob('*.pth'))

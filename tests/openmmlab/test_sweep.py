@@ -1,4 +1,4 @@
-"""gdrq_mm/openmmlab/sweep.py, tools/sweep.py, tools/calibrate.py: a grid of real runs, its errors, its slurm jobs."""
+"""gdrq_mm/openmmlab/sweep.py, tools/sweep.py: a grid of real runs, its errors, its slurm jobs."""
 
 import argparse
 import fcntl
@@ -10,7 +10,6 @@ import shutil
 import subprocess
 
 import pytest
-import torch
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab import sweep as sweep_module
@@ -300,20 +299,26 @@ def test_a_cell_that_another_sweep_has_run_since_is_skipped(swept):
         assert cell.record.stat().st_mtime_ns == before
 
 
-def test_cells_become_slurm_jobs(swept, sweep):
-    write_sweep(swept, seeds=[0, 1])
+def test_cells_become_slurm_jobs_but_for_one_that_runs(swept, sweep):
+    write_sweep(swept, seeds=[0, 1, 2])
     assert "error: --slurm-args 'a \"b': No closing" in sweep('--slurm', 'jobs.sh', '--slurm-args', 'a "b').stderr
-    sweep('--slurm', 'jobs.sh', '--slurm-args', '-p gpu --gres=gpu:1')
+    log = swept / 'work/tiny-ptq-w4a4-seed0/log.txt'
+    log.parent.mkdir()
+    with open(log, 'w') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        sweep('--slurm', 'jobs.sh', '--slurm-args', '-p gpu --gres=gpu:1')
     script = (swept / 'jobs.sh').read_text()
     assert subprocess.run(['bash', '-n', 'jobs.sh'], cwd=swept).returncode == 0
-    jobs = [line for line in script.splitlines() if line.startswith('sbatch ')]
-    assert len(jobs) == 2 and all('-p gpu --gres=gpu:1 --job-name tiny-' in job for job in jobs)
-    # A sbatch that runs its job at once shows that the quoting survives.
-    (swept / 'bin').mkdir()
-    (swept / 'bin/sbatch').write_text('#!/bin/bash\nexec bash -n -c "${@: -1}"\n')
-    (swept / 'bin/sbatch').chmod(0o755)
-    env = {**os.environ, 'PATH': f'{swept / "bin"}:{os.environ["PATH"]}'}
-    assert subprocess.run(['bash', 'jobs.sh'], cwd=swept, env=env).returncode == 0
+    assert '# tiny-ptq-w4a4-seed0 is left to another sweep that runs it' in script
+    jobs = [shlex.split(line) for line in script.splitlines() if line.startswith('sbatch ')]
+    assert len(jobs) == 3 and all(job[1:5] == ['-p', 'gpu', '--gres=gpu:1', '--job-name'] for job in jobs)
+    for job in jobs:
+        log, command = job[job.index('--output') + 1], shlex.split(job[-1])
+        assert subprocess.run(['bash', '-n', '-c', command[-1]]).returncode == 0, 'the quoting survives'
+        with open(swept / log, 'w') as other:  # a sweep has begun to run the cell before slurm does
+            fcntl.flock(other, fcntl.LOCK_EX)
+            done = subprocess.run(job[-1], shell=True, capture_output=True, text=True)
+        assert done.returncode == 1 and 'failed to get lock' in done.stderr
 
 
 def test_all_errors_are_named_at_once_before_anything_runs(folder, sweep):
@@ -462,37 +467,3 @@ def test_a_damaged_sweep_file_is_refused(folder, content, message):
 def test_a_damaged_record_is_named(swept, sweep):
     (swept / 'records/tiny-ptq-w4a4-seed1.json').write_text('{')
     assert 'tiny-ptq-w4a4-seed1.json cannot be read' in sweep('--only', 'ptq').stderr
-
-
-# ---- tools/calibrate.py ---------------------------------------------------------------------------------------------
-
-
-def test_calibration_writes_a_checkpoint_that_evaluates(folder, float_checkpoint, run):
-    done = run(ROOT / 'tools/calibrate.py', 'quantized.py', float_checkpoint, '--out', 'new/ptq.pth', '--work-dir', 'w')
-    assert done.returncode == 0, done.stderr
-    assert 'python tools/test.py quantized.py new/ptq.pth' in done.stdout + done.stderr
-    done = run(ROOT / 'tools/test.py', 'quantized.py', 'new/ptq.pth', '--work-dir', 'w')
-    assert done.returncode == 0, done.stderr
-    record = json.loads((folder / 'w/record.json').read_text())
-    assert record['model']['stage'] == 'quantize' and record['training']['iter'] == 0
-    assert record['training']['start']['file'] == 'epoch_1.pth'
-
-
-@pytest.mark.parametrize(
-    'arguments, message',
-    [
-        (['quantized.py', 'none.pth'], 'checkpoint none.pth does not exist'),
-        (['float.py', 'FLOAT'], 'the config has no quantization: there is nothing to calibrate'),
-        (['quantized.py', 'FLOAT', '--out', '.'], '--out . is a folder'),
-        (
-            ['quantized.py', 'quantized.pth'],
-            'checkpoint quantized.pth is of a quantized model; calibration starts from',
-        ),
-    ],
-)
-def test_what_cannot_be_calibrated_ends_in_one_line(folder, float_checkpoint, run, arguments, message):
-    torch.save({'fc.weight_quant.threshold': torch.zeros(4)}, 'quantized.pth')
-    arguments = [float_checkpoint if argument == 'FLOAT' else argument for argument in arguments]
-    done = run(ROOT / 'tools/calibrate.py', *arguments, '--work-dir', 'w')
-    assert done.returncode == 1 and 'Traceback' not in done.stderr and message in done.stderr.splitlines()[-1]
-    assert not list((folder / 'w').rglob('*.pth'))
