@@ -15,6 +15,8 @@ from mmengine.runner import Runner
 from mmengine.visualization.vis_backend import BaseVisBackend
 
 _RUNNERS = {Runner.__module__, BaseVisBackend.__module__}
+_TRAINING = ('torch.utils.data.', 'torch.optim.', 'mmengine.optim.', 'mmengine.dataset.')
+"""How the modules begin whose classes take values of the config as they are."""
 _UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
 _NOT_FOUND = re.compile(r'Cannot find \S+ in registry')
 
@@ -23,15 +25,19 @@ def config_mistake(error: BaseException) -> str:
     """What is wrong with the config, '' if the exception may as well be a bug.
 
     A mistake is a name that no registry has, arguments that what it names does not take, a value of the wrong type or a
-    package that is missing where mmengine itself says so, or heads of attention that do not divide its width. Any other
-    class that raises something itself is not looked into: its traceback is wanted.
+    package that is missing where mmengine itself says so, heads of attention that do not divide its width, or a value
+    that a data loader, an optimizer or a scheduler refuses. Any other class that raises something itself is not looked
+    into: its traceback is wanted.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if not frames or not isinstance(error, (KeyError, TypeError, RuntimeError, AssertionError, ImportError)):
+    known = (KeyError, TypeError, ValueError, RuntimeError, AssertionError, ImportError)
+    if not frames or not isinstance(error, known):
         return ''
     message, last = str(error.args[0]) if error.args else '', frames[-1]
     if _refused_by_runner(error, last):
         return ' '.join(message.split())
+    if isinstance(error, ValueError):
+        return f'{type(last.f_locals["self"]).__name__}: {message}' if _refused_when_made(error, last) else ''
     if isinstance(error, AssertionError):
         return _of_heads(last)
     if last.f_code is Registry.get.__code__:
@@ -55,8 +61,18 @@ def _refused_by_runner(error: BaseException, frame: FrameType) -> bool:
 
     `call_hook` is left out: it raises anew what any hook did wrong.
     """
-    raised = (traceback.extract_tb(error.__traceback__)[-1].line or '').startswith('raise ')
-    return raised and frame.f_code is not Runner.call_hook.__code__ and frame.f_globals.get('__name__') in _RUNNERS
+    return _on_purpose(error) and frame.f_code is not Runner.call_hook.__code__ and frame.f_globals.get('__name__') in _RUNNERS
+
+
+def _refused_when_made(error: BaseException, frame: FrameType) -> bool:
+    """Whether a class of `_TRAINING` raised an error on purpose when it was made, as for batch_size=0."""
+    module = frame.f_globals.get('__name__', '')
+    return _on_purpose(error) and frame.f_code.co_name == '__init__' and module.startswith(_TRAINING)
+
+
+def _on_purpose(error: BaseException) -> bool:
+    """Whether the line that an error comes from raises it."""
+    return (traceback.extract_tb(error.__traceback__)[-1].line or '').startswith('raise ')
 
 
 def _of_heads(frame: FrameType) -> str:

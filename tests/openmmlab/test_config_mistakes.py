@@ -5,6 +5,7 @@ import torch.nn as nn
 from mmengine.registry import Registry
 
 from gdrq_mm.openmmlab.mistakes import config_mistake
+from gdrq_mm.openmmlab.runner import QuantRunner
 
 THINGS = Registry('thing', scope='ours')
 
@@ -72,6 +73,23 @@ def raised(config):
 @pytest.mark.parametrize('message', MISTAKES)
 def test_a_mistake_is_told(message):
     assert message in config_mistake(raised(MISTAKES[message]))
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'train_dataloader.batch_size': 0}, 'BatchSampler: batch_size should be a positive integer value'),
+        ({'train_dataloader.num_workers': -1}, 'DataLoader: num_workers option should be non-negative'),
+        ({'train_dataloader.persistent_workers': True}, 'DataLoader: persistent_workers option needs num_workers > 0'),
+        ({'optim_wrapper.optimizer.lr': -1.0}, 'SGD: Invalid learning rate: -1.0'),
+        ({'param_scheduler': dict(type='LinearLR', start_factor=2.0)}, 'LinearLR: Starting multiplicative factor'),
+    ],
+)
+def test_a_value_that_training_refuses_is_told(config, changes, message):
+    runner = QuantRunner.from_cfg(config(**changes))
+    with pytest.raises(ValueError) as caught:
+        runner.train()
+    assert config_mistake(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize('bug', BUGS)
