@@ -61,7 +61,8 @@ def _refused_by_runner(error: BaseException, frame: FrameType) -> bool:
 
     `call_hook` is left out: it raises anew what any hook did wrong.
     """
-    return _on_purpose(error) and frame.f_code is not Runner.call_hook.__code__ and frame.f_globals.get('__name__') in _RUNNERS
+    module = frame.f_globals.get('__name__')
+    return module in _RUNNERS and frame.f_code is not Runner.call_hook.__code__ and _on_purpose(error)
 
 
 def _refused_when_made(error: BaseException, frame: FrameType) -> bool:
