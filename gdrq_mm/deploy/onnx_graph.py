@@ -20,6 +20,8 @@ from .names import Site, quantizer_of, weight_node
 
 MOVES = ('MaxPool', 'ReduceMax', 'Reshape', 'Flatten', 'Squeeze', 'Unsqueeze', 'Transpose', 'Concat')
 """Operators that only pick, move or join values: rounding before them and after them is the same."""
+NORMALIZATIONS = ('LayerNormalization', 'InstanceNormalization', 'GroupNormalization')
+"""Operators that divide by the root of the variance and an epsilon."""
 
 
 def finish(
@@ -40,7 +42,7 @@ def finish(
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass(size_limit=1)(model)  # scale, zero point and bounds of quantizers
     common.CommonSubexpressionEliminationPass()(model)  # readers of one tensor with one quantizer
-    for step in (_space_to_depth, _quantize_in_front, _clip_codes, _read_once):
+    for step in (_space_to_depth, _quantize_in_front, _clip_codes, _read_once, _keep_epsilon):
         step(model.graph)
     common.CommonSubexpressionEliminationPass()(model)  # one tensor that is joined with others several times
     for name, factor in factors.items():
@@ -263,6 +265,19 @@ def _read_once(graph: ir.Graph) -> None:
                     if value is x:
                         reader.replace_input_with(place, once.outputs[0])
             break
+
+
+def _keep_epsilon(graph: ir.Graph) -> None:
+    """Let a normalization read the larger of x and x, which is x.
+
+    OpenVINO (2026.4) normalizes codes instead of what they stand for, as the scale drops out, and adds the epsilon to
+    the variance of the codes: it is lost, and small tensors get other values. It does not look through a Max.
+    """
+    for node in list(graph):
+        if node.op_type in NORMALIZATIONS:
+            kept = ir.node('Max', [node.inputs[0], node.inputs[0]], name=f'{node.name}.kept')
+            graph.insert_before(node, kept)
+            node.replace_input_with(0, kept.outputs[0])
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from gdrq_mm.deploy.export import export
 from gdrq_mm.deploy.from_packed import load_packed
 from gdrq_mm.deploy.merge import merge_model
 from gdrq_mm.deploy.runtime import OpenVino, kernels, open_runtime, optimized, products
-from tests.deploy.builders import crafted, in_float_here
+from tests.deploy.builders import crafted, in_float_here, prepared
 from tests.helpers import Function
 
 WIDTH, HEADS = 16, 2
@@ -227,3 +227,19 @@ def test_a_decoder_that_starts_from_zeros_runs_in_both_runtimes(tmp_path):
     report = export(model.eval(), plan, x, tmp_path / 'exported')
     assert set(report.differing) == {'onnxruntime', 'openvino'} and report.wrong == 0
     assert not quant_layers(model)['attn.v_proj'].next_quant.step() > 0
+
+
+@pytest.mark.parametrize('norm', [nn.LayerNorm([8, 6, 6], eps=1e-3), nn.GroupNorm(2, 8, eps=1e-3)])
+@pytest.mark.parametrize('behind', ['sum', 'ReLU'])
+def test_the_epsilon_of_a_normalization_counts(norm, behind, tmp_path):
+    """OpenVINO left it out where codes are normalized, and with small values it is a part of the variance."""
+
+    def run(m, x):
+        a = m.first(x)
+        return m.head(m.norm(a + m.second(x) if behind == 'sum' else a.relu()))
+
+    torch.manual_seed(0)
+    model = Function(run, norm=norm, **{name: nn.Conv2d(8, 8, 1) for name in ('first', 'second', 'head')})
+    x = torch.randn(4, 8, 6, 6) * 0.03
+    report = export(*prepared(model, x, bits=8), x, tmp_path / 'exported')
+    assert set(report.differing) == {'onnxruntime', 'openvino'} and report.wrong == 0
