@@ -159,6 +159,16 @@ def test_saving_does_not_change_how_a_training_goes_on():
     assert ends[0] == ends[1] < 1
 
 
+@pytest.mark.parametrize('stage', [Stage.QUANTIZE, Stage.FREEZE])
+def test_dropout_leaves_the_mean_of_attention_weights(stage):
+    """It doubles what it keeps of them; weights of 0.9 would be clipped at 1."""
+    quantizer, weights = AttentionWeights(8), torch.full((200, 200), 0.9)
+    quantizer(weights)
+    quantizer.stage = stage
+    dropped = quantizer.train()(torch.nn.functional.dropout(weights, 0.5))
+    assert float(dropped.mean()) == pytest.approx(float(quantizer.eval()(weights).mean()), rel=0.02)
+
+
 @pytest.mark.parametrize('make', [lambda: MinMaxActivation(8), lambda: AttentionWeights(8)])
 def test_the_largest_value_is_that_of_all_processes(make):
     """One that has seen nothing, as a head without regions, changes nothing."""

@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..kernels import Uniform, fake_quantize
 from .activation import Statistics
 from .base import Stage
 from .fixed_point import FixedPoint
 from .following import FollowingQuantizer
 from .registry import register
 from .weight import WeightQuantizer
+
+
+NO_END = 2**20
+"""A code that no value reaches."""
 
 
 @register('minmax', title='min-max')
@@ -67,12 +72,16 @@ class MinMaxActivation(FollowingQuantizer):
 class AttentionWeights(MinMaxActivation):
     """What softmax makes: unsigned, T follows the largest value, which counts as 1 at most. For all methods (ours).
 
-    A method that clips by the mean, as Scale-Clip, would clip what attention looks at most. Dropout in training makes
-    values above 1.
+    A method that clips by the mean, as Scale-Clip, would clip what attention looks at most. In training codes have no
+    end: dropout divides what it keeps by 1 - p, and a clipped one would be less on average than in evaluation.
     """
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits, 'unsigned')
+
+    def quantize(self, x: Tensor, step: Tensor) -> Tensor:
+        hi = NO_END if self.trains else self.hi
+        return fake_quantize(x, Uniform(step, self.lo, hi, self.masked))
 
     def start_threshold(self, seen: Statistics) -> Tensor:
         return super().start_threshold(seen).clamp(max=1)
