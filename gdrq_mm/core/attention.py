@@ -23,6 +23,7 @@ from .compat import is_compiling
 from .errors import UserError
 from .layers import COPIED, QUANTIZED, QuantLayer
 from .modules import replace_modules
+from .products import softmax
 
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj')
 
@@ -105,7 +106,7 @@ class WrittenOut(nn.Module):
     """nn.MultiheadAttention in modules and products, never in torch's fast path; made by :meth:`of`.
 
     It has all attributes of torch's module, and is no instance of it. Where the masks leave a query no key, it gives
-    NaN, as torch does with `need_weights=True`.
+    what torch does: NaN with `need_weights`, 0 without.
     """
 
     embed_dim: int
@@ -154,8 +155,10 @@ class WrittenOut(nn.Module):
             is_causal: a hint that `attn_mask` is causal; it is not needed.
 
         Raises:
-            UserError: a mask is neither of bool nor of floating point, or has another shape.
+            UserError: a mask is neither of bool nor of floating point, or has another shape; a nested tensor.
         """
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise UserError('attention takes no nested tensors once it is quantized; pad them, with a key_padding_mask')
         single = query.dim() == 2
         q, k, v = (
             self._heads(x.unsqueeze(0) if single else x, self.batch_first or single)
@@ -163,13 +166,14 @@ class WrittenOut(nn.Module):
         )
         images, _, length, width = q.shape
         mask = self._mask(attn_mask, key_padding_mask, images, length, k.shape[2], q.dtype)
-        if is_causal and mask is None:
+        if is_causal and attn_mask is None:
             raise UserError('is_causal=True wants an attn_mask')
         k, v, added = self._with_more_keys(k, v)
         scores = (q * math.sqrt(1 / width)) @ k.transpose(-2, -1)
         if mask is not None:
             scores = scores + (nn.functional.pad(mask, (0, added)) if added else mask)
-        weights = self.weights_drop(scores.softmax(-1))
+        weights = scores.softmax(-1) if mask is None or need_weights else softmax(scores)
+        weights = self.weights_drop(weights)
         found = weights @ v
         found = found.permute(0, 2, 1, 3) if self.batch_first or single else found.permute(2, 0, 1, 3)
         out = self.out_proj(found.flatten(2).squeeze(0) if single else found.flatten(2))
@@ -220,6 +224,8 @@ class WrittenOut(nn.Module):
             found = mask if found is None else found + mask
         return found
 
+    merge_masks = nn.MultiheadAttention.merge_masks
+
     def forget_weights(self) -> None:
         """Drop the weights of the projections if integers have replaced all of them."""
         if not any(isinstance(getattr(self, name), Projection) for name in PROJECTIONS):
@@ -240,9 +246,12 @@ class WrittenOut(nn.Module):
 
 
 def attention_to_quantize(model: nn.Module, skipped: Callable[[str], bool], plan: Any) -> list[str]:
-    """Names of attention that is not skipped by the config, and not that of an old plan, which knows no projections."""
-    old = {name for name in plan.calls if f'{name}.{PROJECTIONS[0]}' not in plan.calls}
-    return [name for name in packed_attention(model) if name not in old and not skipped(name)]
+    """Names of attention to quantize: that which is called, and is not skipped by the config.
+
+    An attention of an old plan, which knows no projections, stays float too.
+    """
+    left = {name for name in plan.calls if f'{name}.{PROJECTIONS[0]}' not in plan.calls} | {*plan.by_function}
+    return [name for name in packed_attention(model) if name not in left and not skipped(name)]
 
 
 def packed_attention(model: nn.Module) -> dict[str, nn.MultiheadAttention]:

@@ -127,7 +127,13 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """nn.functional.scaled_dot_product_attention in two products and a softmax; 0 where a mask leaves no key."""
+    """nn.functional.scaled_dot_product_attention in two products and a softmax; 0 where a mask leaves no key.
+
+    Raises:
+        UserError: a mask, and `is_causal` beside it.
+    """
+    if is_causal and attn_mask is not None:
+        raise UserError('scaled_dot_product_attention takes attn_mask or is_causal=True, not both')
     if enable_gqa:
         key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
     query = query * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
@@ -138,13 +144,16 @@ def _attention(
     if attn_mask is not None:
         allowed = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
-        alone = scores.amax(-1, keepdim=True) == -torch.inf  # softmax would make NaN
-        weights = scores.masked_fill(alone, 0).softmax(-1).masked_fill(alone, 0)
-    else:
-        weights = scores.softmax(-1)
+    weights = scores.softmax(-1) if attn_mask is None else softmax(scores)
     weights = nn.functional.dropout(weights, dropout_p)
     weights, value = pair([weights, value], '', True)
     return weights @ value
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension; 0 where all scores are -infinity, for which torch's makes NaN."""
+    alone = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.masked_fill(alone, 0).softmax(-1).masked_fill(alone, 0)
 
 
 def operations(factors: Sequence[Tensor], equation: str) -> int:

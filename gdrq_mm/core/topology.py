@@ -31,9 +31,10 @@ _ACTIVATIONS = set(
     'celu elu gelu hardsigmoid hardswish leaky_relu logsigmoid mish prelu rrelu selu sigmoid silu softplus tanh'.split()
 )
 """Names of functions that a runtime cannot express by the clip of a quantizer, as it does ReLU."""
-_SAME_VALUES = set(
-    'transpose permute t view reshape flatten unflatten squeeze unsqueeze contiguous to float type_as dropout'.split()
-)
+_SAME_VALUES = {
+    *'transpose permute t view reshape flatten unflatten squeeze unsqueeze contiguous to float type_as'.split(),
+    *'dropout masked_fill'.split(),
+}
 """Names of functions whose result has the values of their first argument, in evaluation."""
 _NORMALIZE = {nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward}
 """What batch norms do that do nothing else; a subclass may activate too, and is no part of a convolution then."""

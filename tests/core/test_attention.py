@@ -76,6 +76,36 @@ def test_written_out_it_computes_what_torch_computes(masks, batch_first, options
             torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('need', [False, True])
+def test_a_sequence_of_padding_alone_gets_what_torch_gives(need):
+    """Zeros, or NaN with `need_weights`."""
+    module, x = attention(batch_first=True), torch.randn(2, 4, WIDTH)
+    masks = dict(key_padding_mask=torch.tensor([[False] * 4, [True] * 4]), need_weights=need)
+    theirs, ours = module(x, x, x, **masks)[0], WrittenOut.of(module)(x, x, x, **masks)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert bool(ours[0].isfinite().all()) and bool(ours[1].isnan().all()) == need
+
+
+def test_a_nested_tensor_is_refused_in_one_line():
+    x = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(5, WIDTH)])
+    with pytest.raises(UserError, match='attention takes no nested tensors'):
+        WrittenOut.of(attention(batch_first=True))(x, x, x)
+
+
+def test_attention_whose_weights_a_function_reads_stays_float():
+    def run(m, x):
+        a, x = m.attn, m.first(x).transpose(0, 1)
+        own = (a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0, a.out_proj.weight, a.out_proj.bias)
+        return m.last(nn.functional.multi_head_attention_forward(x, x, x, WIDTH, HEADS, *own)[0])
+
+    layers = dict(first=nn.Linear(6, WIDTH), last=nn.Linear(WIDTH, 3), attn=nn.MultiheadAttention(WIDTH, HEADS))
+    model = Function(run, **layers)
+    report = quantize(model, torch.randn(3, 5, 6))
+    notes = {row.name: row.note for row in report.layers}
+    assert notes.pop('attn') == notes.pop('attn.out_proj') == 'float: its weight is read outside of a call of the layer'
+    assert type(model.attn) is nn.MultiheadAttention and set(notes) == {'first', 'last'}
+
+
 def test_a_single_sequence_has_no_batch():
     module = attention(batch_first=False)
     inputs, masks = (torch.randn(4, WIDTH), *[torch.randn(6, WIDTH)] * 2), dict(key_padding_mask=torch.arange(6) > 3)
@@ -300,6 +330,7 @@ def test_by_an_old_plan_attention_stays_float():
         (dict(attn_mask=torch.ones(4, 5)), r'attn_mask has the shape \(4, 5\), not \(5, 5\) or \(6, 5, 5\)'),
         (dict(key_padding_mask=torch.ones(2, 5)), r'key_padding_mask has the shape \(2, 5\), not \(3, 5\)'),
         (dict(is_causal=True), 'is_causal=True wants an attn_mask'),
+        (dict(is_causal=True, key_padding_mask=torch.ones(3, 5)), 'is_causal=True wants an attn_mask'),
     ],
 )
 def test_a_wrong_mask_is_one_line(masks, message):

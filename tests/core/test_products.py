@@ -124,6 +124,18 @@ def test_attention_in_one_function_is_written_out(options):
     assert (weights.kind, weights.threshold <= 1) == ('unsigned', True) and one is not other
 
 
+def test_a_mask_beside_is_causal_is_refused():
+    def forward(m, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=m.mask, is_causal=m.mask is not None)
+
+    model, x = Between(forward), torch.randn(2, 5, 6)
+    model.between.mask = None
+    calibrated(model, x)
+    model.between.mask = torch.zeros(5, 5)
+    with pytest.raises(UserError, match='attn_mask or is_causal=True, not both'):
+        model(x)
+
+
 @pytest.mark.parametrize('kind', ['bool', 'float'])
 def test_a_query_to_which_a_mask_leaves_no_key_gets_zeros(kind):
     """As from torch 2.5 on, forward and backward."""

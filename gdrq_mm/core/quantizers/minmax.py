@@ -24,7 +24,6 @@ from .following import FollowingQuantizer
 from .registry import register
 from .weight import WeightQuantizer
 
-
 NO_END = 2**20
 """A code that no value reaches."""
 
