@@ -68,7 +68,9 @@ def first_picture(cfg: Config, unsafe: bool = False) -> str:
             raise UserError('the config has no test_dataloader')
         check_data(cfg, [name])
         with data_only(unsafe):
-            dataset = DATASETS.build({**cfg[name].dataset, 'lazy_init': False})
+            dataset = DATASETS.build(cfg[name].dataset)
+            if hasattr(dataset, 'full_init'):  # as mmengine's Runner does
+                dataset.full_init()
         path = dataset.get_data_info(0).get('img_path') if len(dataset) else None
     except (UserError, OSError) as error:
         raise UserError(f'{error}; or give a picture with --image') from None

@@ -139,6 +139,9 @@ def draw(model: Any, image: str | Path | np.ndarray, prediction: Any, score_thr:
         image: as for :func:`infer`.
         prediction: what :func:`infer` returned.
         score_thr: boxes below it are left out.
+
+    Raises:
+        UserError: the prediction has no boxes, as that of a panoptic detector.
     """
     pixels = read_image(image)
     factor = max(1, round(LEGIBLE / min(pixels.shape[:2])))
@@ -148,6 +151,8 @@ def draw(model: Any, image: str | Path | np.ndarray, prediction: Any, score_thr:
         visualizer.visualize_cls(pixels, prediction, classes=model.dataset_meta.get('classes'), draw_gt=False)
     elif task == 'det':
         prediction = copy.deepcopy(prediction.cpu())
+        if 'pred_instances' not in prediction:
+            raise UserError(f'{type(model).__name__} predicts {", ".join(prediction.keys())} and no boxes to draw')
         found = prediction.pred_instances
         found.bboxes *= factor
         if 'masks' in found:

@@ -21,8 +21,10 @@ from ..deploy.onnx_export import size_axes
 from ..deploy.runtime import open_runtime
 from ..deploy.saturation import saturating_inputs
 from ..report.provenance import versions
+from ..report.recipe import flat
+from ..report.record import plain
 from .checkpoints import checkpoint_digest
-from .deployed import EndToEnd, let_graph_predict, takes_rgb
+from .deployed import TURNS, EndToEnd, let_graph_predict, takes_rgb
 from .parts import Part, parts_of
 from .tasks import TASKS, task_of
 
@@ -86,7 +88,7 @@ def write_bundle(out: Path, model: Any, checkpoint: str, report: ExportReport, w
             task=task_of(model.cfg),
             checkpoint_sha256=checkpoint_digest(checkpoint),
             parts=parts,
-            end2end=_entry(folder, whole),
+            end2end=_entry(folder, model, whole),
             mean=_numbers(normalize, 'mean'),
             std=_numbers(normalize, 'std'),
             rgb=takes_rgb(model),
@@ -96,13 +98,38 @@ def write_bundle(out: Path, model: Any, checkpoint: str, report: ExportReport, w
         write_whole(folder / 'export.json', (json.dumps(about, indent=1) + '\n').encode())
 
 
-def _entry(folder: Path, whole: EndToEnd | str) -> dict[str, Any]:
+def _entry(folder: Path, model: Any, whole: EndToEnd | str) -> dict[str, Any]:
     """What export.json says of the graph from pictures to predictions."""
     if isinstance(whole, str):
         return dict(refused=whole)
     about = dict(size=whole.size, any_size=whole.any_size, channels=whole.channels, outputs=whole.outputs)
     about['saturating'] = saturating_inputs(whole.graph)  # for CPUs without VNNI
+    about['settings'] = _settings_of(model)
     return dict(file=END2END, sha256=file_digest(str(folder / END2END)), layout='NHWC', **about)
+
+
+def _settings_of(model: Any) -> dict[str, Any]:
+    """The settings of a model that end2end.onnx holds, as plain data: each `test_cfg`, how pictures are prepared."""
+    found = {f'{name}.test_cfg'.lstrip('.'): getattr(each, 'test_cfg', None) for name, each in model.named_modules()}
+    prepare = model.data_preprocessor
+    for name in ('mean', 'std', 'pad_size_divisor', 'pad_value', *TURNS):
+        found[f'data_preprocessor.{name}'] = getattr(prepare, name, None)
+    return {name: plain(value) for name, value in found.items() if value is not None}
+
+
+def _check_settings(model: Any, whole: dict[str, Any], folder: Path) -> None:
+    """Refuse end2end.onnx where the config has other settings than it.
+
+    Raises:
+        UserError: names one, and both values.
+    """
+    ours, theirs = flat(_settings_of(model)), flat(whole.get('settings') or _settings_of(model))
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f'{folder}/{END2END} was exported with {name}={theirs.get(name)}, the config has {ours.get(name)}: '
+                'export the model again, or use --parts'
+            )
 
 
 def use_runtime(
@@ -114,7 +141,8 @@ def use_runtime(
         parts: run the parts in any case.
 
     Raises:
-        UserError: the folder is no export of this checkpoint, a file was changed, or the runtime is not installed.
+        UserError: the folder is no export of this checkpoint, a file was changed, end2end.onnx has other settings than
+            the config, or the runtime is not installed.
     """
     folder, digest = Path(folder), checkpoint_digest(checkpoint)
     about = read_bundle(folder)
@@ -124,6 +152,7 @@ def use_runtime(
     if [part.name for part in found] != list(about['parts']):
         raise UserError(f'{folder} is the export of another model: it has {", ".join(about["parts"])}')
     if 'file' in about['end2end'] and not parts:
+        _check_settings(model, about['end2end'], folder)
         let_graph_predict(model, about, open_runtime(backend, folder / about['end2end']['file'], threads))
         return
     for part in found:

@@ -66,8 +66,7 @@ def _loader(transform: Any, image: str | Path | np.ndarray) -> Callable[[dict[st
         return functools.partial(_from_pixels, transform, image)
 
     def load(data: dict[str, Any]) -> Any:
-        if not Path(image).is_file():
-            raise UserError(f'picture {image} does not exist')
+        _check_file(image)
         try:
             return transform(data)
         except UNREADABLE:
@@ -116,9 +115,13 @@ def read_image(image: str | Path | np.ndarray, any_kind: bool = False) -> np.nda
         if not image.size or not right:
             raise UserError(f'an array of shape {image.shape} and type {image.dtype} is no picture: give {PIXELS}')
         return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if gray and not any_kind else image
-    if not Path(image).is_file():
-        raise UserError(f'picture {image} does not exist')
+    _check_file(image)
     pixels = cv2.imread(str(image))
     if pixels is None:
         raise UserError(f'picture {image} cannot be read: damaged or not a picture')
     return pixels
+
+
+def _check_file(image: str | Path) -> None:
+    if not Path(image).is_file():
+        raise UserError(f'picture {image} {"is a folder" if Path(image).is_dir() else "does not exist"}')

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
+from mmengine.fileio import list_from_file
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
@@ -100,7 +101,13 @@ def metainfo_of(cfg: Config) -> dict[str, Any]:
     loader = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
     dataset = next(_leaves(loader.get('dataset') or {}))
     found = registered(dataset.get('type'), DATASETS, cfg.default_scope)
-    return {**(getattr(found, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
+    given = dict(dataset.get('metainfo') or {})
+    if dataset.get('classes') is not None:  # mmpretrain's
+        given = {'classes': dataset['classes'], **given}
+    for key, value in given.items():
+        if isinstance(value, str) and Path(value).expanduser().is_file():  # names in a file, as mmengine reads them
+            given[key] = list_from_file(str(Path(value).expanduser()))
+    return {**(getattr(found, 'METAINFO', None) or {}), **given}
 
 
 def type_name(part: Any) -> str:

@@ -98,6 +98,9 @@ def test_a_prediction_is_drawn(trained):
         nothing = draw(model, path, without, score_thr=0.0)
         assert (draw(model, path, prediction, score_thr=1.0) == nothing).all() and (picture != nothing).any()
         assert compat.installed('mmengine') or (nothing == plain).all()  # mmengine's own drawing moves colours a little
+        del without.pred_instances  # as a panoptic detector has none
+        with pytest.raises(UserError, match=r'predicts .*no boxes to draw'):
+            draw(model, path, without)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):

@@ -239,6 +239,10 @@ def test_heads_that_decode_in_another_way_are_refused():
     head.bbox_coder = nn.Identity()
     with pytest.raises(NotCovered, match=r'^its boxes are coded by Identity$'):
         detections_of(head)
+    head = head_of('RetinaNet')
+    head.test_cfg.min_bbox_size = 4
+    with pytest.raises(NotCovered, match='its test_cfg has min_bbox_size'):
+        detections_of(head)
     for nms, message in (
         (dict(type='soft_nms'), 'nms=soft_nms'),
         (None, 'nms=None'),

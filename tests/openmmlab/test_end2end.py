@@ -1,9 +1,11 @@
 """end2end.onnx of whole models: what it predicts, what it refuses, and the examples that run it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,11 +15,14 @@ import torch
 from PIL import ExifTags, Image
 
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.deploy.chain import run_chain
+from gdrq_mm.deploy.export import ExportReport
 from gdrq_mm.deploy.runtime import RUNTIMES, open_runtime
+from gdrq_mm.openmmlab import end2end
 from gdrq_mm.openmmlab.apis import infer, init_model
 from gdrq_mm.openmmlab.bundle import use_runtime
 from gdrq_mm.openmmlab.deployed import check_pictures
-from gdrq_mm.openmmlab.end2end import without_partner
+from gdrq_mm.openmmlab.end2end import unlike_model, unlike_model_with_more_boxes, without_partner
 from tests.exports import ANY_SIZE
 from tests.helpers import ROOT
 
@@ -98,6 +103,54 @@ def test_pictures_that_the_graph_does_not_take_are_refused(whole):
         use_runtime(model, folder, 'onnxruntime', checkpoint)
         with pytest.raises(UserError, match=r'end2end\.onnx takes pictures of 96 x 96, this one is '):
             infer(model, picture[:64])
+
+
+def report_of(folder, about):
+    """What an export reported, as far as a chain needs it."""
+    return ExportReport(
+        [SimpleNamespace(name=n, graph=onnx.load(folder / e['file'])) for n, e in about['parts'].items()]
+    )
+
+
+@pytest.mark.parametrize('whole', ['yolox', pytest.param('det', marks=pytest.mark.full)], indirect=True)
+def test_a_picture_without_boxes_is_compared_with_a_lower_threshold(whole, monkeypatch):
+    _, cfg, checkpoint, folder, picture = whole
+    model = init_model(cfg, checkpoint, 'cpu')
+    head = model.roi_head if hasattr(model, 'roi_head') else model.bbox_head
+    head.test_cfg.score_thr = 0.9999
+    report = report_of(folder, json.loads((folder / 'export.json').read_text()))
+
+    def shifted(*args):
+        values = run_chain(*args)
+        return {**values, 'dets': values['dets'] + torch.tensor([9.0, 9, 9, 9, 0])}
+
+    values = run_chain(end2end.chain_of(model, report)[0], torch.from_numpy(picture[None]))
+    assert not (values['labels'] >= 0).any() and unlike_model(model, values) == ''
+    assert unlike_model_with_more_boxes(model, report, values) == ''
+    monkeypatch.setattr(end2end, 'run_chain', shifted)
+    assert re.match(r'of \d\d boxes in dets \d+ are missing', unlike_model_with_more_boxes(model, report, values))
+    assert head.test_cfg.score_thr == 0.9999
+
+
+@pytest.mark.parametrize('whole', ['yolox'], indirect=True)
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda m: m.bbox_head.test_cfg.update(score_thr=0.5),
+            r'test_cfg\.score_thr=0\.01, the config has 0\.5',
+        ),
+        (lambda m: m.data_preprocessor.mean.add_(1), r'data_preprocessor\.mean.*=.*, the config has'),
+    ],
+)
+def test_a_graph_of_other_settings_is_refused(whole, change, message):
+    """Thresholds and the normalization are inside of it."""
+    _, cfg, checkpoint, folder, _ = whole
+    model = init_model(cfg, checkpoint, 'cpu')
+    change(model)
+    with pytest.raises(UserError, match=f'end2end.onnx was exported with {message}.*: export the model again, or use'):
+        use_runtime(model, folder, 'onnxruntime', checkpoint)
+    use_runtime(model, folder, 'onnxruntime', checkpoint, parts=True)
 
 
 EXAMPLES = dict(cls='classify.py', seg='segment.py', det='detect.py', yolox='detect.py')

@@ -1,6 +1,7 @@
 """A picture goes through the pipeline of the test data, whichever tool it is given to."""
 
 import copy
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,10 +9,14 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
+from gdrq_mm.commands.export import first_picture
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab.apis import draw, infer, init_model
+from gdrq_mm.openmmlab.decode.boxes import NotCovered
+from gdrq_mm.openmmlab.end2end import picture_of
+from gdrq_mm.openmmlab.pictures import read_image
 from gdrq_mm.openmmlab.runner import QuantRunner
-from gdrq_mm.openmmlab.tasks import use_tta
+from gdrq_mm.openmmlab.tasks import metainfo_of, use_tta
 from tests.helpers import ROOT
 from tests.runs import TEST_ONLY, checkpoint_of, task_config, tiny_config
 
@@ -167,3 +172,39 @@ def test_augmentation_reaches_wrapped_test_data(digits_root, tmp_path):
     use_tta(cfg)
     pipelines = [each.pipeline for each in cfg.test_dataloader.dataset.dataset.datasets]
     assert pipelines[0] == pipelines[1] == cfg.tta_pipeline and pipelines[0][-1].type == 'TestTimeAug'
+
+
+def test_a_pipeline_that_normalizes_gives_no_picture_to_a_graph(digits_root, tmp_path):
+    """Rounded to 8 bits, its values would be others."""
+    cfg = tiny_config(digits_root, tmp_path, quantization=None)
+    image = str(next(Path(digits_root).rglob('*.png')))
+    cfg.test_dataloader.dataset.pipeline[0]['to_float32'] = True
+    model = init_model(copy.deepcopy(cfg))
+    assert picture_of(model, lambda: infer(model, image)).dtype == torch.uint8
+    cfg.test_dataloader.dataset.pipeline[1:1] = [dict(type='Normalize', mean=[110.0] * 3, std=[55.0] * 3)]
+    normalizing = init_model(cfg)
+    with pytest.raises(NotCovered, match='no pictures of 8 bits'):
+        picture_of(normalizing, lambda: infer(normalizing, image))
+
+
+def test_the_first_picture_of_a_fold(digits_root, tmp_path):
+    cfg = tiny_config(digits_root, tmp_path)
+    inner = cfg.test_dataloader.dataset
+    cfg.test_dataloader.dataset = dict(type='KFoldDataset', dataset=inner, fold=0, num_splits=3, test_mode=True)
+    assert Path(first_picture(cfg)).is_file()
+
+
+def test_classes_in_a_file(digits_root, tmp_path):
+    (tmp_path / 'names.txt').write_text('zero\none\n')
+    cfg = tiny_config(digits_root, tmp_path)
+    for given in (dict(metainfo=dict(classes=f'{tmp_path}/names.txt')), dict(classes=f'{tmp_path}/names.txt')):
+        changed = copy.deepcopy(cfg)
+        changed.test_dataloader.dataset.update(given)
+        assert metainfo_of(changed)['classes'] == ['zero', 'one']
+    cfg.test_dataloader.dataset.classes = ['a', 'b']
+    assert metainfo_of(cfg)['classes'] == ['a', 'b']
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    with pytest.raises(UserError, match=f'picture {tmp_path} is a folder'):
+        read_image(tmp_path)

@@ -104,6 +104,16 @@ def pick(values: Tensor, places: Tensor) -> Tensor:
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
 
 
+def check_smallest(cfg: Any) -> None:
+    """Refuse a `min_bbox_size` of final boxes: mmdet takes it in pixels of the original picture.
+
+    Raises:
+        NotCovered: it is above 0.
+    """
+    if cfg.get('min_bbox_size', -1) > 0:
+        raise NotCovered('its test_cfg has min_bbox_size, in pixels of a picture that the graph does not see')
+
+
 def filtered(scores: Tensor, boxes: Tensor, cfg: Any) -> Tensor:
     """(N, K) scores; those of boxes that are not larger than `min_bbox_size` are DROPPED."""
     smallest = cfg.get('min_bbox_size', -1)

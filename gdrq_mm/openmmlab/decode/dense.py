@@ -18,6 +18,7 @@ from .boxes import (
     NotCovered,
     Suppression,
     best,
+    check_smallest,
     detections,
     filtered,
     keeps_methods,
@@ -91,6 +92,7 @@ class DenseDetections(nn.Module):
 
     def __init__(self, head: Any) -> None:
         super().__init__()
+        check_smallest(head.test_cfg)
         self.candidates = Candidates(head, head.test_cfg)
         self.suppression = Suppression(head.test_cfg.get('nms'), self.candidates.classes)
         self.count = head.test_cfg.get('max_per_img', -1)
@@ -128,6 +130,7 @@ class YOLOv3Detections(nn.Module):
         super().__init__()
         if name_of(head.bbox_coder) != 'YOLOBBoxCoder':
             raise NotCovered(f'its boxes are coded by {name_of(head.bbox_coder)}')
+        check_smallest(head.test_cfg)
         self.head, self.cfg = head, head.test_cfg
         self.suppression = Suppression(head.test_cfg.get('nms'), head.num_classes)
 
