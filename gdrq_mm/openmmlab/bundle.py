@@ -26,6 +26,7 @@ from ..report.record import plain
 from .checkpoints import checkpoint_digest
 from .deployed import TURNS, EndToEnd, let_graph_predict, takes_rgb
 from .parts import Part, parts_of
+from .pictures import input_rule
 from .tasks import TASKS, task_of
 
 VERSION = 2
@@ -105,6 +106,7 @@ def _entry(folder: Path, model: Any, whole: EndToEnd | str) -> dict[str, Any]:
     about = dict(size=whole.size, any_size=whole.any_size, channels=whole.channels, outputs=whole.outputs)
     about['saturating'] = saturating_inputs(whole.graph)  # for CPUs without VNNI
     about['settings'] = _settings_of(model)
+    about['input'] = input_rule(model.cfg)
     return dict(file=END2END, sha256=file_digest(str(folder / END2END)), layout='NHWC', **about)
 
 

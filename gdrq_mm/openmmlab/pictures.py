@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,108 @@ def batch_of(cfg: Config, image: str | Path | np.ndarray) -> Any:
         for transform in transforms:
             data = transform(data)
         return _collate_of(cfg)([data])
+
+
+PROBES = ((90, 160), (160, 90), (64, 64), (37, 301))
+"""Heights and widths of pictures with which a rule is compared with the pipeline (ours)."""
+SAMPLED = ('nearest', 'bilinear', 'bicubic', 'lanczos')
+"""Ways to scale a picture that other libraries have under the same name."""
+
+
+def input_rule(cfg: Config) -> dict[str, Any]:
+    """How the pipeline of the test data turns a picture into an input, for programs that have no OpenMMLab.
+
+    Returns:
+        What is done in this order; each may be None. `resize`: to `width` and `height`, or so that a picture that keeps
+        its shape fits into `long` and `short`, one of which may be missing, and how that is rounded; with an
+        `interpolation`. `crop`: `width` and `height` out of the middle. `pad`: at the right and the bottom with a
+        `value`, to `width` and `height`, or to a `square`. Instead of these `refused`: why there is no such rule.
+    """
+    rule: dict[str, Any] = dict.fromkeys(('resize', 'crop', 'pad'))
+    try:
+        for each in picture_pipeline(cfg):
+            found = _rule_of(each)
+            for name, what in found.items():
+                if any(list(rule.values())[list(rule).index(name) :]):
+                    raise ValueError(f'{type_name(each)} comes late')
+                rule[name] = what
+        for height, width in PROBES:
+            made = batch_of(cfg, np.zeros((height, width, 3), np.uint8))['inputs'][0].shape[1:]
+            expected = size_by(rule, width, height)[::-1]
+            if tuple(made) != expected:
+                raise ValueError(f'a picture of {height} x {width} becomes {made[0]} x {made[1]}')
+    except (ValueError, UserError, KeyError, TypeError) as error:
+        return dict(refused=f'the pipeline of the test data: {error}')
+    return rule
+
+
+def _rule_of(transform: Any) -> dict[str, Any]:
+    """What a transform adds to :func:`input_rule`; raises ValueError for one that it does not know."""
+    kind, options = type_name(transform), {k: v for k, v in transform.items() if k not in ('type', '_scope_')}
+    if _loads(kind):
+        if str(options.get('color_type', 'color')) != 'color':
+            raise ValueError(f'color_type={options["color_type"]!r}')
+        return {}
+    if kind.startswith('Pack'):
+        return {}
+    if kind == 'Resize' and options.get('scale') is not None:
+        width, height = _pair(options['scale'])
+        long, short = max(width, height), min(width, height)
+        size = (
+            dict(long=long, short=short, round='nearest')
+            if options.get('keep_ratio')
+            else dict(width=width, height=height)
+        )
+        return dict(resize=size | _sampled(options))
+    if kind == 'ResizeEdge' and options.get('edge', 'short') in ('short', 'long'):
+        return dict(resize={options.get('edge', 'short'): options['scale'], 'round': 'down'} | _sampled(options))
+    if kind == 'CenterCrop' and not options.get('auto_pad'):
+        width, height = _pair(options['crop_size'])
+        return dict(crop=dict(width=width, height=height))
+    if kind == 'Pad' and options.get('padding_mode', 'constant') == 'constant':
+        return dict(pad=_padding(options))
+    raise ValueError(f'{kind} is not known to programs without OpenMMLab')
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Width and height of a size that may be one number."""
+    width, height = (value, value) if isinstance(value, int) else value
+    return int(width), int(height)
+
+
+def _sampled(options: dict[str, Any]) -> dict[str, str]:
+    kind = options.get('interpolation', 'bilinear')
+    if kind not in SAMPLED:
+        raise ValueError(f'interpolation={kind!r}')
+    return dict(interpolation=kind)
+
+
+def _padding(options: dict[str, Any]) -> dict[str, Any]:
+    value = options.get('pad_val', 0)
+    value = value.get('img', 0) if isinstance(value, Mapping) else value
+    values = {*value} if isinstance(value, (list, tuple)) else {value}
+    if len(values) > 1:
+        raise ValueError(f'pad_val={value!r}')
+    size = dict(square=True) if options.get('pad_to_square') else dict(zip(('width', 'height'), _pair(options['size'])))
+    return {**size, 'value': values.pop()}
+
+
+def size_by(rule: Mapping[str, Any], width: int, height: int) -> tuple[int, int]:
+    """Width and height of an input that is made of a picture by an :func:`input_rule`."""
+    resize, crop, pad = rule['resize'], rule['crop'], rule['pad']
+    if resize and 'width' in resize:
+        width, height = resize['width'], resize['height']
+    elif resize:
+        edges = dict(long=max(width, height), short=min(width, height))
+        name = min(edges.keys() & resize.keys(), key=lambda each: resize[each] / edges[each])
+        more = 0.5 if resize['round'] == 'nearest' else 0
+        width, height = (max(int(side * resize[name] / edges[name] + more), 1) for side in (width, height))
+    if crop:
+        width, height = min(width, crop['width']), min(height, crop['height'])
+    if pad:
+        square = max(width, height) if pad.get('square') else 0
+        width, height = max(width, square, pad.get('width', 0)), max(height, square, pad.get('height', 0))
+    return width, height
 
 
 def _loads(kind: str, *words: str) -> bool:

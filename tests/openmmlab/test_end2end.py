@@ -159,7 +159,8 @@ EXAMPLES = dict(cls='classify.py', seg='segment.py', det='detect.py', yolox='det
 def example(name, folder, *args):
     """An example without what only training needs."""
     without = "import sys; sys.modules.update(dict.fromkeys(['torch', 'mmcv', 'mmengine'])); sys.argv = sys.argv[1:];"
-    command = [sys.executable, '-c', f'{without} import runpy; runpy.run_path(sys.argv[0])', ROOT / 'examples' / name]
+    program = f'{without} sys.path.insert(0, {str(ROOT / "examples")!r}); import runpy; runpy.run_path(sys.argv[0])'
+    command = [sys.executable, '-c', program, ROOT / 'examples' / name]
     return subprocess.run([*command, folder, *args], capture_output=True, text=True)
 
 
