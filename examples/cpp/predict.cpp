@@ -83,6 +83,12 @@ std::string value(const std::string& json, const std::string& key) {
     throw std::runtime_error("export.json is damaged at " + key);
 }
 
+bool has(const std::string& json, const std::string& key) { return json.find('"' + key + "\":") != std::string::npos; }
+
+double number(const std::string& json, const std::string& key) {
+    return std::strtod(value(json, key).c_str(), nullptr);
+}
+
 // The strings in such a text; escapes other than a quote and a backslash stay as they are.
 std::vector<std::string> strings(const std::string& json) {
     std::vector<std::string> found;
@@ -129,16 +135,25 @@ bool has_vnni() {
 int predict(const std::string& folder, const std::string& path, double lowest) {
     const std::string about = read(folder + "/export.json"), whole = value(about, "end2end");
     const std::vector<std::string> classes = strings(value(about, "classes"));
-    if (whole.find("\"file\":") == std::string::npos)
+    if (!has(whole, "file"))
         throw std::runtime_error(folder + " has no end2end.onnx: " + value(whole, "refused"));
-    double height, width;
-    if (std::sscanf(value(whole, "size").c_str(), "[ %lf , %lf", &height, &width) != 2)
-        throw std::runtime_error("export.json is damaged at size");
+    const std::string rule = value(whole, "input");
+    if (has(rule, "refused")) throw std::runtime_error(path + " cannot be made an input: " + value(rule, "refused"));
     const Picture picture = read_ppm(path);
-    double across = width / picture.width, down = height / picture.height;
-    if (value(whole, "any_size") == "true") across = down = std::min(across, down);  // the picture keeps its shape
-    height = std::max(std::nearbyint(down * picture.height), 1.0);
-    width = std::max(std::nearbyint(across * picture.width), 1.0);
+    size_t width = picture.width, height = picture.height;
+    const std::string resize = value(rule, "resize"), crop = value(rule, "crop"), pad = value(rule, "pad");
+    if (has(resize, "width")) {
+        width = number(resize, "width"), height = number(resize, "height");
+    } else if (resize != "null") {  // the picture keeps its shape
+        double long_edge = std::max(width, height), short_edge = std::min(width, height), to = 1, from = 0;
+        if (has(resize, "long")) to = number(resize, "long"), from = long_edge;
+        if (has(resize, "short") && (from == 0 || number(resize, "short") / short_edge < to / from))
+            to = number(resize, "short"), from = short_edge;
+        const double more = value(resize, "round") == "\"nearest\"" ? 0.5 : 0;
+        width = std::max(size_t(width * to / from + more), size_t(1));
+        height = std::max(size_t(height * to / from + more), size_t(1));
+    }
+    const double across = double(width) / picture.width, down = double(height) / picture.height;
 
     const std::string graph = read(folder + "/end2end.onnx");
     ov::Core core;
@@ -149,8 +164,35 @@ int predict(const std::string& folder, const std::string& path, double lowest) {
     const ov::Shape shape{1, picture.height, picture.width, 3};
     image.tensor().set_element_type(ov::element::u8).set_layout("NHWC").set_shape(shape);
     image.model().set_layout("NHWC");
-    if (height != picture.height || width != picture.width)
-        image.preprocess().resize(ov::preprocess::ResizeAlgorithm::RESIZE_BILINEAR_PILLOW, height, width);
+    if (height != picture.height || width != picture.width) {
+        using Way = ov::preprocess::ResizeAlgorithm;
+        const bool bicubic = value(resize, "interpolation") == "\"bicubic\"";
+        image.preprocess().resize(bicubic ? Way::RESIZE_BICUBIC_PILLOW : Way::RESIZE_BILINEAR_PILLOW, height, width);
+    }
+    if (crop != "null") {
+        const size_t high = std::min<size_t>(number(crop, "height"), height);
+        const size_t wide = std::min<size_t>(number(crop, "width"), width);
+        const int top = std::nearbyint((height - high) / 2.0), left = std::nearbyint((width - wide) / 2.0);
+        image.preprocess().crop({0, top, left, 0}, {1, top + int(high), left + int(wide), 3});
+        height = high, width = wide;
+    }
+    if (pad != "null") {
+        const size_t square = has(pad, "square") ? std::max(width, height) : 0;
+        const size_t high = std::max({height, square, has(pad, "height") ? size_t(number(pad, "height")) : 0});
+        const size_t wide = std::max({width, square, has(pad, "width") ? size_t(number(pad, "width")) : 0});
+        image.preprocess()
+            .convert_element_type(ov::element::f32)  // OpenVINO pads no integers
+            .pad({0, 0, 0, 0}, {0, int(high - height), int(wide - width), 0}, float(number(pad, "value")),
+                 ov::preprocess::PaddingMode::CONSTANT)
+            .convert_element_type(ov::element::u8);
+        height = high, width = wide;
+    }
+    double high = 0, wide = 0;
+    if (std::sscanf(value(whole, "size").c_str(), "[ %lf , %lf", &high, &wide) != 2)
+        throw std::runtime_error("export.json is damaged at size");
+    if (value(whole, "any_size") != "true" && (high != height || wide != width))
+        throw std::runtime_error(path + " is " + std::to_string(width) + " x " + std::to_string(height) + " for the graph," +
+                                 " which takes " + std::to_string(int(wide)) + " x " + std::to_string(int(high)));
     if (value(whole, "channels") == "\"BGR\"") image.preprocess().reverse_channels();
     // Else it computes float layers in bfloat16 on CPUs that have it, and quantizes some inputs a second time.
     ov::CompiledModel model = core.compile_model(steps.build(), "CPU", ov::hint::inference_precision(ov::element::f32),
@@ -159,18 +201,18 @@ int predict(const std::string& folder, const std::string& path, double lowest) {
     request.set_tensor("image", ov::Tensor(ov::element::u8, shape, const_cast<uint8_t*>(picture.pixels.data())));
     request.infer();
 
-    const auto has = [&](const std::string& name) {
+    const auto gives = [&](const std::string& name) {
         const auto& outputs = model.outputs();
         return std::any_of(outputs.begin(), outputs.end(), [&](const auto& o) { return o.get_names().count(name); });
     };
     const auto name = [&](int64_t label) {
         return size_t(label) < classes.size() ? classes[label] : std::to_string(label);
     };
-    if (has("topk_scores")) {
+    if (gives("topk_scores")) {
         const ov::Tensor scores = request.get_tensor("topk_scores"), labels = request.get_tensor("topk_labels");
         for (size_t i = 0; i < std::min<size_t>(3, scores.get_size()); ++i)
             std::printf("%s: %.1f %%\n", name(labels.data<int64_t>()[i]).c_str(), 100 * scores.data<float>()[i]);
-    } else if (has("dets")) {  // (1, K, 5): left, top, right, bottom in pixels of what the network saw, score
+    } else if (gives("dets")) {  // (1, K, 5): left, top, right, bottom in pixels of what the network saw, score
         const ov::Tensor dets = request.get_tensor("dets"), labels = request.get_tensor("labels");
         for (size_t i = 0; i < labels.get_size(); ++i) {
             const float* box = dets.data<float>() + 5 * i;

@@ -76,6 +76,8 @@ def folder(tmp_path):
     def write(text, **end2end):
         onnx.save(onnx.parser.parse_model(text), tmp_path / 'end2end.onnx')
         about = dict(file='end2end.onnx', size=[24, 40], any_size=False, channels='RGB', saturating=[])
+        resize = dict(width=40, height=24, interpolation='bilinear')
+        about['input'] = dict(resize=resize, crop=None, pad=None)
         about.update(end2end)
         parts = dict(model=dict(file='model.onnx', shape=[3, 8, 8], any_size=True))
         text = json.dumps(dict(export_version=2, parts=parts, end2end=about, classes=CLASSES), indent=1)
@@ -125,17 +127,45 @@ def test_a_classifier(predict, folder, picture, channels, size, off):
 
 
 @pytest.mark.parametrize(
-    ('any_size', 'size', 'scales'), [(False, (24, 40), (1.6, 4 / 3)), (True, (24, 33), (4 / 3,) * 2)]
+    ('any_size', 'resize', 'size', 'scales'),
+    [
+        (False, dict(width=40, height=24), (24, 40), (1.6, 4 / 3)),
+        (True, dict(long=40, short=24, round='nearest'), (24, 33), (33 / 25, 4 / 3)),
+        (True, dict(short=24, round='down'), (24, 33), (33 / 25, 4 / 3)),
+        (True, dict(long=30, short=24, round='down'), (21, 30), (1.2, 21 / 18)),
+    ],
 )
-def test_a_detector_gives_boxes_in_the_picture(predict, folder, picture, any_size, size, scales):
+def test_a_detector_gives_boxes_in_the_picture(predict, folder, picture, any_size, resize, size, scales):
     path = picture()
     scores = 100 * means_of(path, *size, 'RGB') / 255
     boxes = np.array([[0, 0, 5, 7], [3, 4, 11, 13], [1, 2, 3, 4]]) / (scales * 2)
     numbers, names = np.hstack([scores[:, None], boxes]), ['two, too]', 'zero', 'a "one"']
-    given = folder(DETECTOR, any_size=any_size)
+    rule = dict(resize={**resize, 'interpolation': 'bilinear'}, crop=None, pad=None)
+    given = folder(DETECTOR, any_size=any_size, input=rule)
     assert scores[2] < 30 < scores[:2].min()
     assert_printed(predict(given, path), names[:2], numbers[:2], 0.8)
     assert_printed(predict(given, path, '0'), names, numbers, 0.8)
+
+
+@pytest.mark.parametrize('size', [(18, 25), (9, 30)])
+def test_a_picture_is_cut_and_filled_up(predict, folder, picture, size):
+    """A side that is shorter than the cut stays."""
+    path, model = picture(*size), onnx.parser.parse_model(CLASSIFIER)
+    (weight, *_) = (onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer)
+    pixels = np.asarray(Image.open(path), np.float64)
+    rows, columns = ((side - min(side, to)) / 2 for side, to in zip(size, (10, 15)))
+    cut = pixels[round(rows) : round(rows) + 10, round(columns) : round(columns) + 15]
+    full = np.pad(cut, [(0, 16 - len(cut)), (0, 1), (0, 0)], constant_values=200)
+    scores = np.exp(full.mean((0, 1)) @ weight)
+    scores *= 100 / scores.sum()
+    best = scores.argsort()[::-1][:3]
+    rule = dict(resize=None, crop=dict(width=15, height=10), pad=dict(width=16, height=16, value=200))
+    done = predict(folder(CLASSIFIER, any_size=True, input=rule), path)
+    assert_printed(done, [CLASSES[i] for i in best], scores[best, None], 0.051)
+    done = predict(folder(CLASSIFIER, input=rule), path)
+    assert done.stderr == f'error: {path} is 16 x 16 for the graph, which takes 40 x 24\n'
+    done = predict(folder(CLASSIFIER, input=dict(refused='its pipeline')), path)
+    assert done.stderr == f'error: {path} cannot be made an input: "its pipeline"\n'
 
 
 @pytest.fixture
