@@ -40,12 +40,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--budget',
         nargs='+',
+        action='extend',
         required=True,
         metavar='KIND=LIMIT',
         help='size (bytes) and bitops (bit operations), up to 1 as a share of the float model; ms in a runtime',
     )
     parser.add_argument('--out', type=Path, required=True, help='config to write, NAME.py, with NAME.html and NAME.png')
-    parser.add_argument('--bits', type=int, nargs='+', help='to choose from (default: 2 3 4 8 that the method has)')
+    bits = 'to choose from, as 2 4 8 or 2,4,8 (default: 2 3 4 8 that the method has)'
+    parser.add_argument('--bits', type=numbers, nargs='+', action='extend', help=bits)
     parser.add_argument('--by', choices=list(UNITS), default='loss', help='how bits are judged (default: %(default)s)')
     parser.add_argument('--sensitivities', type=Path, help='JSON file (default: WORK_DIR/sensitivities_BY.json)')
     batches = 'training batches for the gradients of --by loss, and for the thresholds of bits (default: %(default)s)'
@@ -60,7 +62,13 @@ def parse_args() -> argparse.Namespace:
     if args.launcher != 'none':
         raise UserError('--launcher: bits are chosen in one process')
     check_least(args, batches=1, samples=1, threads=1)
+    args.bits = args.bits and [b for several in args.bits for b in several]
     return args
+
+
+def numbers(text: str) -> list[int]:
+    """The integers of a text such as '2,4,8'."""
+    return [int(each) for each in text.split(',')]
 
 
 def check_used(args: argparse.Namespace, limits: dict[str, float]) -> None:

@@ -11,7 +11,6 @@ import onnx
 import torch.nn as nn
 from onnx import TensorProto, helper, numpy_helper
 
-from ..core.layers import QuantLayer
 from ..core.typed import FLOAT_BITS
 from .measure import timed_rounds
 from .onnx_export import OPSET
@@ -33,14 +32,14 @@ class TimedLayer:
     attributes: tuple[tuple[str, Any], ...] = ()
 
 
-def timed_layer(layer: QuantLayer, shape: Sequence[int]) -> TimedLayer | None:
+def timed_layer(layer: nn.Module, shape: Sequence[int]) -> TimedLayer | None:
     """A layer of a model with an input of this shape; None if its form in a graph is not known here."""
-    weight = tuple(layer.weight.shape)
     if isinstance(layer, nn.Linear):
-        return TimedLayer('MatMul', tuple(shape), weight)
+        return TimedLayer('MatMul', tuple(shape), tuple(layer.weight.shape))
     if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         return None
     conv: Any = layer
+    weight = tuple(conv.weight.shape)
     if conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
         return None
     found: dict[str, Any] = dict(strides=tuple(conv.stride), pads=tuple(conv.padding) * 2)

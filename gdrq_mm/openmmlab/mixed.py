@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..core.files import check_file
 from ..core.mixed.allocation import Chooser
 from ..core.mixed.budgets import choices_of_layers
 from ..core.mixed.search import BitSearch
-from ..core.modules import hooked, modes_kept, only, quant_layers
+from ..core.modules import hooked, modes_kept, only
 from ..deploy.layer_times import TimedLayer, costs_of, time_layers, timed_layer
 from ..report.layers import totals
 from .checkpoints import read_checkpoint
@@ -88,21 +89,29 @@ def open_chooser(
 
 
 def times_of(runner: Any, backend: str, threads: int | None, rounds: int = 10) -> dict[str, Callable[[Any], float]]:
-    """Layer -> its milliseconds by bits, in a runtime, for the picture that a trial prediction takes."""
+    """Layer -> its milliseconds by bits, in a runtime, for the picture that a trial prediction takes.
+
+    Float layers too; those whose form in a graph is not known are named in a warning.
+    """
     model = bare_model(runner.model)
-    layers, calls = quant_layers(model), dict[str, list[TimedLayer]]()
+    layers = {row.name: model.get_submodule(row.name) for row in runner.report.layers}
+    calls, unknown = dict[str, list[TimedLayer]](), dict[str, None]()
 
     def note(name: str) -> Callable[..., None]:
         def see(layer: Any, args: Any) -> None:
             timed = timed_layer(layer, args[0].shape)
             if timed is not None:
                 calls.setdefault(name, []).append(timed)
+            else:
+                unknown[name] = None
 
         return see
 
     with only(model, []), modes_kept(model), torch.no_grad():
         with hooked(layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()):
             trials_of(runner, model.eval())[0]()
+    if unknown:
+        warnings.warn(f'layers without a time, which the budget in ms leaves out: {", ".join(unknown)}', stacklevel=2)
     return costs_of(calls, time_layers((each for own in calls.values() for each in own), backend, threads, rounds))
 
 
@@ -184,7 +193,8 @@ def check_target(out: Path, config: str) -> str:
     `PACKAGE::PATH` is the same from everywhere.
 
     Raises:
-        UserError: it exists, is no .py file, cannot be written, or the user's config cannot be its base.
+        UserError: it, its page or its picture exists; it is no .py file or cannot be written; or the user's config
+            cannot be its base.
     """
     if Path(config).is_file() and Config._is_lazy_import(config):
         raise UserError(
@@ -193,7 +203,8 @@ def check_target(out: Path, config: str) -> str:
         )
     if out.suffix != '.py' or not out.stem.replace('-', '_').replace('.', '_').isidentifier():
         raise UserError(f'--out {out} is not the name of a config: write NAME.py')
-    if out.exists():
-        raise UserError(f'--out {out} exists')
+    for each in (out, out.with_suffix('.html'), out.with_suffix('.png')):
+        if each.exists():
+            raise UserError(f'--out {out}: {each} exists')
     check_file(out, '--out')
     return config if '::' in config else os.path.relpath(Path(config).absolute(), out.absolute().parent)

@@ -1,14 +1,11 @@
-"""Mixed precision: the laws of the program, what is one choice, sensitivities, the search, the door for plain torch."""
+"""Mixed precision: what is one choice, sensitivities, the search, the door for plain torch."""
 
 import copy
-import itertools
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import gdrq_mm as gq
 from gdrq_mm.core.attention import PROJECTIONS
@@ -17,9 +14,9 @@ from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.mixed.allocation import Chooser, config_text
-from gdrq_mm.core.mixed.budgets import choices_of_layers, read_budgets
+from gdrq_mm.core.mixed.budgets import Costs, choices_of_layers
 from gdrq_mm.core.mixed.choices import Candidates, choices_of
-from gdrq_mm.core.mixed.program import Budget, Pair, Program, monotone
+from gdrq_mm.core.mixed.program import Pair
 from gdrq_mm.core.mixed.search import BitSearch
 from gdrq_mm.core.mixed.sensitivity import loss_sensitivity
 from gdrq_mm.core.modules import quant_layers
@@ -27,122 +24,6 @@ from gdrq_mm.core.quantizers import Stage
 from gdrq_mm.core.topology import record
 from gdrq_mm.report.layers import totals
 from tests.helpers import Block, Function, Net, conv, same
-
-# ---- the program ----------------------------------------------------------------------------------------------------
-
-WIDTHS = (2, 3, 4, 8)
-
-
-@st.composite
-def programs(draw):
-    """A few layers, some of which share an input or a weight, with a budget of size and one of operations."""
-    number = draw(st.integers(1, 4))
-    inputs = [draw(st.integers(0, i)) for i in range(number)]
-    weights = [draw(st.sampled_from([i, i, 0])) for i in range(number)]
-    layers = {f'l{i}': (f'w{weights[i]}', f'a{inputs[i]}') for i in range(number)}
-    options = st.lists(st.sampled_from(WIDTHS), min_size=1, max_size=3, unique=True).map(sorted)
-    value = st.integers(0, 1000).map(lambda n: n / 7)
-    choices = {c: {b: draw(value) for b in draw(options)} for c in dict.fromkeys(c for p in layers.values() for c in p)}
-    kinds = [draw(st.sampled_from(['size', 'bitops'])), 'ms'][: draw(st.integers(1, 2))]
-    budgets = []
-    for kind in kinds:
-        costs = {}
-        for layer, (weight, input) in layers.items():
-            count = draw(st.integers(0, 50))
-            pairs = [Pair(w, a) for w in choices[weight] for a in choices[input]]
-            costs[layer] = {p: float(count * p.weight * (p.input if kind != 'size' else 1)) for p in pairs}
-        fixed = float(draw(st.integers(0, 100)))
-        budgets.append(Budget(kind, float(draw(st.integers(1, 4000))), 4000.0, fixed, costs))
-    return Program(choices, layers, budgets)
-
-
-def every_solution(program):
-    names = list(program.choices)
-    for bits in itertools.product(*(program.choices[name] for name in names)):
-        yield program.solution('any', dict(zip(names, bits)))
-
-
-@settings(max_examples=60, deadline=None)
-@given(programs())
-def test_the_program_is_as_good_as_any_bits_that_fit(program):
-    """Brute force; uniform bits are among them. If none fit, the message names a least that is right."""
-    fitting = [each for each in every_solution(program) if program.fits(each)]
-    if not fitting:
-        with pytest.raises(UserError, match='impossible') as refused:
-            program.solve()
-        for budget in program.budgets:
-            least = min(each.used[budget.kind] for each in every_solution(program))
-            if least > budget.limit:
-                assert f'budget {budget.kind}: ' in str(refused.value) and budget.text(least) in str(refused.value)
-                break
-        return
-    found = program.solve()
-    assert program.fits(found)
-    assert found.loss == pytest.approx(min(each.loss for each in fitting), rel=1e-5, abs=1e-4)
-    for uniform in program.uniform():
-        assert not program.fits(uniform) or found.loss <= uniform.loss + 1e-4
-
-
-@settings(max_examples=30, deadline=None)
-@given(programs(), st.integers(0, 1))
-def test_no_answer_of_the_same_loss_has_more_bits(program, losses):
-    """Brute force, with sensitivities that are all 0, or 0 and 1."""
-    tables = {c: {b: float(losses and b < 4) for b in options} for c, options in program.choices.items()}
-    program = Program(tables, program.layers, program.budgets)
-    fitting = [each for each in every_solution(program) if program.fits(each)]
-    if fitting:
-        found, least = program.solve(), min(each.loss for each in fitting)
-        assert found.loss == least
-        assert sum(found.bits.values()) == max(sum(each.bits.values()) for each in fitting if each.loss == least)
-
-
-@settings(max_examples=20, deadline=None)
-@given(programs())
-def test_a_larger_budget_loses_less(program):
-    curve = program.curve(5)
-    first = program.budgets[0].kind
-    assert [each.loss for each in curve] == sorted((each.loss for each in curve), reverse=True)
-    least = min((each.used[first] for each in every_solution(program) if fits_others(program, each)), default=None)
-    assert (not curve) == (least is None)
-    if curve:
-        assert curve[0].used[first] == pytest.approx(least)
-
-
-def fits_others(program, solution):
-    return all(solution.used[each.kind] <= each.limit for each in program.budgets[1:])
-
-
-def test_two_budgets_that_do_not_go_together():
-    """Fewer bytes mean more operations here: the message tells what is left."""
-    pairs = (Pair(2, 4), Pair(8, 4))
-    size = Budget('size', 3, 10, 0, {'l': dict(zip(pairs, (2.0, 8.0)))})
-    operations = Budget('bitops', 3, 10, 0, {'l': dict(zip(pairs, (8.0, 2.0)))})
-    program = Program({'w': {2: 1.0, 8: 0.0}, 'a': {4: 0.0}}, {'l': ('w', 'a')}, [size, operations])
-    with pytest.raises(UserError, match=r'budget bitops: .* is impossible together with size within 3 bytes'):
-        program.solve()
-
-
-def test_more_bits_never_cost_more():
-    assert monotone({'w': {2: 0.5, 3: 0.1, 4: 0.3, 8: -0.2}}) == {'w': {8: 0.0, 4: 0.3, 3: 0.3, 2: 0.5}}
-
-
-@pytest.mark.parametrize(
-    ('given', 'message'),
-    [
-        (['size'], "budget size='' is no number"),
-        (['sise=0.1'], "budget 'sise' is not one of size, bitops, ms; did you mean 'size'"),
-        (['size=big'], "budget size='big' is no number"),
-        (['size=nan'], 'budget size=nan is not above 0'),
-        (['bitops=-1'], 'budget bitops=-1 is not above 0'),
-        (['size=0.1', 'size=0.2'], 'budget size is given twice'),
-        ({}, 'no budget is given'),
-    ],
-)
-def test_budgets_that_are_none(given, message):
-    with pytest.raises(UserError) as refused:
-        read_budgets(given)
-    assert message in str(refused.value)
-
 
 # ---- choices --------------------------------------------------------------------------------------------------------
 
@@ -224,6 +105,16 @@ def test_bits_that_a_method_does_not_have():
         choices_of(*quantized(Net(Block()), X, weight=dict(method='twn', bits=2)), inputs=False)
     with pytest.raises(UserError, match='nothing is to be chosen'):
         choices_of(*quantized(Net(Block()), X, weight=dict(bits=32), activation=dict(bits=32)))
+
+
+def test_a_budget_of_time_counts_float_layers():
+    model, _, choices, candidates = parts = chooser(Net(Block()), [X], skip=['*.conv1'])
+    report = parts[1]
+    times = {row.name: lambda pair, n=number: 10.0 * n + sum(pair) for number, row in enumerate(report.layers, 1)}
+    (skipped,) = [row.name for row in report.layers if row.note == 'float: skipped by config']
+    found = Costs(model, report, choices, candidates, 1000, times).budget('ms', 5)
+    assert found.whole == sum(time((32, 32)) for time in times.values())
+    assert found.fixed == times[skipped]((32, 32)) and found.kept == {f'{skipped} in float': found.fixed}
 
 
 # ---- sensitivities --------------------------------------------------------------------------------------------------
@@ -411,6 +302,31 @@ def test_the_text_of_a_config_is_the_config(tmp_path):
     assert text.startswith('# One line.\n# Budget bitops: ')
 
 
+def test_the_door_under_no_grad():
+    model, batches = trained()
+    arguments = dict(config=CONFIG, example=batches[0][0], batches=batches, loss=mean_loss, budget=dict(size=0.3))
+    with torch.no_grad():
+        found = gq.allocate(model, **arguments, show=False)
+    assert found.best.bits == gq.allocate(model, **arguments, show=False).best.bits
+
+
+def test_sensitivity_in_half_precision_is_that_in_float():
+    """The squares of small gradients are no numbers of 16 bits."""
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)), [torch.randn(4, 6)]
+    _, _, _, candidates = chooser(model, batches)
+    expected = loss_sensitivity(candidates, batches, lambda x: 1e-3 * half_square(model)(x), len)
+    model.half()
+    found = loss_sensitivity(candidates, [x.half() for x in batches], lambda x: 1e-3 * half_square(model)(x), len)
+    for name, options in expected.items():
+        for b in (2, 3, 4) if len(options) > 1 else ():
+            assert found[name][b] == pytest.approx(options[b], rel=0.1)
+
+
+def with_loss(loss):
+    return dict(budget=dict(size=0.3), loss=loss)
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -419,6 +335,10 @@ def test_the_text_of_a_config_is_the_config(tmp_path):
         (dict(budget=dict(bitops=0.01), config=dict(skip=['blocks.1.*'])), r'the least .*blocks.1.conv\d in float, '),
         (dict(budget=dict(ms=1.0)), 'a budget in ms needs times of layers'),
         (dict(bits=[1, 4]), "bits 1: method 'gdrq' has 2 to 8 bits"),
+        (dict(bits=[2.0, 4]), "bits 2.0: method 'gdrq' has 2 to 8 bits"),
+        (with_loss(lambda m, b: m(b[0]).square()), r'is a tensor of shape \(.*\), not a number with a gradient'),
+        (with_loss(lambda m, b: m(b[0]).sum().detach()), 'is a number without a gradient, not a number with'),
+        (with_loss(lambda m, b: m(b[0]).sum().item()), 'the loss of a batch is a float, not a number with a gradient'),
         (dict(config=dict(weight=dict(bits=32))), 'nothing is to be chosen'),
     ],
 )

@@ -162,7 +162,10 @@ SIZE = ('--budget', 'size=0.2')
         (['FLOAT', *SIZE, '--sensitivities', 'text.pth'], 'text.pth is no file of sensitivities'),
         (['FLOAT', *SIZE, '--cfg-options', *NO_BITS], 'nothing is to be chosen'),
         (['FLOAT', *SIZE, '--cfg-options', 'quantization.control=True'], 'the model stays float'),
-        (['FLOAT', *SIZE, '--out', 'tiny.py'], '--out tiny.py exists'),
+        (['FLOAT', *SIZE, '--out', 'tiny.py'], '--out tiny.py: tiny.py exists'),
+        (['FLOAT', *SIZE, '--out', 'own.py'], '--out own.py: own.png exists'),
+        (['FLOAT', *SIZE, '--budget', 'size=0.1'], 'budget size is given twice'),
+        (['FLOAT', *SIZE, '--bits', '2,4', '--bits', '9'], "bits 9: method 'gdrq' has 2 to 8 bits"),
         (['FLOAT', *SIZE, '--out', 'mixed.txt'], '--out mixed.txt is not the name of a config'),
         (['FLOAT', *SIZE, '--out', 'text.pth/mixed.py'], '--out text.pth/mixed.py cannot be written'),
         (['FLOAT', *SIZE, '--sensitivities', 'text.pth/s.json'], '--sensitivities text.pth/s.json cannot be written'),
@@ -186,6 +189,7 @@ SIZE = ('--budget', 'size=0.2')
 )
 def test_bad_input_ends_in_one_line(tool, tiny, float_checkpoint, tmp_path, arguments, message):
     (tmp_path / 'text.pth').write_text('not a file of sensitivities')
+    (tmp_path / 'own.png').touch()
     torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), 'other.pth')
     torch.save({'conv.weight': torch.zeros(4), 'conv.weight_quant.threshold': torch.zeros(4)}, 'quantized.pth')
     about = dict(sensitivities_version=1, by='loss', checkpoint='1234', notes={}, values={})

@@ -59,7 +59,8 @@ class Costs:
         choices: all, open or given.
         candidates: quantizers for the open ones.
         float_bytes: size of the deployed model in float32.
-        times: layer -> milliseconds by the bits of its weight and input; only a budget in ms needs it.
+        times: layer -> milliseconds by the bits of its weight and input, of float layers too; only a budget in ms needs
+            it.
     """
 
     def __init__(
@@ -124,7 +125,10 @@ class Costs:
 
     def _times(self) -> Any:
         costs = {n: {p: self.times[n](p) for p in pairs} for n, pairs in self.pairs.items() if n in self.times}
-        return sum(self.times[n](Pair(FLOAT_BITS, FLOAT_BITS)) for n in costs), 0.0, costs, {}
+        others = [row.name for row in self._others() if row.name in self.times and self.report.plan.deployed(row.name)]
+        kept = {f'{n} in float': self.times[n](Pair(FLOAT_BITS, FLOAT_BITS)) for n in others}
+        whole = sum(self.times[n](Pair(FLOAT_BITS, FLOAT_BITS)) for n in (*costs, *others))
+        return whole, sum(kept.values()), costs, kept
 
     def _others(self) -> list[LayerReport]:
         """The layers that are in no choice: float ones, and those that are not deployed."""

@@ -53,7 +53,7 @@ def bits_to_try(config: Quantization, bits: Sequence[int] | None, inputs: bool) 
         settings: Side = getattr(config, side)
         allowed = settings.methods[settings.method].allowed_bits
         for b in bits or ():
-            if b not in allowed:
+            if type(b) is not int or b not in allowed:
                 has = f'{allowed[0]} to {allowed[-1]}' if len(allowed) > 1 else str(allowed[0])
                 raise UserError(f'bits {b}: method {settings.method!r} has {has} bits for the {side} of a layer')
         found[side] = tuple(sorted(set(bits or [b for b in BITS if b in allowed] or allowed)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +23,14 @@ SCALE = 1e4
 """Largest coefficient of the objective: the solver's gap of 1e-6 is absolute."""
 GAP = 1e-6
 """How far from the optimum an answer may be, as a share of it."""
-SECONDS = 60
-"""Time for one program; the best answer until then counts."""
+SECONDS, BRIEFLY = 60, 5
+"""Time for the program that chooses, and for each of the others; the best answer until then counts."""
 UNITS = {'size': ('bytes', 1.0), 'bitops': ('G bit operations', 1e9), 'ms': ('ms', 1.0)}
 """Kind of a budget -> its unit as it is shown, and by what to divide."""
+
+
+class OutOfTime(UserError):
+    """A program found nothing in its time."""
 
 
 class Pair(NamedTuple):
@@ -53,11 +60,16 @@ class Budget:
         """What these bits cost; layer -> bits."""
         return self.fixed + sum(costs[bits[layer]] for layer, costs in self.costs.items())
 
-    def text(self, value: float) -> str:
-        """An amount with its unit and its share of the float model."""
+    def text(self, value: float, up: bool = False) -> str:
+        """An amount with its unit and its share of the float model; both rounded up where it is a limit to take."""
         unit, divisor = UNITS[self.kind]
+        share = value / self.whole if self.whole else 0.0
+        if up and math.isfinite(value):
+            places = 0 if self.kind == 'size' else 3 - math.floor(math.log10(value / divisor)) if value > 0 else 0
+            value = math.ceil(value / divisor * 10**places - 1e-9) / 10**places * divisor
+            share = math.ceil(share * 1e4 - 1e-9) / 1e4
         number = f'{value:,.0f}' if self.kind == 'size' else f'{value / divisor:,.4g}'
-        return f'{number} {unit} ({value / self.whole:.4f} of float)' if self.whole else f'{number} {unit}'
+        return f'{number} {unit} ({share:.4f} of float)' if self.whole else f'{number} {unit}'
 
 
 @dataclass(frozen=True)
@@ -101,9 +113,10 @@ class Program:
         """The bits of least loss.
 
         Raises:
-            UserError: a budget is below the least possible, which the message names; or two cannot be met together.
+            UserError: a budget is below the least possible, which the message names; or two cannot be met together; or
+                there was no time to find any bits.
         """
-        bits = self._minimize()
+        bits = self._minimize(seconds=SECONDS)
         if bits is None:
             self._refuse()
             raise AssertionError('a budget is impossible')
@@ -144,7 +157,9 @@ class Program:
         low, high = self.extreme(first.kind), self.extreme(first.kind, most=True)
         found: list[Solution] = []
         for limit in np.linspace(low, high, count) if np.isfinite(low) else ():
-            bits = replace(self, budgets=[replace(first, limit=limit * (1 + 1e-9)), *others])._minimize()
+            bits = None
+            with contextlib.suppress(OutOfTime):
+                bits = replace(self, budgets=[replace(first, limit=limit * (1 + 1e-9)), *others])._minimize()
             if bits is not None:
                 each = self.solution('mixed', bits)
                 if not found or each.loss < found[-1].loss:
@@ -162,33 +177,42 @@ class Program:
         others = ' and '.join(f'{each.kind} within {each.text(each.limit)}' for each in self.budgets[:-1])
         raise UserError(
             f'budget {last.kind}: {last.text(last.limit)} is impossible together with {others}; the least is then '
-            f'{last.text(self.extreme(last.kind))}'
+            f'{last.text(self.extreme(last.kind), up=True)}'
         )
 
-    def _minimize(self, budget: Budget | None = None) -> dict[str, int] | None:
+    def _minimize(self, budget: Budget | None = None, seconds: float = BRIEFLY) -> dict[str, int] | None:
         """The bits of each choice with the least loss, or the least cost in `budget`; None if no bits fit.
 
         Of several answers with the least loss it is one with the most bits: fewer would save what nobody asked for.
         """
         shrink = 0.0
         while shrink < 1e-3:
-            bits = self._try(budget, shrink)
+            bits = self._try(budget, shrink, seconds)
             if bits is None:
                 return None
             found = self.solution('', bits)
             if self.fits(found):
-                more = self._try(None, shrink, found.loss) if budget is None else None
-                return more if more is not None and self.fits(self.solution('', more)) else bits
+                more = None
+                with contextlib.suppress(OutOfTime):
+                    more = self._try(None, shrink, BRIEFLY, found.loss) if budget is None else None
+                other = found if more is None else self.solution('', more)
+                as_good = other.loss <= found.loss + 2 * GAP * abs(found.loss)
+                return dict(other.bits) if as_good and self.fits(other) else bits
             shrink = 4 * shrink + 1e-6  # beyond the limit by less than what the solver tolerates
         return None
 
-    def _try(self, budget: Budget | None, shrink: float, loss: float | None = None) -> dict[str, int] | None:
+    def _try(
+        self, budget: Budget | None, shrink: float, seconds: float, loss: float | None = None
+    ) -> dict[str, int] | None:
         """One variable for each choice and its bits, 0 or 1, and one for each layer and pair of bits.
 
         The second are the products of the first where these are whole, so that costs of pairs are linear.
 
         Args:
-            loss: find the most bits that lose no more than this, up to GAP of the largest sensitivity.
+            loss: find the most bits that lose no more than this, up to GAP of it.
+
+        Raises:
+            OutOfTime: no bits were found, and it is not known whether there are any.
         """
         names = [(choice, b) for choice, options in self.choices.items() for b in options]
         start: dict[str, dict[int, int]] = {choice: {} for choice in self.choices}
@@ -210,9 +234,13 @@ class Program:
         for each in self.budgets:
             rows.add(_scaled(each, pairs), -np.inf, (each.limit * (1 - shrink) - each.fixed) / abs(each.limit or 1))
         objective, losses = np.zeros(rows.columns), [self.choices[choice][b] for choice, b in names]
+        most = np.ones(rows.columns)
         if loss is not None:
-            unit = max(map(abs, losses)) or 1.0
-            rows.add({number: value / unit for number, value in enumerate(losses)}, -np.inf, loss / unit + GAP)
+            if min(losses) >= 0:  # else a gain could pay for what alone would be too much
+                most[: len(names)] = [value <= loss * (1 + GAP) for value in losses]
+            unit = abs(loss) or 1.0
+            small = {number: value / unit for number, value in enumerate(losses) if most[number]}
+            rows.add(small, -np.inf, loss / unit + GAP)
             objective[: len(names)] = [-b for _, b in names]
         elif budget is None:
             objective[: len(names)] = losses
@@ -224,12 +252,20 @@ class Program:
         found = milp(
             objective,
             integrality=whole,
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, most),
             constraints=rows.constraint(),
-            options=dict(mip_rel_gap=GAP, time_limit=SECONDS),
+            options=dict(mip_rel_gap=GAP, time_limit=seconds),
         )
+        out_of_time = found.status == 1
+        if found.x is None and out_of_time:
+            raise OutOfTime(f'no bits were found within {seconds} s; give fewer to choose from (bits)')
         if found.x is None:
             return None
+        if out_of_time and seconds == SECONDS:  # of the other programs any answer will do
+            warnings.warn(
+                f'the time of {SECONDS} s ran out: these bits may lose up to {found.mip_gap:.1%} more than the best',
+                stacklevel=2,
+            )
         return {choice: max(options, key=lambda b: found.x[options[b]]) for choice, options in start.items()}
 
 
@@ -264,7 +300,9 @@ def _scaled(budget: Budget, pairs: Mapping[tuple[str, Pair], int]) -> dict[int, 
 
 
 def _impossible(budget: Budget, least: float, most: float) -> str:
-    said = f'budget {budget.kind}: {budget.text(budget.limit)} is impossible; the least is {budget.text(least)}'
+    said = (
+        f'budget {budget.kind}: {budget.text(budget.limit)} is impossible; the least is {budget.text(least, up=True)}'
+    )
     if budget.kind == 'ms':
         return (
             f'{said}, the most bits take {budget.text(most)}: bits alone cannot meet it, as a runtime computes all of '
@@ -281,10 +319,16 @@ def _impossible(budget: Budget, least: float, most: float) -> str:
 
 
 def monotone(sensitivities: Sensitivities) -> dict[str, dict[int, float]]:
-    """Sensitivities of at least 0 that do not grow with the bits: a measured gain by fewer bits is taken for chance."""
+    """Sensitivities of at least 0 that do not grow with the bits: a measured gain by fewer bits is taken for chance.
+
+    Raises:
+        UserError: one is not finite.
+    """
     found: dict[str, dict[int, float]] = {}
     for choice, options in sensitivities.items():
         worst, found[choice] = 0.0, {}
         for b in sorted(options, reverse=True):
+            if not math.isfinite(options[b]):
+                raise UserError(f'the sensitivity of {choice} to {b} bits is {options[b]}')
             worst = found[choice][b] = max(worst, options[b])
     return found

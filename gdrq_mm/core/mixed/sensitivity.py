@@ -32,34 +32,44 @@ def loss_sensitivity(
         pictures: how many a batch has, B.
 
     Raises:
-        UserError: the loss of a batch is not finite.
+        UserError: the loss of a batch is not finite, or no number with a gradient.
     """
     model = candidates.model
     found = {choice.name: dict.fromkeys(choice.bits, 0.0) for choice in candidates.choices}
     weights = {choice: candidates.places_of(choice)[0] for choice in candidates.choices if choice.side == 'weight'}
-    squares = {choice: torch.zeros_like(place.layer.weight) for choice, place in weights.items()}
+    squares = {choice: torch.zeros_like(place.layer.weight, dtype=torch.float32) for choice, place in weights.items()}
     count = 0
     with only(model, []), modes_kept(model), _learning([place.layer.held[0] for place in weights.values()]):
         mute_leaves(model.train())
         for batch in batches:
             size, count = pictures(batch), count + 1
             with hooked(_watch(candidates, size, found)):
-                value = loss(batch)
+                with torch.enable_grad():
+                    value = loss(batch)
+                if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                    raise UserError(f'the loss of a batch is {_called(value)}, not a number with a gradient')
                 if not bool(torch.isfinite(value)):
                     raise UserError(f'the loss of a calibration batch is {float(value)}')
                 value.backward()
             for choice, place in weights.items():
                 parameter, rows = place.layer.held
                 if parameter.grad is not None:
-                    squares[choice] += size * parameter.grad[rows].square()
+                    squares[choice] += size * parameter.grad[rows].float().square()
             model.zero_grad(set_to_none=True)
     for choice, place in weights.items():
         layer = place.layer
         for b, other in place.others.items():
             with torch.no_grad():
-                error = layer.set_filters(other(layer.filters())) - layer.weight
+                error = (layer.set_filters(other(layer.filters())) - layer.weight).float()
                 found[choice.name][b] += 0.5 * float((squares[choice] * error.square()).sum())
     return {name: {b: value / max(count, 1) for b, value in options.items()} for name, options in found.items()}
+
+
+def _called(value: Any) -> str:
+    """A value in a message."""
+    if not isinstance(value, Tensor):
+        return f'a {type(value).__name__}'
+    return f'a tensor of shape {tuple(value.shape)}' if value.numel() != 1 else 'a number without a gradient'
 
 
 @contextmanager
@@ -99,7 +109,7 @@ def _viewer(place: Place, views: dict, factor: float, sums: dict[int, float]) ->
                 with torch.no_grad():
                     for b, other in place.others.items():
                         error = other(x.detach()) - x.detach()
-                        sums[b] += factor * float((gradient * error).square().sum())
+                        sums[b] += factor * float((gradient.float() * error.float()).square().sum())
 
             view.register_hook(add)
             views[key] = x, view  # x too, so that no other tensor takes its id meanwhile
