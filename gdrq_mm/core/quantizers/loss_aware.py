@@ -15,6 +15,7 @@ ELQ (Zhou et al., CVPR 2018), which adds the change of the loss to INQ's portion
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .. import functional as F
 from ..compat import is_compiling
 from ..ranks import all_reduce
 from .base import Stage
+from .fixed_point import FixedPoint
 from .minmax import MinMaxActivation
 from .registry import register
 from .weight import WeightQuantizer
@@ -39,6 +41,10 @@ LEAST = 1e-3
 @register('loss_aware', title='Loss-aware', activations=MinMaxActivation)
 class LossAwareWeight(WeightQuantizer):
     """Weights with the step of least error in the curvature's measure."""
+
+    @dataclass(frozen=True)
+    class Options(FixedPoint):
+        """Those of a step that may be a power of two."""
 
     second: Tensor
     """Running mean of squared gradients, in the shape of the filters; only training reads it."""

@@ -21,6 +21,7 @@ from .. import functional as F
 from ..typed import Bounds
 from .activation import Statistics
 from .base import Stage
+from .fixed_point import FixedPoint
 from .lsq import LearnedStepOptions, LSQActivation, LSQWeight
 from .registry import register
 
@@ -29,7 +30,9 @@ from .registry import register
 class LSQPlusWeight(LSQWeight):
     """Weights with a learned step that starts from the third standard deviation."""
 
-    Options = LearnedStepOptions  # type: ignore[assignment]  # without another start
+    @dataclass(frozen=True)
+    class Options(LearnedStepOptions, FixedPoint):  # type: ignore[override]  # without another start
+        """Those of a learned step, which may be a power of two."""
 
     def start_threshold(self, weight: Tensor) -> Tensor:
         flat = weight.detach().double().flatten(1)

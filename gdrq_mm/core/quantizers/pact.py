@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..typed import Bounds
 from .activation import ActivationQuantizer
 from .dorefa import DoReFaWeight
+from .fixed_point import FixedPoint
 from .registry import register
 
 
@@ -28,7 +29,7 @@ class PACTActivation(ActivationQuantizer):
     """Activations with a learned threshold."""
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(FixedPoint):
         lr_mult: Annotated[float, Bounds(0, 1000)] = 1.0
         """Learning rate of alpha, as a multiple of that of the weights."""
         decay_mult: Annotated[float, Bounds(0, 1000)] = 1.0

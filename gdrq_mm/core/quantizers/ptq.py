@@ -8,10 +8,13 @@ checkpoint without training. If the model is trained all the same, the threshold
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from .. import functional as F
 from .activation import ActivationQuantizer, Statistics
+from .fixed_point import FixedPoint
 from .registry import register
 from .weight import WeightQuantizer
 
@@ -22,6 +25,10 @@ class PTQWeight(WeightQuantizer):
 
     default_groups = 'channel'
 
+    @dataclass(frozen=True)
+    class Options(FixedPoint):
+        """Those of a step that may be a power of two."""
+
     def start_threshold(self, weight: Tensor) -> Tensor:
         return F.search_threshold(weight, self.lo, self.hi, self.sizes)
 
@@ -31,6 +38,10 @@ class PTQActivation(ActivationQuantizer):
     """Activations with the T of least squared error on samples of the calibration batches."""
 
     keeps_samples = True
+
+    @dataclass(frozen=True)
+    class Options(FixedPoint):
+        """Those of a step that may be a power of two."""
 
     def start_threshold(self, seen: Statistics) -> Tensor:
         assert self.samples is not None
