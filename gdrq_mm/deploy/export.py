@@ -112,8 +112,9 @@ class ExportReport:
 def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path, target: str = 'both') -> ExportReport:
     """Write model.onnx and model.safetensors (see packed.py) into a new folder, whole or not at all.
 
-    The graph takes any number of examples, and pictures of any size if the model allows it. It is verified at another
-    size too, with other remainders when divided, where the model takes such.
+    The graph takes any number of examples, and pictures of any size, (N, C, H, W), or sequences of any length,
+    (N, L, C) or token ids (N, L), if the model allows it. It is verified at another size too, with other remainders
+    when divided, where the model takes such.
 
     Args:
         model: quantized and trained; its forward takes one tensor and returns tensors, nested as they like. It is not
@@ -144,7 +145,8 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path, targe
     difference = first_difference(compare(trained, merged, plan, lambda m: m(x)))
     if difference:
         raise UserError(f'{difference}; nothing was written')
-    part = export_part('model', Flat(trained), Flat(merged), x, any_size=x.dim() == 4, target=target)
+    any_size = x.dim() > 2 or not x.is_floating_point()
+    part = export_part('model', Flat(trained), Flat(merged), x, any_size, target)
     if part.wrong:
         raise UserError(f'{part.wrong}; nothing was written')
     unread = check_complete(merged, [part])

@@ -243,3 +243,17 @@ def test_the_epsilon_of_a_normalization_counts(norm, behind, tmp_path):
     x = torch.randn(4, 8, 6, 6) * 0.03
     report = export(*prepared(model, x, bits=8), x, tmp_path / 'exported')
     assert set(report.differing) == {'onnxruntime', 'openvino'} and report.wrong == 0
+
+
+@pytest.mark.parametrize('kind', ['features', 'tokens'])
+def test_sequences_have_any_length(kind, tmp_path):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, dropout=0.0, batch_first=True)
+    first = nn.Linear(6, WIDTH) if kind == 'features' else nn.Embedding(20, WIDTH)
+    model = Function(lambda m, x: m.last(m.encoder(m.first(x))), first=first, encoder=encoder, last=nn.Linear(WIDTH, 3))
+    x, longer = (torch.randn(4, n, 6) if kind == 'features' else torch.randint(20, (4, n)) for n in (7, 12))
+    export(*prepared(model, x, bits=8), x, tmp_path / 'exported')
+    for backend in ('onnxruntime', 'openvino'):
+        (found,) = open_runtime(backend, tmp_path / 'exported/model.onnx')([longer.numpy()])
+        with torch.no_grad():
+            assert abs(found - model(longer).numpy()).max() < 0.02 * abs(found).max()

@@ -153,6 +153,30 @@ def test_a_graph_of_other_settings_is_refused(whole, change, message):
     use_runtime(model, folder, 'onnxruntime', checkpoint, parts=True)
 
 
+@pytest.mark.parametrize('whole', ['yolox'], indirect=True)
+def test_the_tool_draws_what_the_graphs_predict(whole, tmp_path, run):
+    _, cfg, checkpoint, folder, picture = whole
+    cfg.dump(tmp_path / 'config.py')
+    cv2.imwrite(str(tmp_path / 'picture.png'), picture)
+    drawn, command = {}, [ROOT / 'tools/infer.py', 'config.py', checkpoint, 'picture.png', '--score-thr', 0.02]
+    graphs = ['--backend', 'onnxruntime', '--exported', folder]
+    for name, more in {'torch': [], 'end2end': graphs, 'parts': [*graphs, '--parts']}.items():
+        done = run(*command, '--out', f'{name}.png', *more)
+        assert done.returncode == 0, done.stderr
+        drawn[name] = cv2.imread(str(tmp_path / f'{name}.png')).astype(int)
+    done = run(*command, '--out', 'without.png', '--score-thr', 2)
+    boxes = abs(drawn['torch'] - cv2.imread(str(tmp_path / 'without.png'))).mean()
+    for name in ('end2end', 'parts'):
+        assert abs(drawn[name] - drawn['torch']).mean() < 0.2 * boxes
+    for more, message in (
+        (graphs[:2], '--backend and --exported DIR belong together'),
+        (['--parts'], '--parts belongs to --backend'),
+        ([*graphs, '--device', 'cuda'], '--device cuda: onnxruntime runs on the CPU here'),
+    ):
+        done = run(*command, '--out', 'bad.png', *more)
+        assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+
+
 EXAMPLES = dict(cls='classify.py', seg='segment.py', det='detect.py', yolox='detect.py')
 
 
