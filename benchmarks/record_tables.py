@@ -257,7 +257,7 @@ def tasks(models: str) -> str:
 
 def task_parts() -> str:
     """What weights and activations of few bits cost the YOLOX after 20 epochs, both and each alone."""
-    parts = r'yolox_20e_first-(float|gdrq-(control-w4a4|w8a8|w4a4|w4a32|w32a4)-seed0)'
+    parts = r'yolox_20e-(float|gdrq-(control-w4a4|w8a8|w4a4|w4a32|w32a4)-seed0)'
     rows = [row for row in rows_of(read('tasks/*.json', parts)) if row['seeds']]
     columns = ('task', 'model', 'data', 'metric', 'float', 'trained on', 'method', 'seeds')
     return table(rows, [*columns, 'bits', 'quantized', 'drop', 'drop, trained on'])
@@ -300,9 +300,9 @@ def progressive() -> str:
     return table(rows, ('model', 'data', 'metric', 'bits', 'starts from', 'quantized', 'seeds'))
 
 
-def continued() -> str:
-    """The classifier in few bits at the end of its training (benchmarks/continued.py)."""
-    return by_bits(read('continued/*.json'))
+def continued(cells: str = 'cifar10') -> str:
+    """The classifier in few bits at the end of its training, for three or six epochs (benchmarks/continued.py)."""
+    return by_bits(read(f'continued/{cells}-*.json'))
 
 
 def longer() -> str:
@@ -333,6 +333,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'tasks_bccd_60e': partial(tasks, 'yolox'),
     'tasks_camvid': partial(tasks, 'pspnet|pspnet_first|fcn'),
     **{f'mixed_{model}': partial(mixed, model) for model in ('cifar10', 'yolox', 'pspnet')},
+    'continued_6e': partial(continued, 'cifar10_6e'),
     'grid_ptq': lambda: comparison(rows_of(read('grid/*.json', r'cifar10-(float|ptq-w\d+a\d+-seed0)'))),
     **{
         f.__name__: f
