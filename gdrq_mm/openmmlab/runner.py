@@ -65,6 +65,8 @@ class QuantRunner(CheckpointRunner):
         for name in ('auto_scale_lr', 'default_hooks', 'env_cfg', 'model_wrapper_cfg', 'randomness'):
             if not isinstance(cfg.get(name) or {}, dict):
                 raise UserError(f'{name}={cfg[name]!r} is not a dict')
+        if cfg.get('quantization') and cfg.get('efficient_conv_bn_eval'):
+            raise UserError('efficient_conv_bn_eval changes convolutions by tracing them in float: remove it')
         if cfg.get('load_from') or (cfg.get('resume') and find_latest_checkpoint(cfg.work_dir)):
             drop_pretrained(cfg.model)
         return super().from_cfg(cfg)

@@ -52,6 +52,12 @@ def tested(tmp_path, monkeypatch):
 # ---- names of the libraries -----------------------------------------------------------------------------------------
 
 
+def test_batch_norms_folded_by_mmengine_are_refused(make):
+    with pytest.raises(UserError, match='efficient_conv_bn_eval changes convolutions'):
+        make(efficient_conv_bn_eval='[backbone]')
+    assert make(quantization=None, efficient_conv_bn_eval='[backbone]')
+
+
 def test_an_optimizer_of_the_library_trains(make):
     """mmpretrain has optimizers of its own, which only its registry knows."""
     runner = make(epochs=1, optim_wrapper=dict(_delete_=True, optimizer=dict(type='Lamb', lr=0.01)))
