@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..core.mixed.allocation import Allocation, LayerBits
-from ..core.mixed.program import UNITS
+from ..core.mixed.budgets import UNITS
 from .plots import png
 from .templates import TEMPLATES
 

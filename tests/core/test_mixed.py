@@ -14,9 +14,8 @@ from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.mixed.allocation import Chooser, config_text
-from gdrq_mm.core.mixed.budgets import Costs, choices_of_layers
+from gdrq_mm.core.mixed.budgets import Costs, Pair, choices_of_layers
 from gdrq_mm.core.mixed.choices import Candidates, choices_of
-from gdrq_mm.core.mixed.program import Pair
 from gdrq_mm.core.mixed.search import BitSearch
 from gdrq_mm.core.mixed.sensitivity import loss_sensitivity
 from gdrq_mm.core.modules import quant_layers

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.mixed import program as program_module
-from gdrq_mm.core.mixed.budgets import read_budgets
-from gdrq_mm.core.mixed.program import Budget, Pair, Program, monotone
+from gdrq_mm.core.mixed.budgets import Budget, Pair, read_budgets
+from gdrq_mm.core.mixed.program import Program, monotone
 
 WIDTHS = (2, 3, 4, 8)
 

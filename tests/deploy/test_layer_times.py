@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from gdrq_mm.core.config import Activation, Weight
 from gdrq_mm.core.layers import QUANTIZED
-from gdrq_mm.core.mixed.program import Pair
+from gdrq_mm.core.mixed.budgets import Pair
 from gdrq_mm.deploy import measure
 from gdrq_mm.deploy.layer_times import FORMS, costs_of, form_of, layer_graph, time_layers, timed_layer
 from gdrq_mm.deploy.runtime import RUNTIMES, integer_layers, open_runtime

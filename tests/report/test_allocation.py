@@ -6,8 +6,9 @@ import re
 from PIL import Image
 
 from gdrq_mm.core.mixed.allocation import Allocation, LayerBits
+from gdrq_mm.core.mixed.budgets import Budget, Pair
 from gdrq_mm.core.mixed.choices import Choice
-from gdrq_mm.core.mixed.program import Budget, Pair, Program
+from gdrq_mm.core.mixed.program import Program
 from gdrq_mm.report.allocation import allocation_page, curve_picture
 from gdrq_mm.report.identity import method_of
 

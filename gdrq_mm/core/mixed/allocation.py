@@ -10,9 +10,9 @@ import torch.nn as nn
 
 from ..config import Quantization, settings_of
 from ..convert import Report
-from .budgets import Costs, choices_of_layers
+from .budgets import Costs, Pair, choices_of_layers
 from .choices import Candidates, Choice, choices_of
-from .program import Pair, Program, Sensitivities, Solution
+from .program import Program, Sensitivities, Solution
 
 
 @dataclass(frozen=True)

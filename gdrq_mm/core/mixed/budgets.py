@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch.nn as nn
 
@@ -14,9 +15,66 @@ from ..modules import quant_layers
 from ..products import factor_bits
 from ..typed import FLOAT_BITS, near
 from .choices import Candidates, Choice
-from .program import UNITS, Budget, Pair
 
 FLOAT_BYTES = 4
+UNITS = {'size': ('bytes', 1.0), 'bitops': ('G bit operations', 1e9), 'ms': ('ms', 1.0)}
+"""Kind of a budget -> its unit as it is shown, and by what to divide."""
+
+
+class Pair(NamedTuple):
+    """Bits of a layer's weight and of its input; 32 is float."""
+
+    weight: int
+    input: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the bits of all layers together may cost."""
+
+    kind: str
+    """A key of UNITS."""
+    limit: float
+    whole: float
+    """What the float model costs."""
+    fixed: float
+    """What is the same whatever the bits."""
+    costs: Mapping[str, Mapping[Pair, float]]
+    """Layer -> bits -> cost."""
+    kept: Mapping[str, float] = field(default_factory=dict)
+    """Layer or product without a choice, as a message names it -> its part of `fixed`."""
+
+    def used(self, bits: Mapping[str, Pair]) -> float:
+        """What these bits cost; layer -> bits."""
+        return self.fixed + sum(costs[bits[layer]] for layer, costs in self.costs.items())
+
+    def text(self, value: float, up: bool = False) -> str:
+        """An amount with its unit and its share of the float model; both rounded up where it is a limit to take."""
+        unit, divisor = UNITS[self.kind]
+        share = value / self.whole if self.whole else 0.0
+        if up and math.isfinite(value):
+            places = 0 if self.kind == 'size' else 3 - math.floor(math.log10(value / divisor)) if value > 0 else 0
+            value = math.ceil(value / divisor * 10**places - 1e-9) / 10**places * divisor
+            share = math.ceil(share * 1e4 - 1e-9) / 1e4
+        number = f'{value:,.0f}' if self.kind == 'size' else f'{value / divisor:,.4g}'
+        return f'{number} {unit} ({share:.4f} of float)' if self.whole else f'{number} {unit}'
+
+    def impossible(self, least: float, most: float) -> str:
+        """The message for a limit below the least, given what the fewest and the most bits cost."""
+        said = f'budget {self.kind}: {self.text(self.limit)} is impossible; the least is {self.text(least, up=True)}'
+        if self.kind == 'ms':
+            return (
+                f'{said}, the most bits take {self.text(most)}: bits alone cannot meet it, as a runtime computes all '
+                'of them in 8-bit integers'
+            )
+        given = {
+            layer: next(iter(costs.values())) for layer, costs in self.costs.items() if len(set(costs.values())) == 1
+        }
+        total = self.fixed + sum(given.values())
+        given |= self.kept
+        dearest = ', '.join(sorted(given, key=lambda name: -given[name])[:3])
+        names = f' (layers {dearest}{", ..." if len(given) > 3 else ""})' if given else ''
+        return f'{said}, of which {self.text(total)} is given by the config{names}'
 
 
 def read_budgets(given: Iterable[str] | Mapping[str, Any]) -> dict[str, float]:

@@ -7,14 +7,15 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from ..errors import UserError
+from .budgets import Budget, Pair
 
 Sensitivities = Mapping[str, Mapping[int, float]]
 """Name of a choice -> bits -> what these bits cost, in any unit that adds up."""
@@ -25,51 +26,10 @@ GAP = 1e-6
 """How far from the optimum an answer may be, as a share of it."""
 SECONDS, BRIEFLY = 60, 5
 """Time for the program that chooses, and for each of the others; the best answer until then counts."""
-UNITS = {'size': ('bytes', 1.0), 'bitops': ('G bit operations', 1e9), 'ms': ('ms', 1.0)}
-"""Kind of a budget -> its unit as it is shown, and by what to divide."""
 
 
 class OutOfTime(UserError):
     """A program found nothing in its time."""
-
-
-class Pair(NamedTuple):
-    """Bits of a layer's weight and of its input; 32 is float."""
-
-    weight: int
-    input: int
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the bits of all layers together may cost."""
-
-    kind: str
-    """A key of UNITS."""
-    limit: float
-    whole: float
-    """What the float model costs."""
-    fixed: float
-    """What is the same whatever the bits."""
-    costs: Mapping[str, Mapping[Pair, float]]
-    """Layer -> bits -> cost."""
-    kept: Mapping[str, float] = field(default_factory=dict)
-    """Layer or product without a choice, as a message names it -> its part of `fixed`."""
-
-    def used(self, bits: Mapping[str, Pair]) -> float:
-        """What these bits cost; layer -> bits."""
-        return self.fixed + sum(costs[bits[layer]] for layer, costs in self.costs.items())
-
-    def text(self, value: float, up: bool = False) -> str:
-        """An amount with its unit and its share of the float model; both rounded up where it is a limit to take."""
-        unit, divisor = UNITS[self.kind]
-        share = value / self.whole if self.whole else 0.0
-        if up and math.isfinite(value):
-            places = 0 if self.kind == 'size' else 3 - math.floor(math.log10(value / divisor)) if value > 0 else 0
-            value = math.ceil(value / divisor * 10**places - 1e-9) / 10**places * divisor
-            share = math.ceil(share * 1e4 - 1e-9) / 1e4
-        number = f'{value:,.0f}' if self.kind == 'size' else f'{value / divisor:,.4g}'
-        return f'{number} {unit} ({share:.4f} of float)' if self.whole else f'{number} {unit}'
 
 
 @dataclass(frozen=True)
@@ -172,7 +132,7 @@ class Program:
             alone = replace(self, budgets=[budget])
             least, most = alone.extreme(budget.kind), alone.extreme(budget.kind, most=True)
             if least > budget.limit:
-                raise UserError(_impossible(budget, least, most))
+                raise UserError(budget.impossible(least, most))
         last = self.budgets[-1]
         others = ' and '.join(f'{each.kind} within {each.text(each.limit)}' for each in self.budgets[:-1])
         raise UserError(
@@ -297,25 +257,6 @@ def _scaled(budget: Budget, pairs: Mapping[tuple[str, Pair], int]) -> dict[int, 
     return {
         number: budget.costs[layer][pair] / unit for (layer, pair), number in pairs.items() if layer in budget.costs
     }
-
-
-def _impossible(budget: Budget, least: float, most: float) -> str:
-    said = (
-        f'budget {budget.kind}: {budget.text(budget.limit)} is impossible; the least is {budget.text(least, up=True)}'
-    )
-    if budget.kind == 'ms':
-        return (
-            f'{said}, the most bits take {budget.text(most)}: bits alone cannot meet it, as a runtime computes all of '
-            'them in 8-bit integers'
-        )
-    given = {
-        layer: next(iter(costs.values())) for layer, costs in budget.costs.items() if len(set(costs.values())) == 1
-    }
-    total = budget.fixed + sum(given.values())
-    given |= budget.kept
-    dearest = ', '.join(sorted(given, key=lambda name: -given[name])[:3])
-    names = f' (layers {dearest}{", ..." if len(given) > 3 else ""})' if given else ''
-    return f'{said}, of which {budget.text(total)} is given by the config{names}'
 
 
 def monotone(sensitivities: Sensitivities) -> dict[str, dict[int, float]]:

@@ -18,8 +18,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..quantizers import Stage
+from .budgets import Budget
 from .choices import Candidates
-from .program import Budget
 
 LEARNING_RATE = 0.05
 """Of the logits, by Adam (ours)."""
