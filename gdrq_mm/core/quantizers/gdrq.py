@@ -58,14 +58,10 @@ def default_weight_k(bits: int, lo: int, hi: int) -> float:
 
 
 def limited_k(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
-    """The default k, or the one with which the largest weight, of the group where it is largest, takes the outer level.
-
-    A scalar tensor: the lower of the two.
-    """
-    lo, hi, apart = quantizer.lo, quantizer.hi, quantizer.apart
-    most, mean = default_weight_k(quantizer.bits, lo, hi), F.mean_abs(weight, quantizer.sizes)
+    """The default k, lowered until the largest weight, of the group where it is largest, takes the outer level."""
+    lo, hi, mean = quantizer.lo, quantizer.hi, F.mean_abs(weight, quantizer.sizes)
     ratio = (F.max_abs(weight, quantizer.sizes) / torch.where(mean > 0, mean, 1)).amax()
-    reach = ratio * -lo / (hi - IN_OUTER_CELL * apart)
+    reach, most = ratio * -lo / (hi - IN_OUTER_CELL * quantizer.apart), default_weight_k(quantizer.bits, lo, hi)
     return torch.where(reach > 0, reach.clamp(max=most), most)
 
 
