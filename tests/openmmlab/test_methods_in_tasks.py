@@ -134,6 +134,19 @@ def test_a_training_tells_its_progress(whole):
         assert torch.equal(exponents, exponents.round())
 
 
+@pytest.mark.parametrize('method', ['inq', *(pytest.param(m, marks=pytest.mark.full) for m in ('loss_aware', 'tsq'))])
+def test_the_average_of_weights_that_change_in_stages_is_quantized(method, whole, make):
+    runner, _, validated = whole(method)
+    load = checkpoint_of(runner, 'epoch_2.pth')
+    tester = make('test', quantization=run_config(method), load_from=load, **TEST_ONLY)
+    scores = scores_of(tester)
+    tester.test()
+    assert torch.equal(scores[0], validated[-1])
+    for layer in quant_layers(tester.model.eval()).values():
+        values = layer.weight_quant(layer.filters()).detach().flatten(1)
+        assert all(len(row.unique()) <= 2**layer.weight_quant.bits for row in values)
+
+
 @pytest.mark.parametrize('method', ['lsq_plus', 'pact', 'ttq'])
 def test_the_average_of_ema_takes_learned_parameters_and_evaluates(method, whole, make):
     runner, history, validated = whole(method)
