@@ -15,8 +15,10 @@ def open_exported(folder, task, usage):
         sys.exit(f'{usage}\nEXPORTED_FOLDER is what tools/export.py wrote.')
     about = json.loads(Path(folder, 'export.json').read_text())
     whole = about.get('end2end', {}) if about['task'] == task else {'refused': f'its task is {about["task"]}'}
-    if about['export_version'] != 2 or 'file' not in whole or 'input' not in whole:
+    if about['export_version'] != 2 or 'file' not in whole:
         sys.exit(f'{folder} has no end2end.onnx for this: {whole.get("refused", "export the model again")}')
+    if 'input' not in whole:
+        sys.exit(f'{folder}/export.json has no input: export the model again')
     onnxruntime.set_default_logger_severity(4)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry('session.x64quantprecision', '1')  # exact without VNNI too, slower with it
@@ -27,8 +29,11 @@ def open_exported(folder, task, usage):
         return about, onnxruntime.InferenceSession(Path(folder, whole['file']), options)
 
 
-def read_picture(path, whole):
-    """A picture, RGB; what end2end.onnx sees of it, (1, H, W, 3); and how wide and high it was scaled before a pad."""
+def read_picture(path, whole, crops=False):
+    """A picture, RGB; what end2end.onnx sees of it, (1, H, W, 3); and how wide and high it was scaled before a pad.
+
+    Without `crops` the program ends where a part of the picture would be cut out.
+    """
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
     except OSError as error:
@@ -36,8 +41,8 @@ def read_picture(path, whole):
     if picture.mode.startswith('I;16'):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     picture, rule = picture.convert('RGB'), whole['input']
-    if 'refused' in rule:
-        sys.exit(f'{path} cannot be made an input: {rule["refused"]}')
+    if 'refused' in rule or (rule['crop'] and not crops):
+        sys.exit(f'{path} cannot be made an input: {rule.get("refused", "the test pipeline crops it")}')
     seen, size = picture, picture.size
     if resize := rule['resize']:
         edges = dict(long=max(size), short=min(size))
@@ -45,8 +50,9 @@ def read_picture(path, whole):
             size = resize['width'], resize['height']
         else:
             name = min(edges.keys() & resize.keys(), key=lambda each: resize[each] / edges[each])
-            more = 0.5 if resize['round'] == 'nearest' else 0
-            size = tuple(max(int(side * resize[name] / edges[name] + more), 1) for side in size)
+            to, edge = resize[name], edges[name]
+            size = [int(s * (to / edge) + 0.5) if resize['round'] == 'nearest' else int(to * s / edge) for s in size]
+            size = max(size[0], 1), max(size[1], 1)
         seen = picture.resize(size, Image.Resampling[resize['interpolation'].upper()])
     if crop := rule['crop']:
         left, top = (max(round((side - crop[name]) / 2), 0) for side, name in zip(size, ('width', 'height')))

@@ -149,9 +149,9 @@ int predict(const std::string& folder, const std::string& path, double lowest) {
         if (has(resize, "long")) to = number(resize, "long"), from = long_edge;
         if (has(resize, "short") && (from == 0 || number(resize, "short") / short_edge < to / from))
             to = number(resize, "short"), from = short_edge;
-        const double more = value(resize, "round") == "\"nearest\"" ? 0.5 : 0;
-        width = std::max(size_t(width * to / from + more), size_t(1));
-        height = std::max(size_t(height * to / from + more), size_t(1));
+        const bool nearest = value(resize, "round") == "\"nearest\"";
+        for (size_t* side : {&width, &height})
+            *side = std::max(size_t(nearest ? *side * (to / from) + 0.5 : to * *side / from), size_t(1));
     }
     const double across = double(width) / picture.width, down = double(height) / picture.height;
 
@@ -166,7 +166,9 @@ int predict(const std::string& folder, const std::string& path, double lowest) {
     image.model().set_layout("NHWC");
     if (height != picture.height || width != picture.width) {
         using Way = ov::preprocess::ResizeAlgorithm;
-        const bool bicubic = value(resize, "interpolation") == "\"bicubic\"";
+        const std::string way = value(resize, "interpolation");
+        const bool bicubic = way == "\"bicubic\"";
+        if (!bicubic && way != "\"bilinear\"") throw std::runtime_error("interpolation " + way + " is not known here");
         image.preprocess().resize(bicubic ? Way::RESIZE_BICUBIC_PILLOW : Way::RESIZE_BILINEAR_PILLOW, height, width);
     }
     if (crop != "null") {

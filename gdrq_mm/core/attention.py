@@ -106,7 +106,7 @@ class WrittenOut(nn.Module):
     """nn.MultiheadAttention in modules and products, never in torch's fast path; made by :meth:`of`.
 
     It has all attributes of torch's module, and is no instance of it. Where the masks leave a query no key, it gives
-    what torch does: NaN with `need_weights`, 0 without.
+    what torch from 2.5 on does in training: NaN with `need_weights`, 0 without.
     """
 
     embed_dim: int

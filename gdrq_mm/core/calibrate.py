@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UserError
+from .layers import QuantLayer
 from .modules import (
     activation_quantizers,
     every_module,
@@ -42,6 +43,7 @@ def calibrate(
     predict: Callable[[Any], Any] | None = None,
     training: bool = False,
     trains_next: bool = True,
+    missing: bool = False,
 ) -> list[str]:
     """Start all thresholds, ranges and zero points from a few batches; from then on every quantizer quantizes.
 
@@ -54,6 +56,7 @@ def calibrate(
         training: `predict` computes a loss. Modules with children are then in training mode: some models compute a loss
             in that mode only.
         trains_next: the model is trained with these thresholds.
+        missing: only what is :func:`uncalibrated`; the rest is in use meanwhile, and stays.
 
     Raises:
         UserError: no batch reached a layer, in any process; or an input is not finite.
@@ -65,10 +68,13 @@ def calibrate(
         (`norm_eval`) are not judged and keep their statistics.
     """
     follow(model, every_module(model))
-    for layer in quant_layers(model).values():
+    chosen = set(uncalibrated(model) if missing else [m for m in model.modules() if isinstance(m, Quantizer)])
+    activations = [each for each in activation_quantizers(model).values() if each in chosen]
+    layers = [each for each in quant_layers(model).values() if not missing or each.weight_quant in chosen]
+    for layer in layers:
         layer.seen = False
     predict, batches = predict or model, iter(batches)
-    with _observing(model), uncompiled(), _quiet(model, training) as judged:
+    with _observing(chosen), uncompiled(), _quiet(model, training) as judged:
         first = list(islice(batches, 1))
         again = copy.deepcopy(first) if judged else []  # a model may change what it is given
         with _judging(judged) as verdicts:
@@ -76,7 +82,7 @@ def calibrate(
                 predict(batch)
         wrong, called, once_more = _wrong_norms(verdicts)
         if once_more:
-            for quantizer in activation_quantizers(model).values():
+            for quantizer in activations:
                 quantizer.forget()
             for norm in called if wrong and trains_next else ():
                 norm.training, norm.momentum = True, 0.0
@@ -84,14 +90,20 @@ def calibrate(
                 predict(batch)
         for batch in batches:
             predict(batch)
-        _start_thresholds(model)
+        _start_thresholds(activations, layers)
     return [name for name, module in model.named_modules() if module in wrong]
 
 
+def uncalibrated(model: nn.Module) -> list[Quantizer]:
+    """The quantizers that have no threshold yet, and are to have one."""
+    found = [m for m in model.modules() if isinstance(m, Quantizer)]
+    return [each for each in found if not each.calibrated and each.stage != Stage.FLOAT]
+
+
 @contextmanager
-def _observing(model: nn.Module) -> Iterator[None]:
-    """All quantizers observe. If something fails, they forget what they saw, and are in the stages of before."""
-    stages = {module: module.stage for module in model.modules() if isinstance(module, Quantizer)}
+def _observing(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Quantizers observe. If something fails, they forget what they saw, and are in the stages of before."""
+    stages = {quantizer: quantizer.stage for quantizer in quantizers}
     for quantizer in stages:
         quantizer.set_state(stage=Stage.OBSERVE)
     try:
@@ -99,8 +111,8 @@ def _observing(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for quantizer, stage in stages.items():
             quantizer.set_state(stage=stage)
-        for observer in activation_quantizers(model).values():
-            observer.forget()
+            if isinstance(quantizer, ActivationQuantizer):
+                quantizer.forget()
         raise
 
 
@@ -186,23 +198,22 @@ def wrong_statistics(names: list[str], by_batch: bool) -> str:
     )
 
 
-def _start_thresholds(model: nn.Module) -> None:
+def _start_thresholds(activations: list[ActivationQuantizer], layers: list[QuantLayer]) -> None:
     """Set ranges and thresholds of the activations from what was observed, and the thresholds of the weights."""
-    activations, layers = activation_quantizers(model), quant_layers(model)
     if activations:
-        observed = torch.stack([quantizer.observed() for quantizer in activations.values()])
+        observed = torch.stack([quantizer.observed() for quantizer in activations])
         sums, extremes = observed[:, :3].contiguous(), observed[:, 3:].contiguous()
         all_reduce(sums, 'sum')
         all_reduce(extremes, 'max')
-        _share_samples(list(activations.values()))
-        for quantizer, row in zip(activations.values(), torch.cat([sums, extremes], 1)):
+        _share_samples(activations)
+        for quantizer, row in zip(activations, torch.cat([sums, extremes], 1)):
             quantizer.start(row)
             quantizer.set_state(stage=Stage.QUANTIZE if quantizer.calibrated else Stage.FLOAT)
-    seen = torch.tensor([layer.seen for layer in layers.values()], dtype=torch.int32)
+    seen = torch.tensor([layer.seen for layer in layers], dtype=torch.int32)
     all_reduce(seen, 'max')
     if layers and not bool(seen.any()):
         raise UserError('calibration: no batch reached a layer; is the loader an iterator that was used before?')
-    for layer, reached in zip(layers.values(), seen.tolist()):
+    for layer, reached in zip(layers, seen.tolist()):
         if layer.weight_quant is not None:
             if reached:
                 layer.weight_quant.start(layer.filters())

@@ -49,6 +49,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
         following = moving_quantizers(model).values()
         for quantizer in following:
             quantizer.sums.zero_()
+        largest = {quantizer: quantizer.sums.clone() for quantizer in following if quantizer.largest}
         count = 0
         try:
             for batch in batches:
@@ -58,6 +59,11 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
                         norm.training, norm.momentum = True, None  # an average of all batches alike
                 predict(batch)
                 count += 1
+                for quantizer, total in largest.items():  # the mean of the batches' largest values, not that of all
+                    total += quantizer.sums
+                    quantizer.sums.zero_()
+            for quantizer, total in largest.items():
+                quantizer.sums.copy_(total)
             if count:
                 _average(norms, before)
                 move_thresholds(following, momentum=1.0)

@@ -35,7 +35,7 @@ _SAME_VALUES = {
     *'transpose permute t view reshape flatten unflatten squeeze unsqueeze contiguous to float type_as'.split(),
     *'dropout masked_fill'.split(),
 }
-"""Names of functions whose result has the values of their first argument, in evaluation."""
+"""Names of functions that leave what softmax made between 0 and 1, in evaluation."""
 _NORMALIZE = {nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward}
 """What batch norms do that do nothing else; a subclass may activate too, and is no part of a convolution then."""
 

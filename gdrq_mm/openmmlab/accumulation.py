@@ -80,6 +80,8 @@ def restore(model: nn.Module, saved: Accumulated) -> None:
         parameter = parameters[name]
         parameter.grad = gradient.to(parameter)
     for name, (total, count) in ours['sums'].items():
+        if moving[name].largest and count:  # older checkpoints have the sum of the largest values
+            total, count = total / count, 1
         moving[name].sums.copy_(torch.tensor([total, count]))
     quantizers = _quantizers(model)
     for name, value in ours.get('pending', {}).items():

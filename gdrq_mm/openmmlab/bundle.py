@@ -125,7 +125,9 @@ def _check_settings(model: Any, whole: dict[str, Any], folder: Path) -> None:
     Raises:
         UserError: names one, and both values.
     """
-    ours, theirs = flat(_settings_of(model)), flat(whole.get('settings') or _settings_of(model))
+    if 'settings' not in whole:  # an older export
+        return
+    ours, theirs = flat(_settings_of(model)), flat(whole['settings'])
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
             raise UserError(

@@ -69,7 +69,8 @@ def _is_sigmoid(model: nn.Module, name: str) -> bool:
     heads: list[Any] = [model.get_submodule('.'.join(parts[:count])) for count in range(1, len(parts) + 1)]
     found = [getattr(head, key, None) for head in heads for key in ('loss_cls', 'loss_decode', 'loss_module')]
     losses = [each for loss in found for each in (loss if isinstance(loss, nn.ModuleList) else [loss])]
-    sigmoid = [getattr(loss, 'use_sigmoid', False) for loss in losses]
+    inner = [each for loss in losses for each in (loss.modules() if isinstance(loss, nn.Module) else [loss])]
+    sigmoid = [getattr(loss, 'use_sigmoid', False) for loss in inner]  # LabelSmoothLoss has one in it
     return any(sigmoid) or any(getattr(head, 'use_sigmoid_cls', False) for head in heads) or '_obj' in name
 
 

@@ -174,7 +174,7 @@ def picture_of(model: Any, predict: Callable[[], Any]) -> Tensor:
         predict()
     pixels = found[0].clamp(0, 255).to(torch.uint8)
     if not torch.equal(pixels.to(found[0].dtype), found[0]):  # to_float32=True leaves the values
-        raise NotCovered('the pipeline of its test data makes no pictures of 8 bits, as where it normalizes them')
+        raise NotCovered('the pipeline of its test data makes no pictures of 8 bits: it normalizes, or scales floats')
     return to_graph(model, pixels)[None]
 
 
@@ -229,6 +229,8 @@ def unlike_model_with_more_boxes(model: Any, report: ExportReport, values: Mappi
     try:
         cfg.score_thr = 0
         scores = run_chain(chain_of(model, report)[0], values['image'])['dets'][0, :, 4]
+        if not len(scores):
+            return ''
         cfg.score_thr = float(scores.topk(min(FEW, len(scores))).values[-1]) * (1 - SCORE)
         return unlike_model(model, run_chain(chain_of(model, report)[0], values['image']))
     finally:

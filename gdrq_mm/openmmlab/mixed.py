@@ -98,8 +98,9 @@ def times_of(runner: Any, backend: str, threads: int | None, rounds: int = 10) -
     calls, unknown = dict[str, list[TimedLayer]](), dict[str, None]()
 
     def note(name: str) -> Callable[..., None]:
-        def see(layer: Any, args: Any) -> None:
-            timed = timed_layer(layer, args[0].shape)
+        def see(layer: Any, args: Any, kwargs: Any) -> None:
+            x = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+            timed = None if x is None else timed_layer(layer, x.shape)
             if timed is not None:
                 calls.setdefault(name, []).append(timed)
             else:
@@ -108,7 +109,7 @@ def times_of(runner: Any, backend: str, threads: int | None, rounds: int = 10) -
         return see
 
     with only(model, []), modes_kept(model), torch.no_grad():
-        with hooked(layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()):
+        with hooked(layer.register_forward_pre_hook(note(name), with_kwargs=True) for name, layer in layers.items()):
             trials_of(runner, model.eval())[0]()
     if unknown:
         warnings.warn(f'layers without a time, which the budget in ms leaves out: {", ".join(unknown)}', stacklevel=2)

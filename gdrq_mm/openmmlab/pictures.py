@@ -58,6 +58,7 @@ def batch_of(cfg: Config, image: str | Path | np.ndarray) -> Any:
 
 PROBES = ((90, 160), (160, 90), (64, 64), (37, 301))
 """Heights and widths of pictures with which a rule is compared with the pipeline (ours)."""
+ORDER = ('resize', 'crop', 'pad')
 SAMPLED = ('nearest', 'bilinear', 'bicubic', 'lanczos')
 """Ways to scale a picture that other libraries have under the same name."""
 
@@ -71,12 +72,11 @@ def input_rule(cfg: Config) -> dict[str, Any]:
         `interpolation`. `crop`: `width` and `height` out of the middle. `pad`: at the right and the bottom with a
         `value`, to `width` and `height`, or to a `square`. Instead of these `refused`: why there is no such rule.
     """
-    rule: dict[str, Any] = dict.fromkeys(('resize', 'crop', 'pad'))
+    rule: dict[str, Any] = dict.fromkeys(ORDER)
     try:
         for each in picture_pipeline(cfg):
-            found = _rule_of(each)
-            for name, what in found.items():
-                if any(list(rule.values())[list(rule).index(name) :]):
+            for name, what in _rule_of(each).items():
+                if any(rule[later] for later in ORDER[ORDER.index(name) :]):
                     raise ValueError(f'{type_name(each)} comes late')
                 rule[name] = what
         for height, width in PROBES:
@@ -112,9 +112,9 @@ def _rule_of(transform: Any) -> dict[str, Any]:
     if kind == 'CenterCrop' and not options.get('auto_pad'):
         width, height = _pair(options['crop_size'])
         return dict(crop=dict(width=width, height=height))
-    if kind == 'Pad' and options.get('padding_mode', 'constant') == 'constant':
+    if kind == 'Pad' and options.get('padding_mode', 'constant') == 'constant' and options.get('size_divisor') is None:
         return dict(pad=_padding(options))
-    raise ValueError(f'{kind} is not known to programs without OpenMMLab')
+    raise ValueError(f'{kind} with {", ".join(options) or "its defaults"} is not known to programs without OpenMMLab')
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -148,8 +148,10 @@ def size_by(rule: Mapping[str, Any], width: int, height: int) -> tuple[int, int]
     elif resize:
         edges = dict(long=max(width, height), short=min(width, height))
         name = min(edges.keys() & resize.keys(), key=lambda each: resize[each] / edges[each])
-        more = 0.5 if resize['round'] == 'nearest' else 0
-        width, height = (max(int(side * resize[name] / edges[name] + more), 1) for side in (width, height))
+        to, edge = resize[name], edges[name]  # as mmcv and mmpretrain compute it, to the last bit
+        near = resize['round'] == 'nearest'
+        sides = (int(s * (to / edge) + 0.5) if near else int(to * s / edge) for s in (width, height))
+        width, height = (max(side, 1) for side in sides)
     if crop:
         width, height = min(width, crop['width']), min(height, crop['height'])
     if pad:

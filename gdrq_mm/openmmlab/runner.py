@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import OPTIMIZERS, RUNNERS
@@ -27,7 +27,8 @@ from .data_only import data_only
 from .describe import describe_model
 from .distill import name_teacher
 from .distributed import synchronized, wrapper_config
-from .hooks import CalibrationHook, hooks_of, with_whole_checkpoints
+from .hooks import CalibrationHook, NormHook, OscillationHook, ThresholdHook, hooks_of, with_whole_checkpoints
+from .hooks.calibration import batch_size_of
 from .loading import check_loader, checked_reading, loader_of, trials_of
 from .mistakes import not_found, registered
 from .models import bare_model, drop_pretrained, prepare_model, read_quantization
@@ -37,6 +38,10 @@ from .weights import is_quantized
 
 BY_FRACTIONS = {'inq', 'tsq'}
 """Methods that go by the fraction of the training that is done."""
+
+
+AFTER_STEP = (NormHook, ThresholdHook, OscillationHook)
+"""Hooks that change a model after an optimizer step."""
 
 
 @RUNNERS.register_module()
@@ -51,6 +56,7 @@ class QuantRunner(CheckpointRunner):
     """
 
     _hooks: list[Hook]
+    _train_dataloader: Any
     quantization: Quantization | None
 
     @classmethod
@@ -143,6 +149,24 @@ class QuantRunner(CheckpointRunner):
         for hook in [SeedHook(), *hooks_of(self.quantization)]:
             if not any(isinstance(theirs, type(hook)) for theirs in self.hooks):
                 self.register_hook(hook)
+        # An average of the weights is made of what stands after the step, whatever the priority of its hook
+        averages = [hook for hook in self._hooks if isinstance(hook, EMAHook)]
+        others = [hook for hook in self._hooks if hook not in averages]
+        last = max((number for number, hook in enumerate(others, 1) if isinstance(hook, AFTER_STEP)), default=0)
+        early = [hook for hook in averages if self._hooks.index(hook) < last]
+        for hook in early:
+            self._hooks.remove(hook)
+        self._hooks[last:last] = early
+
+    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict | None = None) -> None:
+        """mmengine's, with the batch size of the config: a data loader with a sampler of batches knows none."""
+        loader = self._train_dataloader
+        if isinstance(loader, DataLoader):
+            self._train_dataloader = dict(batch_size=batch_size_of(loader, self.cfg.get('train_dataloader') or {}))
+        try:
+            super().scale_lr(optim_wrapper, auto_scale_lr)
+        finally:
+            self._train_dataloader = loader
 
     def _maybe_compile(self, target: str) -> None:
         """mmengine's `compile=True`, without the optimizer: it would be traced anew for each learning rate."""

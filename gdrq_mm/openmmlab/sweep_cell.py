@@ -191,6 +191,7 @@ def slurm_script(cells: list[Cell], arguments: str) -> str:
             cell.prepare()
         lines.append(f'mkdir -p {shlex.quote(str(cell.log.parent))}')
         job = ['sbatch', *shlex.split(arguments), '--job-name', cell.name, '--output', str(cell.log)]
+        job.append('--open-mode=append')  # a sweep may have begun to run the cell and to write its log
         locked = ['flock', '--nonblock', '--verbose', str(cell.log), 'bash', '-c', cell.command]
         lines.append(shlex.join([*job, '--wrap', shlex.join(locked)]))
     return '\n'.join(lines) + '\n'

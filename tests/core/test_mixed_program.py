@@ -133,7 +133,7 @@ def test_a_program_without_time_does_not_call_its_budget_impossible(monkeypatch)
 
 def test_a_program_that_stops_early_says_how_far_it_may_be_off(monkeypatch):
     monkeypatch.setattr(program_module, 'SECONDS', 0.5)
-    with pytest.warns(UserWarning, match=r'the time of 0\.5 s ran out: these bits may lose up to .*% more'):
+    with pytest.warns(UserWarning, match=r'the time of 0\.5 s ran out: the best bits may lose up to .*% less'):
         assert large_program(60).solve().loss > 0
 
 

@@ -57,6 +57,17 @@ def test_thresholds_are_those_of_these_batches(model):
     assert float(quantizer.threshold) == pytest.approx(float(quantizer.k * values[values > 0].mean()), rel=1e-5), name
 
 
+def test_a_largest_value_is_the_mean_of_those_of_the_batches(model):
+    """One batch with an outlier does not decide."""
+    started(model, method='minmax')
+    found, (name, quantizer) = [], next(iter(activation_quantizers(model).items()))
+    quantizer.register_forward_pre_hook(lambda q, args: found.append(float(args[0].abs().max())))
+    unequal = batches()
+    unequal[-1] *= 9
+    reestimate(model, unequal)
+    assert float(quantizer.threshold) == pytest.approx(sum(found[-5:]) / 5, rel=1e-5), name
+
+
 class WithMore(nn.Module):
     """A model with a BN that only evaluation runs."""
 

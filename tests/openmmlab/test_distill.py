@@ -127,6 +127,17 @@ def test_scores_are_compared_as_the_loss_of_their_head_has_them(several):
     assert found == {'decode_head.0.conv_seg': of_probabilities, 'decode_head.1.conv_seg': of_classes}
 
 
+def test_a_smoothed_sigmoid_loss_is_one_of_sigmoids():
+    """Its sigmoid is inside of it, as in mmpretrain's recipe of ResNet-50 rsb-a1."""
+    smooth = dict(type='LabelSmoothLoss', label_smooth_val=0.1, num_classes=5, mode='original', use_sigmoid=True)
+    for loss, kind in ((smooth, of_probabilities), ({**smooth, 'use_sigmoid': False}, of_classes)):
+        head = dict(type='LinearClsHead', num_classes=5, in_channels=512, loss=loss)
+        backbone = dict(type='ResNet', depth=18)
+        parts = dict(backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
+        model = MODELS.build(dict(type='ImageClassifier', _scope_='mmpretrain', **parts))
+        assert distances_of(model) == {'head.fc': kind}
+
+
 def test_a_quantized_teacher_is_told(make, float_checkpoint):
     """As where load_from is the W4A4 checkpoint of a W2A4 training."""
     first = make('first', load_from=float_checkpoint, epochs=1)

@@ -94,6 +94,15 @@ def test_what_no_loss_shows_is_found_later_and_before_a_checkpoint(make, interva
     assert [path.name for path in Path(runner.work_dir).glob('*.pth')] == ['epoch_1.pth']
 
 
+def test_a_logged_value_that_is_no_loss_may_be_nan(make):
+    """Such as a mean over no boxes; mmengine adds up what has 'loss' in its name."""
+    runner = make(epochs=1)
+    loss = runner.model.head.loss
+    runner.model.head.loss = lambda *args, **kwargs: {**loss(*args, **kwargs), 'overlap': torch.zeros(0).mean()}
+    train(runner)
+    assert runner.iter == 4
+
+
 def test_it_goes_on_from_the_last_checkpoint(make):
     runner = make()
     runner.register_hook(Spoil('weight', at=0))

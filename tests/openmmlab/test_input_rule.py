@@ -21,13 +21,14 @@ PIPELINES = {
     'a fixed size': [dict(type='Resize', scale=(48, 32))],
     'one number': [dict(type='Resize', scale=40)],
     'into a rectangle, whichever way': [FIT],
+    'as COCO': [dict(type='mmdet.Resize', scale=(1333, 800), keep_ratio=True)],
     'the short edge, and the middle': [dict(type='ResizeEdge', scale=50), dict(type='CenterCrop', crop_size=33)],
     'the long edge, bicubic': [dict(type='ResizeEdge', scale=50, edge='long', interpolation='bicubic')],
     'the middle of what may be smaller': [dict(type='CenterCrop', crop_size=(70, 45))],
     'into a square': [FIT, dict(type='mmdet.Pad', pad_to_square=True, pad_val=dict(img=(114, 114, 114)))],
     'filled up': [FIT, dict(type='mmcv.Pad', size=(128, 130), pad_val=7)],
 }
-SIZES = [(60, 90), (90, 60), (50, 50), (31, 100)]
+SIZES = [(60, 90), (90, 60), (50, 50), (31, 100), (612, 306)]
 
 
 def with_pipeline(digits_root, folder, transforms):
@@ -51,7 +52,7 @@ def test_a_program_makes_of_a_picture_what_the_pipeline_makes(digits_root, tmp_p
     cv2.imwrite(str(tmp_path / 'picture.png'), smooth(*size))
     expected = batch_of(cfg, tmp_path / 'picture.png')['inputs'][0].permute(1, 2, 0).numpy()
     whole = dict(input=input_rule(cfg), any_size=True, channels='BGR')
-    _, pixels, (width, height) = exported.read_picture(tmp_path / 'picture.png', whole)
+    _, pixels, (width, height) = exported.read_picture(tmp_path / 'picture.png', whole, crops=True)
     assert pixels.shape == (1, *expected.shape)
     assert np.abs(pixels[0].astype(int) - expected).mean() < 1.5
     if 'filled' not in name and 'square' not in name and 'middle' not in name:
@@ -61,11 +62,14 @@ def test_a_program_makes_of_a_picture_what_the_pipeline_makes(digits_root, tmp_p
 @pytest.mark.parametrize(
     ('transforms', 'message'),
     [
-        ([dict(type='mmcv.RandomGrayscale')], 'RandomGrayscale is not known to programs without OpenMMLab'),
+        (
+            [dict(type='mmcv.RandomGrayscale')],
+            'RandomGrayscale with its defaults is not known to programs',
+        ),
         ([dict(type='Resize', scale=40, interpolation='area')], "interpolation='area'"),
         ([dict(type='CenterCrop', crop_size=20), dict(type='Resize', scale=40)], 'Resize comes late'),
         ([dict(type='Resize', scale=40), dict(type='Resize', scale=50)], 'Resize comes late'),
-        ([dict(type='mmcv.Pad', size_divisor=32)], "'size'"),
+        ([dict(type='mmcv.Pad', size_divisor=32)], 'Pad with size_divisor is not known'),
         ([dict(type='mmcv.Pad', size=(200, 400), pad_val=dict(img=(1, 2, 3)))], r'pad_val='),
     ],
 )
@@ -89,6 +93,19 @@ def test_a_transform_that_does_not_do_what_its_name_says_is_refused(digits_root,
     cfg = with_pipeline(digits_root, tmp_path, [dict(type='mmengine.CenterCrop', crop_size=20)])
     assert 'a picture of 90 x 160 becomes 90 x 160' in input_rule(cfg)['refused']
     TRANSFORMS._module_dict.pop('CenterCrop')
+
+
+def test_the_way_to_scale_and_a_crop_are_told(digits_root, tmp_path):
+    bicubic = dict(type='ResizeEdge', scale=20, interpolation='bicubic')
+    rule = input_rule(with_pipeline(digits_root, tmp_path, [bicubic, dict(type='CenterCrop', crop_size=16)]))
+    assert rule['resize'] == dict(short=20, round='down', interpolation='bicubic')
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / 'noise.png')
+    whole = dict(input={**rule, 'crop': None}, any_size=True, channels='RGB')
+    expected = np.asarray(Image.fromarray(noise).resize((20, 20), Image.Resampling.BICUBIC))
+    assert np.array_equal(exported.read_picture(tmp_path / 'noise.png', whole)[1][0], expected)
+    with pytest.raises(SystemExit, match=r'cannot be made an input: the test pipeline crops it'):
+        exported.read_picture(tmp_path / 'noise.png', {**whole, 'input': rule})
 
 
 def test_pictures_of_16_bits_and_wrong_sizes(tmp_path):

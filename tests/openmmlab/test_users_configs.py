@@ -18,6 +18,7 @@ from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.cli import check_data, read_config
 from gdrq_mm.openmmlab.hooks import WholeCheckpointHook, with_whole_checkpoints
 from gdrq_mm.openmmlab.mixed import check_target
+from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.runs import TASK_CONFIGS, task_config, tool_function
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -50,6 +51,18 @@ def tested(tmp_path, monkeypatch):
 
 
 # ---- names of the libraries -----------------------------------------------------------------------------------------
+
+
+def test_the_rate_is_scaled_with_a_sampler_of_batches(scenes_root, tmp_path):
+    """As mmdet's configs have one: its data loader knows no batch size."""
+    cfg = task_config('det', scenes_root, tmp_path)
+    cfg.train_dataloader.batch_sampler = dict(type='AspectRatioBatchSampler')
+    cfg.auto_scale_lr = dict(enable=True, base_batch_size=4 * cfg.train_dataloader.batch_size)
+    rate = cfg.optim_wrapper.optimizer.lr
+    runner = QuantRunner.from_cfg(cfg)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    assert {group['lr'] for group in runner.optim_wrapper.param_groups} == {rate / 4}
 
 
 def test_batch_norms_folded_by_mmengine_are_refused(make):

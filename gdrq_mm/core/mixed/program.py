@@ -223,7 +223,7 @@ class Program:
             return None
         if out_of_time and seconds == SECONDS:  # of the other programs any answer will do
             warnings.warn(
-                f'the time of {SECONDS} s ran out: these bits may lose up to {found.mip_gap:.1%} more than the best',
+                f'the time of {SECONDS} s ran out: the best bits may lose up to {found.mip_gap:.1%} less than these',
                 stacklevel=2,
             )
         return {choice: max(options, key=lambda b: found.x[options[b]]) for choice, options in start.items()}

@@ -45,7 +45,7 @@ class DoReFaWeight(WeightQuantizer):
 
     def start_threshold(self, weight: Tensor) -> Tensor:
         levels = self.round(weight, weight) / self.hi
-        return F.mean_abs(weight, self.sizes) / F.mean_abs(levels, self.sizes)
+        return F.nonzero_start(F.mean_abs(weight, self.sizes) / F.mean_abs(levels, self.sizes), weight)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         surrogate = self.squashed(weight) * (step * self.hi)

@@ -63,7 +63,8 @@ class FollowingQuantizer(ActivationQuantizer):
     def track(self, x: Tensor) -> None:
         total, count = self.measure(x)
         if self.largest:
-            self.sums[0], self.sums[1] = torch.maximum(self.sums[0], total), count
+            self.sums[0] = torch.maximum(self.sums[0], total)
+            self.sums[1] = 1
         else:
             self.sums[0] += total
             self.sums[1] += count
@@ -76,8 +77,9 @@ def collected(quantizers: Collection[FollowingQuantizer]) -> Tensor:
 
 
 def _of_all_processes(found: Tensor, largest: list[int]) -> Tensor:
-    """The sums over the processes; in the rows `largest` the largest s and n."""
-    highest = found[largest]
+    """The sums over the processes; in the rows `largest` the largest s / n of a process, and n = 1."""
+    total, count = found[largest].unbind(1)
+    highest = torch.stack([total / count.clamp(min=1), count.clamp(max=1)], 1)
     all_reduce(found, 'sum')
     if largest:
         all_reduce(highest, 'max')

@@ -72,7 +72,8 @@ class AttentionWeights(MinMaxActivation):
     """What softmax makes: unsigned, T follows the largest value, which counts as 1 at most. For all methods (ours).
 
     A method that clips by the mean, as Scale-Clip, would clip what attention looks at most. In training codes have no
-    end: dropout divides what it keeps by 1 - p, and a clipped one would be less on average than in evaluation.
+    end: dropout divides what it keeps by 1 - p, and a clipped one would be less on average than in evaluation. So what
+    is larger than in the batches before is clipped in evaluation alone.
     """
 
     def __init__(self, bits: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,7 @@ from mmengine.registry import DATA_SAMPLERS, HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ...core.calibrate import calibrate, wrong_statistics
+from ...core.calibrate import calibrate, uncalibrated, wrong_statistics
 from ...core.quantizers import Quantizer
 from ..models import bare_model
 from ..seeding import kept_random_state
@@ -25,8 +26,8 @@ EVERY_SAMPLE = ('DefaultSampler', DefaultSampler, *ENDLESS)
 class CalibrationHook(Hook):
     """Run `batches` training batches in float, then decide ranges and start thresholds, the same on every rank.
 
-    Nothing is done if the checkpoint held thresholds. A layer that no batch reaches stays float; the table of layers
-    says so.
+    What a checkpoint held stays: of a quantized one with another head the head alone is calibrated. A layer that no
+    batch reaches stays float; the table of layers says so.
 
     Example:
         custom_hooks = [dict(type='CalibrationHook', batches=8)]   # QuantRunner adds it by itself
@@ -41,20 +42,29 @@ class CalibrationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         model = bare_model(runner.model)
-        if any(m.calibrated for m in model.modules() if isinstance(m, Quantizer)):
+        missing = uncalibrated(model)
+        if not missing:
             return
-        if not runner._load_from:
+        some = any(m.calibrated for m in model.modules() if isinstance(m, Quantizer))
+        if not runner._load_from and not some:
             runner.logger.warning('The config has no load_from: quantization starts without a trained float model.')
-        runner.logger.info(f'Calibrating thresholds on {self.batches} training batches.')
+        which = f'{len(missing)} thresholds that no checkpoint held' if some else 'thresholds'
+        runner.logger.info(f'Calibrating {which} on {self.batches} training batches.')
 
         def predict(batch: Any) -> None:
             model(**model.data_preprocessor(batch, training=True), mode='loss')
 
         with kept_random_state():
             batches = islice(own_loader(runner), self.batches)
-            wrong = calibrate(model, batches, predict, training=True, trains_next=self.trains_next)
+            wrong = calibrate(model, batches, predict, True, self.trains_next, missing=some)
         if wrong:
             runner.logger.warning(wrong_statistics(wrong, self.trains_next))
+
+
+def batch_size_of(loader: DataLoader, cfg: Mapping[str, Any]) -> int:
+    """The batch size of a data loader, which knows none if it has a sampler of batches; `cfg` is its config."""
+    found: Any = cfg.get('batch_size') or loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
+    return int(found)
 
 
 def own_loader(runner: Runner, dataset: Any = None) -> DataLoader:
@@ -63,7 +73,7 @@ def own_loader(runner: Runner, dataset: Any = None) -> DataLoader:
     dataset, collate = dataset or loader.dataset, loader.collate_fn
     cfg = cfg if isinstance(cfg, dict) else {}
     sampler_cfg, batch_cfg = cfg.get('sampler') or {}, cfg.get('batch_sampler')
-    size = loader.batch_size or loader.batch_sampler.batch_size
+    size = batch_size_of(loader, cfg)
     whole = bool(cfg.get('drop_last'))
     if not isinstance(sampler_cfg, dict) or sampler_cfg.get('type', DefaultSampler) in EVERY_SAMPLE:
         sampler: Any = DefaultSampler(dataset, shuffle=True, seed=runner.seed)

@@ -94,7 +94,9 @@ class FiniteLossHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         # mmengine's RuntimeInfoHook has read these values already, so this does not make a GPU wait once more.
-        values = {name: float(torch.as_tensor(value).detach()) for name, value in (outputs or {}).items()}
+        # What is no loss, as mmengine tells it by the name, may have no value, such as a mean over no boxes.
+        losses = {name: value for name, value in (outputs or {}).items() if 'loss' in name}
+        values = {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
         bad = [f'{name}={value}' for name, value in values.items() if not math.isfinite(value)]
         follows = self.gradients and self._began < runner.iter  # from a step with such gradients
         if bad and not self.loss and not follows:
