@@ -244,6 +244,7 @@ class _Recorder(TorchFunctionMode):
         self.plan.calls[name] = self.plan.calls.get(name, 0) + 1
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if tensors:
+            self.images = self.images or max(len(tensors[0]), 1)
             number = self.number(tensors[0])
             if name or self.whole:  # else the picture, of which the parts may read windows
                 self.plan.inputs.setdefault(name, number)
@@ -254,9 +255,8 @@ class _Recorder(TorchFunctionMode):
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = self.names[module]
-        if isinstance(out, Tensor) and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, Projection)):
+        if isinstance(out, Tensor) and _multiplies(module):
             x = (*args, *kwargs.values())[0]
-            self.images = self.images or max(len(x), 1)
             self.plan.macs[name] = self.plan.macs.get(name, 0) + _macs(module, x, out, self.images)
         if self.repeated:
             self.repeated -= 1
@@ -299,8 +299,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
+def _multiplies(module: nn.Module) -> bool:
+    """Whether it is a layer whose multiply-accumulates are known: linear, or a convolution, deformable ones too."""
+    weight = getattr(module, 'weight', None)
+    other = 'Conv' in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.dim() > 2
+    return other or isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, Projection))
+
+
 def _macs(module: nn.Module, x: Tensor, out: Tensor, images: int) -> int:
-    each = x if isinstance(module, nn.ConvTranspose2d) else out
+    each = x if isinstance(module, nn.modules.conv._ConvTransposeNd) else out
     return each.numel() * module.weight[0].numel() // images  # type: ignore[operator, union-attr, index]
 
 

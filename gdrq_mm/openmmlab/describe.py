@@ -79,8 +79,9 @@ def _with_short_teacher(quantization: Any) -> Any:
 
 
 def compared_by(cfg: Config) -> tuple[str, str]:
-    """What the records of two configs must have in common to be compared: digests of the model and the evaluation."""
-    return _digest(_architecture(_bare(cfg.model))), _data(cfg)['evaluation_sha256']
+    """What the records of two configs must have in common to be compared: the model, and data and evaluation."""
+    data = _data(cfg)
+    return _digest(_architecture(_bare(cfg.model))), f'{data["name"]} {data["evaluation_sha256"]}'
 
 
 def mean_of(record: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, An
         one = plain(value)
         while isinstance(one, list) and len(one) == 1:
             one = one[0]
-        if isinstance(one, (int, float)):
+        if isinstance(one, (int, float)) or one in ('nan', 'inf', '-inf'):  # as `plain` writes them
             numbers[key] = float(one)
         else:
             size = len(str(one))

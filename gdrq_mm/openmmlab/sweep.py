@@ -255,6 +255,8 @@ def _cell(
         first = [TOOLS / 'train.py', run['config'], '--resume', *(['--amp'] if run.get('amp') else [])]
     amp = bool(run.get('amp')) and method != 'ptq'
     whole = _whole(cfg, seed, amp, cfg.load_from)
+    if last not in (1, cfg.default_hooks.checkpoint.get('max_keep_ckpts')):  # else that tells it
+        whole['last'] = last
     cell = _made(sweep, name, first, run['config'], checkpoint, options, whole, last)
     return dataclasses.replace(cell, missing=_missing(cfg, run['config'], place.split(':')[0]))
 

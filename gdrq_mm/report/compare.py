@@ -53,6 +53,7 @@ NUMBERS = ('float', 'trained on', 'quantized', 'drop', 'drop, trained on', 'seed
 NOT_RUN = 'not run'
 NOT_MEASURED = 'not measured'
 """Stands where there is a record, but without this metric."""
+PUBLISHED_METRIC = 'top-1'
 PUBLISHED = Path(__file__).parent / 'published.json'
 """Numbers that papers and reproductions of them report, each with its source; none was measured here."""
 
@@ -167,7 +168,7 @@ def _apart(records: Sequence[Record]) -> Iterator[str]:
             )
 
 
-def _recipes(of_model: Sequence[Record]) -> dict[tuple[str, int], str]:
+def _recipes(of_model: Sequence[Record]) -> dict[tuple[str, str, int], str]:
     """What was tested by a quantized record -> the letter of its recipe; '' if the model has one recipe only.
 
     Two checkpoints of one cell (method, bits, seed) with the same recipe are told apart by their length, as two
@@ -175,9 +176,9 @@ def _recipes(of_model: Sequence[Record]) -> dict[tuple[str, int], str]:
     """
     quantized = _quantized(of_model)
     keys = {_result(r): (recipe_key(r), start_of(r), json.dumps(extras_of(r))) for r in quantized}
-    extra: dict[tuple[str, int], Any] = dict.fromkeys(keys, '')
+    extra: dict[tuple[str, str, int], Any] = dict.fromkeys(keys, '')
     for tell in (reached, lambda record: checkpoint_of(record)):
-        cells: dict[tuple[Any, ...], dict[tuple[str, int], Record]] = {}
+        cells: dict[tuple[Any, ...], dict[tuple[str, str, int], Record]] = {}
         for r in quantized:
             mark = _result(r)
             cells.setdefault((method_of(r), tuple(r['model']['bits']), keys[mark], extra[mark]), {})[mark] = r
@@ -304,7 +305,7 @@ def _row(
         bits=bits_of(bits),
         recipe=recipe,
         quantized=NOT_MEASURED if records else NOT_RUN,
-        published=_published(model, method, bits_of(bits)),
+        published=_published(model, method, bits_of(bits)) if metric.title == PUBLISHED_METRIC else '',
     )
     if records:
         sizes = [number_of(records[0]['model'][key]) for key in ('float_bytes', 'bytes', 'bit_operations')]
@@ -353,9 +354,9 @@ def _different(records: Iterable[Record]) -> list[Record]:
     return list({_result(record): record for record in whole_last}.values())
 
 
-def _result(record: Record) -> tuple[str, int]:
-    """What was tested: a checkpoint, and how many with it (`gdrq test --last`)."""
-    return checkpoint_of(record), tested(record)
+def _result(record: Record) -> tuple[str, str, int]:
+    """What was tested: a checkpoint, on which data, and how many with it (`gdrq test --last`)."""
+    return checkpoint_of(record), record['data']['name'], tested(record)
 
 
 def _two(one: Record, other: Record) -> str:

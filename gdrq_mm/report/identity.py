@@ -53,8 +53,11 @@ def title_of(record: Record) -> str:
 
 
 def identity_of(record: Record) -> tuple[str, ...]:
-    """What records must have in common to be compared: task, architecture, data and evaluation settings."""
-    return record['task'], record['model']['config_sha256'], record['data']['evaluation_sha256']
+    """What records must have in common to be compared: task, architecture, data and evaluation settings.
+
+    The data by name: two sets of one layout, such as ImageNet and ImageNet-V2, have the same settings.
+    """
+    return record['task'], record['model']['config_sha256'], record['data']['name'], record['data']['evaluation_sha256']
 
 
 def start_of(record: Record) -> str | None:

@@ -212,6 +212,8 @@ def test_a_result_that_two_functions_read_is_one_and_not_all_results_need_be_rea
         (nn.Conv2d(8, 8, 3, padding=1, groups=8), (3, 8, 5, 5), 25 * 8 * 9),
         (nn.ConvTranspose2d(4, 6, 2, stride=2), (1, 4, 5, 3), 5 * 3 * 4 * 6 * 4),
         (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 3), 5 * 3 * 4 * 3 * 9),
+        (nn.Conv1d(4, 6, 3), (2, 4, 10), 8 * 6 * 4 * 3),
+        (nn.Conv3d(2, 3, 2), (1, 2, 4, 5, 6), 3 * 4 * 5 * 3 * 2 * 8),
         (nn.Linear(7, 5), (1, 7), 35),
         (nn.Linear(7, 5), (4, 7), 35),
         (nn.Linear(7, 5), (2, 9, 7), 9 * 35),
@@ -232,6 +234,15 @@ def test_macs_of_an_image_count_all_its_crops():
     # as the box head of a detector, or window attention: one image, eight crops
     model = Function(lambda m, x: m.fc(m.stem(x).view(8, 32)), stem=conv(), fc=nn.Linear(32, 5))
     assert plan_of(model).macs == {'stem': 64 * 4 * 4 * 9, 'fc': 8 * 32 * 5}
+
+
+def test_images_are_those_of_the_input():
+    """Not those of the first layer: tokens may be in one dimension with the images, and a table may come first."""
+    flat = Function(lambda m, x: m.fc(x.flatten(0, 1)), fc=nn.Linear(8, 5))
+    assert plan_of(flat, (2, 16, 8)).macs == {'fc': 16 * 8 * 5}
+    grid = Function(lambda m, x: m.stem(x) + (torch.ones(16, 16, 2) @ m.table).sum(), stem=conv())
+    grid.register_buffer('table', torch.ones(2, 3))
+    assert plan_of(grid).macs['stem'] == 64 * 4 * 4 * 9
 
 
 @pytest.mark.parametrize('layer', [conv(), nn.ConvTranspose2d(4, 4, 2)], ids=lambda m: type(m).__name__)

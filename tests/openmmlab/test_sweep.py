@@ -449,6 +449,17 @@ def test_the_float_baseline_is_the_mean_of_as_many_checkpoints(folder, config, f
     assert recipe.tested(json.loads(cell_of('float').record.read_text())) == count
 
 
+def test_another_number_of_tested_checkpoints_is_another_cell(folder):
+    """Also where the config says how many are kept."""
+    digests = set()
+    for last in (1, 2):
+        write_sweep(
+            folder, last=last, options={'default_hooks.checkpoint.max_keep_ckpts': 3, 'train_cfg.max_epochs': 3}
+        )
+        digests.add(next(cell.digest for cell in read_sweep('sweep.py') if 'lsq' in cell.name))
+    assert len(digests) == 2
+
+
 def test_errors_of_every_run_are_named(folder):
     run = dict(name='a', config='float.py', methods=['lsq'], bits=['w4'], seeds=[0])
     content = f"work_dir = 'work'\nrecords = 'records'\nruns = [{run!r}, {dict(run, name='b')!r}]\n"

@@ -258,6 +258,34 @@ def test_published_numbers_stand_in_a_column_of_their_own(checkpoint):
     assert row['published'] == '69.1 (XiaotaoChen/mx_quant_op, README, float 69.7)'
     (row,) = comparison_rows([record(checkpoint, 75.0, True)])
     assert row['published'] == ''
+    fifth = record(checkpoint, 75.0, True, **changes, model=mixture)
+    fifth['metrics'] = {'accuracy/top5': 89.0}
+    assert [row['published'] for row in comparison_rows([fifth])] == [''], 'they are top-1'
+
+
+def test_two_data_sets_of_one_layout_are_two(checkpoint):
+    """As ImageNet and ImageNet-V2, with the same checkpoints."""
+    found = []
+    for root, before, after in (('data/imagenet', 90.0, 88.0), ('data/imagenetv2', 61.0, 52.0)):
+        for value, quantized in ((before, False), (after, True)):
+            one = record(checkpoint, value, quantized, **{'test_dataloader.dataset.data_root': root})
+            one['checkpoint'] = dict(file='a.pth', sha256='quantized' if quantized else 'float')
+            found.append(one)
+    assert found[0]['data']['evaluation_sha256'] == found[2]['data']['evaluation_sha256']
+    rows = comparison_rows(found)
+    assert [(r['data'], r['float'], r['quantized']) for r in rows] == [
+        ('imagenet', '90.00', '88.00'),
+        ('imagenetv2', '61.00', '52.00'),
+    ]
+
+
+def test_a_metric_that_is_nan_stays_a_metric(checkpoint):
+    """It was taken for one that was not measured, and left out of the mean."""
+    records = [record(checkpoint, value, True, seed) for seed, value in enumerate((88.0, float('nan')))]
+    for number, each in enumerate(records):
+        each['checkpoint'] = dict(file=f'{number}.pth', sha256=str(number))
+    (row,) = comparison_rows(records)
+    assert row['quantized'].startswith('nan') and row['seeds'] == '2'
 
 
 COMPARE = ROOT / 'tools/compare_results.py'
