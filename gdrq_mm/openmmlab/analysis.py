@@ -177,14 +177,13 @@ def _analyze(
         rows, values = _measure(runner, units)
         if reference is None:
             return Analysis(worst_first(rows), None, pictures, available)
-        key = metric_key(values, metric, task)
-        known = {**OTHER_METRICS[task], **MAIN_METRICS[task]}
-        title, factor = known.get(key, (key, 1))
         start('everything float')
-        unquantized = _value_with([], runner, key) * factor
-        found = Metric(
-            key, title, factor, reference, unquantized, float(values[key]) * factor, key.startswith('accuracy/top')
-        )
+        with only(model, []):
+            floats = evaluate(runner)
+        key, title, factor = metric_of(floats, metric, task)  # a quantized detector may detect nothing
+        unquantized, quantized = (float(each.get(key, 0.0)) * factor for each in (floats, values))
+        counted = key.rpartition('/')[2].startswith('top')
+        found = Metric(key, title, factor, reference, unquantized, quantized, counted)
         if reference == 'float' and found.unquantized < found.quantized:
             runner.logger.warning(ADAPTED.format(found.title, found.unquantized, found.quantized))
         every = {m for m in model.modules() if isinstance(m, Quantizer) and m.stage != Stage.FLOAT}
@@ -221,20 +220,27 @@ def _weight_damage(unit: Unit) -> Damage | None:
     return measure(*quantized_weight(unit.layer), unit.layer.weight_quant.bits)
 
 
-def metric_key(values: dict[str, Any], key: str | None, task: str) -> str:
-    """Key of the metric that tells the cost: `key`, or the first main metric of the task that there is.
+def metric_of(values: dict[str, Any], key: str | None, task: str) -> tuple[str, str, float]:
+    """The metric that tells the cost: `key`, or the first main metric of the task that there is.
+
+    Returns:
+        Its key, its title, and what makes it a percentage. Under another prefix it is known too.
 
     Raises:
         UserError: the evaluator does not compute it.
     """
     wanted = [key] if key is not None else [*MAIN_METRICS[task], *OTHER_METRICS[task]]
     numbers = sorted(name for name, value in values.items() if isinstance(value, (int, float, np.number)))
-    ends = {name.rpartition('/')[2]: name for name in reversed(numbers)}  # under another prefix it is known too
+    ends = {name.rpartition('/')[2]: name for name in reversed(numbers)}
     same_end = (ends[each.rpartition('/')[2]] for each in wanted if key is None and each.rpartition('/')[2] in ends)
     found = next((each for each in wanted if each in numbers), None) or next(same_end, None)
     if found is None:
         raise UserError(f'--metric: the test computes no {" or ".join(wanted)}, but {", ".join(numbers) or "nothing"}')
-    return found
+    known = {**OTHER_METRICS[task], **MAIN_METRICS[task]}
+    by_end = {name.rpartition('/')[2]: what for name, what in reversed(known.items())}
+    end = found.rpartition('/')[2]
+    share = task == 'det' and end.startswith(('bbox_', 'segm_', 'AR', 'AP', 'mAP'))
+    return found, *(known.get(found) or by_end.get(end) or (found, 100 if share else 1))
 
 
 def weights_of(model: nn.Module, rows: Iterable[Row], start: dict[str, Tensor] | None = None) -> list[Weights]:

@@ -16,8 +16,7 @@ from ..core.errors import UserError
 from ..core.files import write_whole
 from ..core.mixed.choices import Candidates
 from ..core.mixed.sensitivity import loss_sensitivity
-from ..report.record import MAIN_METRICS, OTHER_METRICS
-from .analysis import evaluate, metric_key, progress_of, take_samples
+from .analysis import evaluate, metric_of, progress_of, take_samples
 from .hooks.calibration import own_loader
 from .models import bare_model
 from .seeding import kept_random_state
@@ -135,8 +134,7 @@ def measure_metric(
             start(title)
             with candidates.alone('', 0):
                 values = evaluate(runner)
-            key = metric_key(values, metric, task)
-            name, factor = {**OTHER_METRICS[task], **MAIN_METRICS[task]}.get(key, (key, 1))
+            key, name, factor = metric_of(values, metric, task)
             file.notes = dict(metric=key, title=name, factor=factor, float=float(values[key]) * factor)
             file.write()
         key, factor = file.notes['metric'], file.notes['factor']

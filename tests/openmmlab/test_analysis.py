@@ -266,17 +266,22 @@ def test_other_metrics(runner, scripted):
 
 
 def test_a_metric_under_another_prefix_is_found():
-    assert analysis.metric_key({'a/top1': 1.0, 'b': 2.0}, None, 'cls') == 'a/top1'
-    assert analysis.metric_key({'a/top1': 1.0, 'accuracy/top1': 2.0}, None, 'cls') == 'accuracy/top1'
+    assert analysis.metric_of({'a/top1': 1.0, 'b': 2.0}, None, 'cls') == ('a/top1', 'top-1', 1)
+    assert analysis.metric_of({'a/top1': 1.0, 'accuracy/top1': 2.0}, None, 'cls')[0] == 'accuracy/top1'
+    assert analysis.metric_of({'v2/bbox_mAP': 0.5}, None, 'det') == ('v2/bbox_mAP', 'box AP', 100)
+    found = analysis.metric_of({'coco/bbox_mAP': 0.5, 'coco/bbox_mAP_75': 0.4}, 'coco/bbox_mAP_75', 'det')
+    assert found == ('coco/bbox_mAP_75', 'coco/bbox_mAP_75', 100), 'a share, as the others'
     with pytest.raises(UserError, match='but a/top1'):
-        analysis.metric_key({'a/top1': 1.0}, 'accuracy/top1', 'cls')
+        analysis.metric_of({'a/top1': 1.0}, 'accuracy/top1', 'cls')
 
 
 def test_a_metric_that_is_missing_is_zero(runner, scripted):
-    """CocoMetric leaves AP out if nothing was detected."""
-    scripted({'head.fc': 100.0, 'backbone.conv1': -20.0})
+    """CocoMetric leaves AP out if nothing was detected, as with 2 bits everywhere."""
+    scripted({'head.fc': 200.0})
+    found = analyze(runner, ['head.fc'], show_progress=False)
+    assert (found.metric.unquantized, found.metric.quantized, found.rows[0].cost) == (90, 0, 90)
+    scripted({}, float_metric=0.0)
     with pytest.raises(UserError, match='computes no accuracy/top1'):
-        scripted({'head.fc': 200.0})
         analyze(runner, ['head.fc'], show_progress=False)
     scripted({'head.fc': 95.0, 'backbone.conv1': -20.0})
     found = analyze(runner, ['head.fc'], show_progress=False)
