@@ -8,9 +8,10 @@ from mmengine.dataset import DefaultSampler
 from mmengine.registry import DATA_SAMPLERS
 
 from gdrq_mm.core.modules import activation_quantizers
+from gdrq_mm.openmmlab.checkpoints import read_checkpoint
 from gdrq_mm.openmmlab.hooks.calibration import CalibrationHook, own_loader
 from tests.helpers import ROOT
-from tests.runs import At, tiny_config
+from tests.runs import TEST_ONLY, At, checkpoint_of, quantizers_of, tiny_config, train
 
 
 @DATA_SAMPLERS.register_module(force=True)
@@ -91,6 +92,27 @@ def test_running_statistics_that_do_not_fit_are_told(make, float_checkpoint, mon
     runner.train()
     (message,) = [message for message in told if 'do not fit the data' in message]
     assert 'backbone.bn1' in message and 'thresholds fit the statistics of the batches' in message
+
+
+def test_what_a_quantized_checkpoint_has_not_is_calibrated(make, tmp_path):
+    """Another head: it starts before the training, so that an average of the weights knows of it."""
+    first = make('first', epochs=1)
+    train(first)
+    load, head = checkpoint_of(first), {'model.head.num_classes': 12}
+    runner = make('other', epochs=1, load_from=load, custom_hooks=[dict(type='EMAHook', momentum=0.1)], **head)
+    before = {}
+
+    def look(runner):
+        assert all(quantizer.calibrated for quantizer in quantizers_of(runner).values())
+        before.update({name: q.threshold.clone() for name, q in quantizers_of(runner).items()})
+
+    runner.register_hook(At(look, 'before_train_epoch', 'LOW'))
+    train(runner)
+    kept = read_checkpoint(load)['state_dict']
+    names = [name for name in before if not name.startswith('head.fc')]
+    assert names and all(torch.equal(before[name], kept[f'{name}.threshold']) for name in names)
+    tester = make('test', load_from=checkpoint_of(runner), **head, **TEST_ONLY)
+    tester.test()
 
 
 # ---- tools/calibrate.py ---------------------------------------------------------------------------------------------

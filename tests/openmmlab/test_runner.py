@@ -445,38 +445,6 @@ def test_a_layer_that_calibration_does_not_reach_stays_float(make):
     assert 'not reached' in row
 
 
-def test_what_a_quantized_checkpoint_has_not_is_calibrated(make, tmp_path):
-    """Another head: it starts before the training, so that an average of the weights knows of it."""
-    first = make('first', epochs=1)
-    train(first)
-    load, head = checkpoint_of(first), {'model.head.num_classes': 12}
-    runner = make('other', epochs=1, load_from=load, custom_hooks=[dict(type='EMAHook', momentum=0.1)], **head)
-    before = {}
-
-    def look(runner):
-        assert all(quantizer.calibrated for quantizer in quantizers_of(runner).values())
-        before.update({name: q.threshold.clone() for name, q in quantizers_of(runner).items()})
-
-    runner.register_hook(At(look, 'before_train_epoch', 'LOW'))
-    train(runner)
-    kept = read_checkpoint(load)['state_dict']
-    names = [name for name in before if not name.startswith('head.fc')]
-    assert names and all(torch.equal(before[name], kept[f'{name}.threshold']) for name in names)
-    tester = make('test', load_from=checkpoint_of(runner), **head, **TEST_ONLY)
-    tester.test()
-
-
-def test_an_average_of_weights_is_made_after_the_step_whatever_its_priority(make):
-    """mmpretrain's ConvNeXt has ABOVE_NORMAL."""
-    for priority in ('VERY_HIGH', 'ABOVE_NORMAL', 'LOW'):
-        ema = dict(type='EMAHook', momentum=0.1, priority=priority)
-        oscillation = dict(type='OscillationHook')
-        names = [type(hook).__name__ for hook in make(priority, custom_hooks=[ema, oscillation]).hooks]
-        for name in ('ThresholdHook', 'NormHook', 'OscillationHook'):
-            assert names.index(name) < names.index('EMAHook')
-        assert names.count('EMAHook') == 1
-
-
 def test_statistics_are_written(make):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -53,6 +53,17 @@ def test_an_average_is_rounded_where_the_model_is(make):
     assert held and all(torch.equal(ours[name], theirs[name]) for name in held)
 
 
+def test_an_average_of_weights_is_made_after_the_step_whatever_its_priority(make):
+    """mmpretrain's ConvNeXt has ABOVE_NORMAL."""
+    for priority in ('VERY_HIGH', 'ABOVE_NORMAL', 'LOW'):
+        ema = dict(type='EMAHook', momentum=0.1, priority=priority)
+        oscillation = dict(type='OscillationHook')
+        names = [type(hook).__name__ for hook in make(priority, custom_hooks=[ema, oscillation]).hooks]
+        for name in ('ThresholdHook', 'NormHook', 'OscillationHook'):
+            assert names.index(name) < names.index('EMAHook')
+        assert names.count('EMAHook') == 1
+
+
 def test_an_average_of_weights_has_statistics_of_its_own(make):
     ema = [dict(type='EMAHook', momentum=0.5), dict(type='StatisticsHook', interval=0)]
     states = []
