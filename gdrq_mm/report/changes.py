@@ -93,8 +93,13 @@ def _sizes(first: Record, second: Record) -> list[Row]:
 
 
 def _speed(first: Record, second: Record) -> list[Row]:
-    """Milliseconds of a call for each graph and runtime that both have."""
+    """Milliseconds of a call for each graph and runtime that both have; what they were measured with if that differs.
+
+    Then there is no ratio.
+    """
     files = [_measured(first), _measured(second)]
+    ways = [_measured_with(record) for record in (first, second)]
+    differing = [key for key in ways[0] if key in ways[1] and ways[0][key] != ways[1][key]]
     for number, record in enumerate((first, second)):
         if record['quantization'] is None and not files[number]:
             files[number] = {key: value for key, value in files[1 - number].items() if key[2] == 'float32'}
@@ -103,16 +108,29 @@ def _speed(first: Record, second: Record) -> list[Row]:
         or {key[:2]: value for key, value in file.items()}
         for file in files
     ]
-    return [
+    found = [
         Row(
             f'{graph} in {runtime}, ms',
             number_text(times[0][graph, runtime]),
             number_text(times[1][graph, runtime]),
-            _times(times[0][graph, runtime], times[1][graph, runtime]),
+            '' if differing else _times(times[0][graph, runtime], times[1][graph, runtime]),
         )
         for graph, runtime in times[0]
         if (graph, runtime) in times[1]
     ]
+    return [*(Row(f'speed: {key}', ways[0][key], ways[1][key]) for key in differing if found), *found]
+
+
+def _measured_with(record: Record) -> dict[str, str]:
+    """What decides the times of the benchmark beside a record: its settings, the processor and the runtimes."""
+    try:
+        about = json.loads((Path(record['path']).parent / SPEED).read_text())
+        found = {key: about[key] for key in ('threads', 'batch', 'regions') if key in about}
+        found |= {'processor': about['hardware']['cpu']} if 'hardware' in about else {}
+        versions = about.get('versions', {})
+        return flat(found | {name: versions[name] for name in ('onnxruntime', 'openvino') if name in versions})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _measured(record: Record) -> dict[tuple[str, str, str], float]:

@@ -23,12 +23,12 @@ def pair(tmp_path):
     return find_records([tmp_path / 'float', tmp_path / 'w4a4'])
 
 
-def write_speed(folder, exported, float32):
+def write_speed(folder, exported, float32, **about):
     rows = [
         dict(graph='model', runtime='openvino', numbers=numbers, seconds=dict(median=ms / 1000))
         for numbers, ms in (('exported', exported), ('float32', float32))
     ]
-    (folder / SPEED).write_text(json.dumps(dict(rows=rows)))
+    (folder / SPEED).write_text(json.dumps(dict(rows=rows, **about)))
 
 
 def test_settings_accuracy_and_size(pair):
@@ -54,6 +54,16 @@ def test_speed_is_that_of_the_benchmarks_beside_the_records(pair, tmp_path):
     assert changes(*pair)['speed'] == [('model in openvino, ms', '9.00', '2.00', '1/4.50')]
     write_speed(tmp_path / 'float', 8.0, 8.0)
     assert changes(*pair)['speed'] == [('model in openvino, ms', '8.00', '2.00', '1/4.00')]
+    one = dict(threads=1, batch=1, hardware=dict(cpu='Xeon'), versions=dict(openvino='2026.4'))
+    write_speed(tmp_path / 'float', 8.0, 8.0, **one)
+    write_speed(tmp_path / 'w4a4', 2.0, 9.0, **one)
+    assert changes(*pair)['speed'] == [('model in openvino, ms', '8.00', '2.00', '1/4.00')]
+    write_speed(tmp_path / 'w4a4', 2.0, 9.0, **{**one, 'threads': 8, 'hardware': dict(cpu='EPYC')})
+    assert changes(*pair)['speed'] == [
+        ('speed: threads', '1', '8', ''),
+        ('speed: processor', 'Xeon', 'EPYC', ''),
+        ('model in openvino, ms', '8.00', '2.00', ''),
+    ]
     for text in ('{', '[]', '{"rows": 3}', '{"rows": [{"graph": 1}]}', '\0'):
         (tmp_path / 'w4a4' / SPEED).write_text(text)
         assert 'speed' not in changes(*pair)
