@@ -29,7 +29,7 @@ def metrics_of(record: Record) -> dict[Metric, float]:
     """The metrics that tables show and their values, in % where the metric is known.
 
     All MAIN_METRICS of the task; without any of them the first of OTHER_METRICS; without that all numbers there are.
-    A known metric is known under another prefix too.
+    A known metric is known under another prefix too, also beside itself, as several evaluators give it.
     """
     numbers = {key: number_of(value) for key, value in record['metrics'].items() if as_number(value) is not None}
     main, other = MAIN_METRICS[record['task']], OTHER_METRICS[record['task']]
@@ -38,7 +38,7 @@ def metrics_of(record: Record) -> dict[Metric, float]:
         ends = {key.rpartition('/')[2]: key for key in reversed(known)}
         same_end = {key: ends[key.rpartition('/')[2]] for key in numbers if key.rpartition('/')[2] in ends}
         found = {}
-        for key, name in list((exact or same_end).items())[:limit]:
+        for key, name in list({**exact, **{k: v for k, v in same_end.items() if k not in exact}}.items())[:limit]:
             title, factor = known[name]
             found[Metric(title if key == name else f'{title} ({printable(key)})', factor)] = numbers[key] * factor
         if found:

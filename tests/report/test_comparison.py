@@ -56,6 +56,17 @@ def cells(rows, *columns):
     return [tuple(row[column] for column in columns) for row in rows]
 
 
+def test_a_metric_of_two_evaluators_has_two_rows(made):
+    def both(a, b):
+        return {'accuracy/top1': a, 'v2/accuracy/top1': b}
+
+    rows = comparison_rows([made('f', quantized=False, metrics=both(90.0, 70.0)), made('q', metrics=both(88.0, 50.0))])
+    assert cells(rows, 'metric', 'float', 'quantized', 'drop') == [
+        ('top-1', '90.00', '88.00', '2.00'),
+        ('top-1 (v2/accuracy/top1)', '70.00', '50.00', '20.00'),
+    ]
+
+
 # ---- one checkpoint, tested twice -----------------------------------------------------------------------------------
 
 
