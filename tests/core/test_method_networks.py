@@ -71,13 +71,6 @@ def test_weights_that_are_zero_at_first_learn(method):
     assert fit(quantizer, lambda: weight, target, [weight]) < 0.75
 
 
-def test_weights_of_dorefa_that_are_zero_at_first_move():
-    """Their scale stays where it starts, so they cannot fit any target."""
-    weight, target = torch.zeros(4, 16, requires_grad=True), torch.randn(4, 16)
-    quantizer = weight_quantizer('dorefa', weight, 4)
-    assert fit(quantizer, lambda: weight, target, [weight]) < 0.9
-
-
 def test_a_step_that_starts_from_scale_clip_starts_above_zero_too():
     weight, target = torch.zeros(4, 16, requires_grad=True), torch.randn(4, 16)
     quantizer = weight_quantizer('lsq', weight, 4, start='scale_clip')

@@ -6,8 +6,8 @@ and max; Eq. 11: a_q = quantize_k(clip(a, 0, 1)), where quantize_k(r) = round((2
 through. 2^k levels without 0: the codes are the odd integers from -(2^k - 1) to 2^k - 1.
 Deviations: gradients are not quantized; w_q is multiplied by a constant, so that mean|w_q| is the mean|w| of the
 float checkpoint: the paper trains from scratch and batch normalization absorbs the scale, here there are layers
-without it; inputs below zero are clipped at the largest |x| of calibration. 8-bit layers (first, last and outputs,
-which are not the paper's) take the method 'minmax'.
+without it; so weights that are all zero stay so. Inputs below zero are clipped at the largest |x| of calibration.
+8-bit layers (first, last and outputs, which are not the paper's) take the method 'minmax'.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DoReFaWeight(WeightQuantizer):
 
     def start_threshold(self, weight: Tensor) -> Tensor:
         levels = self.round(weight, weight) / self.hi
-        return F.nonzero_start(F.mean_abs(weight, self.sizes) / F.mean_abs(levels, self.sizes), weight)
+        return F.mean_abs(weight, self.sizes) / F.mean_abs(levels, self.sizes)
 
     def quantize(self, weight: Tensor, step: Tensor) -> Tensor:
         surrogate = self.squashed(weight) * (step * self.hi)
