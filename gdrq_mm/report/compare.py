@@ -323,6 +323,8 @@ def _row(
         values = [value for value in (value_of(r, metric) for r in _different(ran)) if value is not None]
         with np.errstate(all='ignore'):
             some = f' ({len(values)} of {len(records)} seeds)' if 0 < len(values) < len(records) else ''
+            if not {checkpoint_of(r) for r in ran} <= {checkpoint_of(r) for r in records or ran}:
+                some = ' (other checkpoints)'
             cells[runtime] = f'{number_text(float(np.mean(values)))}{some}' if values else ''
     return {column: printable(cell) for column, cell in cells.items()}
 

@@ -56,6 +56,16 @@ def cells(rows, *columns):
     return [tuple(row[column] for column in columns) for row in rows]
 
 
+def test_a_runtime_that_ran_other_checkpoints_is_told(made):
+    runtime = dict(backend='onnxruntime', parts=False)
+    records = [made('f', quantized=False), made('a', 88.0, seed=0), made('b', 80.0, seed=1)]
+    ran = [made(name, value, seed=seed, model=runtime) for name, value, seed in (('b', 80.0, 1), ('c', 95.0, 2))]
+    (row,) = comparison_rows([*records, *ran])
+    assert (row['quantized'], row['onnxruntime']) == ('84.00 ± 5.66', '87.50 (other checkpoints)')
+    (row,) = comparison_rows([*records, *ran[:1]])
+    assert row['onnxruntime'] == '80.00 (1 of 2 seeds)'
+
+
 def test_a_metric_of_two_evaluators_has_two_rows(made):
     def both(a, b):
         return {'accuracy/top1': a, 'v2/accuracy/top1': b}
