@@ -119,10 +119,10 @@ CONTROL = 'recipe/cifar10_12e-gdrq-control-w4a4-seed0.json'
 """The float model that the cells of benchmarks/continued.py start from."""
 W4A4 = r'(float|gdrq-(control-)?w4a4-seed\d)'
 HEADLINE = (
-    ('ResNet-18, CIFAR-10', 'continued/*.json', r'cifar10-gdrq-(control-)?w4a4-seed\d', 'ResNet-18', ' ¹'),
+    ('ResNet-18, CIFAR-10', 'continued/*.json', r'cifar10_6e-gdrq-(control-)?w4a4-seed\d', 'ResNet-18', ' ¹'),
     ('Faster R-CNN, BCCD', 'tasks/*.json', f'faster_rcnn-{W4A4}', 'Faster R-CNN R18', ''),
     ('YOLOX, BCCD', 'tasks/*.json', f'yolox_20e-{W4A4}', 'YOLOX', ''),
-    ('PSPNet, CamVid', 'tasks/*.json', f'pspnet_first-{W4A4}', 'PSPNet R18', ''),
+    ('PSPNet, CamVid', 'tasks/*.json', f'pspnet-{W4A4}', 'PSPNet R18', ''),
 )
 """Title, records and which of them, name in docs/figures/inference.json, and a mark where that model is not the one of
 the records."""
