@@ -42,10 +42,10 @@ class CalibrationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         model = bare_model(runner.model)
-        missing = uncalibrated(model)
-        if not missing:
-            return
         some = any(m.calibrated for m in model.modules() if isinstance(m, Quantizer))
+        missing = uncalibrated(model)
+        if some and not missing:
+            return
         if not runner._load_from and not some:
             runner.logger.warning('The config has no load_from: quantization starts without a trained float model.')
         which = f'{len(missing)} thresholds that no checkpoint held' if some else 'thresholds'
