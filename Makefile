@@ -23,7 +23,7 @@ check: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/core tests/deploy/test_merge.py tests/deploy/test_packed.py
 
 test: lint
-	@echo "Running the tests: about 15 minutes on 2 cores."
+	@echo "Running the tests: 15 to 20 minutes on 2 cores."
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal --durations=25
 
 test-full: lint
