@@ -60,6 +60,7 @@ def test_the_rate_is_scaled_with_a_sampler_of_batches(scenes_root, tmp_path):
     cfg.auto_scale_lr = dict(enable=True, base_batch_size=4 * cfg.train_dataloader.batch_size)
     rate = cfg.optim_wrapper.optimizer.lr
     runner = QuantRunner.from_cfg(cfg)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)  # as in training, which comes first
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
     assert {group['lr'] for group in runner.optim_wrapper.param_groups} == {rate / 4}
