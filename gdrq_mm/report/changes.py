@@ -97,8 +97,8 @@ def _speed(first: Record, second: Record) -> list[Row]:
 
     Then there is no ratio.
     """
-    files = [_measured(first), _measured(second)]
-    ways = [_measured_with(record) for record in (first, second)]
+    benchmarks = [_benchmark_of(record) for record in (first, second)]
+    files, ways = [_measured(each) for each in benchmarks], [_measured_with(each) for each in benchmarks]
     differing = [key for key in ways[0] if key in ways[1] and ways[0][key] != ways[1][key]]
     for number, record in enumerate((first, second)):
         if record['quantization'] is None and not files[number]:
@@ -121,29 +121,35 @@ def _speed(first: Record, second: Record) -> list[Row]:
     return [*(Row(f'speed: {key}', ways[0][key], ways[1][key]) for key in differing if found), *found]
 
 
-def _measured_with(record: Record) -> dict[str, str]:
-    """What decides the times of the benchmark beside a record: its settings, the processor and the runtimes."""
+def _benchmark_of(record: Record) -> Any:
+    """The content of the benchmark beside a record; None without one that can be read."""
+    if not record.get('path'):
+        return None
     try:
-        about = json.loads((Path(record['path']).parent / SPEED).read_text())
+        return json.loads((Path(record['path']).parent / SPEED).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _measured_with(about: Any) -> dict[str, str]:
+    """What decides the times of a benchmark: its settings, the processor and the runtimes; nothing without one."""
+    try:
         found = {key: about[key] for key in ('threads', 'batch', 'regions') if key in about}
         found |= {'processor': about['hardware']['cpu']} if 'hardware' in about else {}
         versions = about.get('versions', {})
         return flat(found | {name: versions[name] for name in ('onnxruntime', 'openvino') if name in versions})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _measured(record: Record) -> dict[tuple[str, str, str], float]:
-    """Graph, runtime and numbers ('exported' or 'float32') -> milliseconds; nothing without a whole file."""
-    if not record.get('path'):
-        return {}
+def _measured(about: Any) -> dict[tuple[str, str, str], float]:
+    """Graph, runtime and numbers ('exported' or 'float32') -> milliseconds; nothing without a whole benchmark."""
     try:
-        rows = json.loads((Path(record['path']).parent / SPEED).read_text())['rows']
         return {
             (str(row['graph']), str(row['runtime']), str(row['numbers'])): 1000 * float(row['seconds']['median'])
-            for row in rows
+            for row in about['rows']
         }
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return {}
 
 

@@ -38,7 +38,7 @@ def metrics_of(record: Record) -> dict[Metric, float]:
         ends = {key.rpartition('/')[2]: key for key in reversed(known)}
         same_end = {key: ends[key.rpartition('/')[2]] for key in numbers if key.rpartition('/')[2] in ends}
         found = {}
-        for key, name in list({**exact, **{k: v for k, v in same_end.items() if k not in exact}}.items())[:limit]:
+        for key, name in list((exact | same_end | exact).items())[:limit]:
             title, factor = known[name]
             found[Metric(title if key == name else f'{title} ({printable(key)})', factor)] = numbers[key] * factor
         if found:

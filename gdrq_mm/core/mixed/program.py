@@ -8,7 +8,6 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -209,24 +208,10 @@ class Program:
                 objective[number] = value
         objective *= SCALE / (np.abs(objective).max() or 1)
         whole = np.arange(rows.columns) < len(names)
-        found = milp(
-            objective,
-            integrality=whole,
-            bounds=Bounds(0, most),
-            constraints=rows.constraint(),
-            options=dict(mip_rel_gap=GAP, time_limit=seconds),
-        )
-        out_of_time = found.status == 1
-        if found.x is None and out_of_time:
-            raise OutOfTime(f'no bits were found within {seconds} s; give fewer to choose from (bits)')
-        if found.x is None:
+        values = rows.solve(objective, whole, most, seconds)
+        if values is None:
             return None
-        if out_of_time and seconds == SECONDS:  # of the other programs any answer will do
-            warnings.warn(
-                f'the time of {SECONDS} s ran out: the best bits may lose up to {found.mip_gap:.1%} less than these',
-                stacklevel=2,
-            )
-        return {choice: max(options, key=lambda b: found.x[options[b]]) for choice, options in start.items()}
+        return {choice: max(options, key=lambda b: values[options[b]]) for choice, options in start.items()}
 
 
 class _Rows:
@@ -244,11 +229,30 @@ class _Rows:
         self.low.append(low)
         self.high.append(high)
 
-    def constraint(self) -> Any:
-        """All of them, as scipy takes them."""
+    def solve(self, objective: np.ndarray, whole: np.ndarray, most: np.ndarray, seconds: float) -> np.ndarray | None:
+        """The variables from 0 to `most`, some of them `whole`, of the least objective; None if there are none.
+
+        Raises:
+            OutOfTime: none were found, and it is not known whether there are any.
+        """
         row, column, value = zip(*self.entries)
         matrix = coo_array((value, (row, column)), shape=(len(self.low), self.columns)).tocsc()
-        return LinearConstraint(matrix, self.low, self.high)
+        found = milp(
+            objective,
+            integrality=whole,
+            bounds=Bounds(0, most),
+            constraints=LinearConstraint(matrix, self.low, self.high),
+            options=dict(mip_rel_gap=GAP, time_limit=seconds),
+        )
+        out_of_time = found.status == 1
+        if found.x is None and out_of_time:
+            raise OutOfTime(f'no bits were found within {seconds} s; give fewer to choose from (bits)')
+        if found.x is not None and out_of_time and seconds == SECONDS:  # of the other programs any answer will do
+            warnings.warn(
+                f'the time of {SECONDS} s ran out: the best bits may lose up to {found.mip_gap:.1%} less than these',
+                stacklevel=2,
+            )
+        return found.x
 
 
 def _scaled(budget: Budget, pairs: Mapping[tuple[str, Pair], int]) -> dict[int, float]:
