@@ -27,7 +27,7 @@ runs = [
     dict(cifar10, methods=['gdrq'], bits=['w4a4'], seeds=[0], variants=control),
     dict(cifar10, methods=['gdrq'], bits=['w4a4']),
     dict(cifar10, methods=['gdrq'], bits=['w4a4'], variants=larger),
-    dict(cifar10_6e, methods=['gdrq'], bits=['w4a4'], seeds=[0], variants=control),
+    dict(cifar10_6e, methods=['gdrq'], bits=['w4a4'], variants=control),
     dict(cifar10_6e, **both, variants=distilled),
     dict(cifar10_6e, **both),
 ]
