@@ -32,10 +32,22 @@ __all__ = [
     'load',
     'parameter_groups',
     'quantize',
+    'to_float',
 ]
 
 if TYPE_CHECKING:
-    from .plain import after_step, allocate, calibrate, checkpoint, export, freeze, load, parameter_groups, quantize
+    from .plain import (
+        after_step,
+        allocate,
+        calibrate,
+        checkpoint,
+        export,
+        freeze,
+        load,
+        parameter_groups,
+        quantize,
+        to_float,
+    )
 
 
 def __getattr__(name: str) -> Any:

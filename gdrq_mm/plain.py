@@ -17,6 +17,7 @@ from .core.calibrate import calibrate as _calibrate
 from .core.calibrate import wrong_statistics
 from .core.config import Quantization, Schedule, settings_of
 from .core.convert import Report, has_filters, quantize_model
+from .core.convert import to_float as _to_float
 from .core.errors import UserError, extras_named
 from .core.modules import detached_copy, quant_layers, uncompiled
 from .core.quantizers import Stage, learned_parameters
@@ -219,6 +220,21 @@ def freeze(model: nn.Module) -> None:
     if not quant_layers(model):
         raise UserError('the model is not quantized: call gdrq_mm.quantize first')
     set_stage(model, Stage.FREEZE)
+
+
+def to_float(model: nn.Module) -> None:
+    """The inverse of :func:`quantize`, in place: the layers of before, with the float weights that training rounds.
+
+    Parameters stay the same objects; what quantizers learned is gone. Hooks that others registered stay.
+
+    Raises:
+        UserError: the model is not quantized, or is wrapped (DistributedDataParallel, torch.compile).
+    """
+    if _bare(model) is not model:
+        raise UserError(f'to_float takes the model itself, not a {type(model).__name__} around it')
+    _remembered(model)
+    _to_float(model)
+    del model.gdrq_quantization
 
 
 def checkpoint(model: nn.Module) -> dict[str, Any]:

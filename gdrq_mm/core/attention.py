@@ -233,11 +233,11 @@ class WrittenOut(nn.Module):
                 self._parameters[name] = None
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """The inverse of :meth:`of`, quantized or not: nn.MultiheadAttention with the same Parameters."""
+        """The inverse of :meth:`of`: nn.MultiheadAttention with the same Parameters."""
         new = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
         new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()})
-        for name in ('forward', 'product_quant', 'weights_drop', *PROJECTIONS):
-            (new.__dict__ if name == 'forward' else new._modules).pop(name, None)
+        for name in ('weights_drop', *PROJECTIONS):
+            del new._modules[name]
         new._qkv_same_embed_dim = self.in_proj_weight is not None
         new.out_proj = NonDynamicallyQuantizableLinear(1, 1, device='meta')
         new.out_proj.in_features = new.out_proj.out_features = self.embed_dim

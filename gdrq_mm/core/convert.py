@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from .attention import Projection, attention_to_quantize, write_out
+from .attention import Projection, WrittenOut, attention_to_quantize, write_out
 from .config import Quantization
-from .deployable import QuantizedOutput, simulate_integers
+from .deployable import QuantizedOutput, float_output, simulate_integers
 from .errors import UserError
-from .layers import QUANTIZED, QuantLayer
+from .layers import QUANTIZED, QuantLayer, remove_hooks
 from .modules import quant_layers, replace_modules, settle_in
-from .prepare import prepare_weights
-from .pyramid import split_pyramid
+from .prepare import leave_weights, prepare_weights
+from .products import detach
+from .pyramid import check_pyramid, split_pyramid, start_pyramid
 from .topology import Plan
 from .typed import FLOAT_BITS
 
@@ -54,6 +55,21 @@ class Report:
         """A row for each product of two activations, as in attention."""
         macs, notes = self.plan.macs, self.notes
         return [LayerReport(p.name, p.kind, 0, macs.get(p.name, 0), notes.get(p.name, '')) for p in self.plan.products]
+
+
+def to_float(model: nn.Module) -> None:
+    """The inverse of :func:`quantize_model`, in place: float layers with the same Parameters, as they are now."""
+    layers = {layer: layer.to_float() for layer in quant_layers(model).values()}
+    replace_modules(model, layers)
+    for module in list(model.modules()):
+        detach(module)
+        if 'output_quant' in module._modules:
+            float_output(module)
+        if hasattr(module, 'pyramid_layers'):
+            del module.pyramid_layers
+            remove_hooks(module, start_pyramid, check_pyramid)
+    leave_weights(model)
+    replace_modules(model, {m: m.to_torch() for m in model.modules() if isinstance(m, WrittenOut)})
 
 
 def float_report(model: nn.Module, plan: Plan) -> Report:

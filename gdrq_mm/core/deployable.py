@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import Quantization
-from .layers import QuantLayer, make_activation_quantizer
+from .layers import QuantLayer, make_activation_quantizer, remove_hooks
 from .modules import quant_layers
 from .products import attach
 from .quantizers import ActivationQuantizer
@@ -115,9 +115,7 @@ def activated_outputs(model: nn.Module, plan: Plan) -> list[str]:
 def float_output(module: nn.Module) -> None:
     """Take away the quantizer of a module's output."""
     del module.output_quant
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is quantize_output:
-            del module._forward_hooks[key]
+    remove_hooks(module, quantize_output)
 
 
 def quantize_outputs(

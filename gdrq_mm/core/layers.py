@@ -42,6 +42,15 @@ def make_activation_quantizer(cfg: Activation) -> ActivationQuantizer | None:
 
 COPIED = ('_parameters', '_buffers', '_modules', '_state_dict_hooks', '_state_dict_pre_hooks')
 """Attributes of a layer that the one in its place changes. Its hooks stay where they are: handles remove them there."""
+_OWN = ('root', 'seen', 'pyramid_level', 'deployable', 'activation_settings', '_shared', '_norm')
+_QUANTIZERS = ('weight_quant', 'own_input_quant')
+
+
+def remove_hooks(module: nn.Module, *hooks: Any) -> None:
+    """Take functions that were registered as hooks off a module."""
+    for registered in (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks):
+        for key in [key for key, hook in registered.items() if hook in hooks]:
+            del registered[key]
 
 
 class QuantLayer(ModeOfModel):
@@ -75,6 +84,17 @@ class QuantLayer(ModeOfModel):
         new = cls.__new__(cls)  # type: ignore[type-var]
         new.__dict__.update({k: copy.copy(v) if k in COPIED else v for k, v in layer.__dict__.items()})
         new._attach(weight, activation)
+        return new
+
+    def to_float(self) -> nn.Module:
+        """The inverse of :meth:`from_float`: a float layer with the same Parameters, hooks and attributes."""
+        kind: Any = next(kind for kind, quantized in QUANTIZED.items() if quantized is type(self))
+        new = kind.__new__(kind)
+        kept = {k: v for k, v in self.__dict__.items() if k not in (*_OWN, *_QUANTIZERS)}
+        new.__dict__.update({k: copy.copy(v) if k in COPIED else v for k, v in kept.items()})
+        for name in _QUANTIZERS:
+            new._modules.pop(name, None)
+        remove_hooks(new, _settle)
         return new
 
     def _attach(self, weight: Weight, activation: Activation) -> None:

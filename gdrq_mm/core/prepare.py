@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from .compat import is_compiling
 from .fused import codes_of
-from .layers import QuantLayer
+from .layers import QuantLayer, remove_hooks
 from .modules import every_module
 from .quantizers.weight import version_of
 
@@ -27,6 +27,13 @@ def prepare_weights(model: nn.Module) -> None:
         model.in_forward = False  # type: ignore[assignment]
         model.register_forward_pre_hook(_prepare)
         model.register_forward_hook(_end, always_call=True)
+
+
+def leave_weights(model: Any) -> None:
+    """The inverse of :func:`prepare_weights`."""
+    if hasattr(model, 'in_forward'):
+        del model.in_forward
+        remove_hooks(model, _prepare, _end)
 
 
 def _prepare(model: nn.Module, args: Any) -> None:

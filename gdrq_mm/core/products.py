@@ -211,6 +211,15 @@ def attach(module: Any, number: int, quantizers: list[nn.Module]) -> None:
     module.product_quant[number] = nn.ModuleList(quantizers)
 
 
+def detach(module: Any) -> None:
+    """The inverse of :func:`attach`: all products of a module are float."""
+    if 'product_quant' in module._modules:
+        forward = module.__dict__.pop('forward').args[1]
+        if forward != module.forward:  # the model had put another function there
+            module.forward = forward
+        del module.product_quant, module.products_recorded
+
+
 def _run(module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with _Quantizing(module.product_quant) as running:
         out = forward(*args, **kwargs)

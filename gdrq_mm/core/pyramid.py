@@ -73,7 +73,7 @@ def count_levels(head: Any, name: str, layer: nn.Module) -> None:
     if not hasattr(head, 'pyramid_layers'):
         head.pyramid_layers = ()
         head.register_forward_pre_hook(start_pyramid)
-        head.register_forward_hook(_check_pyramid)
+        head.register_forward_hook(check_pyramid)
     head.pyramid_layers += ((name, layer),)
 
 
@@ -91,7 +91,8 @@ def start_pyramid(head: Any, args: Any = ()) -> None:
         layer.pyramid_level = 0
 
 
-def _check_pyramid(head: nn.Module, args: Any, out: Any) -> None:
+def check_pyramid(head: nn.Module, args: Any, out: Any) -> None:
+    """Check that each of them was called once for each pyramid level; a hook after its forward."""
     for name, layer in head.pyramid_layers:  # type: ignore[union-attr]
         if layer.pyramid_level not in (0, layer.pyramid_levels):
             raise UserError(

@@ -13,7 +13,7 @@ from gdrq_mm.core import compat
 from gdrq_mm.core.attention import PROJECTIONS, QuantProjection, WrittenOut
 from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
-from gdrq_mm.core.convert import quantize_model
+from gdrq_mm.core.convert import quantize_model, to_float
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import moving_quantizers, quant_layers
 from gdrq_mm.core.step import after_step
@@ -206,13 +206,8 @@ def test_names_and_parameters_stay_those_of_torch(options):
     kinds = {name: type(layer) for name, layer in layers.items() if 'attn' in name}
     assert [kinds[f'attn.{name}'] for name in PROJECTIONS] == [QuantProjection] * 3 and len(kinds) == 4
     assert {row.name: row.weights for row in report.layers}['attn.v_proj'] == WIDTH * options.get('vdim', WIDTH)
-    back = model.attn.to_torch()
-    assert type(back) is nn.MultiheadAttention
-    assert list(back.state_dict()) == [name.removeprefix('attn.') for name in before if name.startswith('attn.')]
-    model.attn = back
-    for layer in quant_layers(model).values():
-        for quantizer in (layer.weight_quant, *layer.children()):
-            quantizer.set_state(stage=4)  # float
+    to_float(model)
+    assert type(model.attn) is nn.MultiheadAttention and list(model.state_dict()) == list(before)
     torch.testing.assert_close(model(x), float_out)
 
 

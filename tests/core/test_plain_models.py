@@ -1,10 +1,12 @@
 """gdrq_mm.plain with models as people have them: averaged, hooked, half, on several devices, checkpointed in parts."""
 
+import copy
 import gc
 
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.functional import silu
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +15,7 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.core.quantizers import Stage
 from gdrq_mm.core.step import set_stage
-from tests.helpers import conv
+from tests.helpers import Block, Function, conv
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +200,70 @@ def test_batches_of_any_kind_have_the_same_sensitivities():
         )
         losses.append(found.best.loss)
     assert losses[0] > 0 and losses == pytest.approx([losses[0]] * 3)
+
+
+# ---- back to float --------------------------------------------------------------------------------------------------
+
+
+def convolutions():
+    parts = dict(a=conv(3, 4), bn=nn.BatchNorm2d(4), block=Block(), up=nn.ConvTranspose2d(4, 6, 2))
+    parts['last'] = nn.Linear(6, 3)
+    return Function(lambda m, x: m.last(m.up(m.block(silu(m.bn(m.a(x))))).mean((2, 3))), **parts), images()
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    parts = dict(first=nn.Linear(6, 8), layer=layer, last=nn.Linear(8, 3))
+    return Function(lambda m, x: m.last(m.layer(m.first(x))), **parts), torch.randn(4, 5, 6)
+
+
+def products():
+    multiply = Function(lambda m, x: (x @ x.mT).softmax(-1) @ x)
+    parts = dict(first=nn.Linear(6, 8), multiply=multiply, last=nn.Linear(8, 3))
+    return Function(lambda m, x: m.last(m.multiply(m.first(x)))[:, 0], **parts), torch.randn(4, 5, 6)
+
+
+def pyramid():
+    head = Function(lambda m, levels: [m.layer(x) for x in levels], layer=conv(4, 4))
+    parts = dict(a=conv(3, 4), head=head, last=conv(4, 2))
+    return Function(lambda m, x: m.last(sum(m.head([m.a(x), m.a(x).relu()]))), **parts), images()
+
+
+def described(model):
+    """Of each module its class, attributes and numbers of hooks; Parameters as objects."""
+    modules = {
+        name: (type(m), sorted(vars(m)), [len(v) for k, v in sorted(vars(m).items()) if k.endswith('_hooks')])
+        for name, m in model.named_modules()
+    }
+    return modules, {name: id(parameter) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize('make', [convolutions, transformer, products, pyramid])
+@pytest.mark.parametrize('config', ['w4a4', dict(method='lsq_plus'), dict(activation=dict(per_level=True))])
+def test_to_float_undoes_all_that_quantize_did(make, config):
+    model, x = make()
+    model.eval()
+    before, out, other = described(model), model(x), copy.deepcopy(model)
+    at_4_bits = quantized(model, config, x)(x)
+    gq.to_float(model)
+    assert described(model) == before
+    assert torch.equal(model(x), out)
+    for each in (model, other):  # it can be quantized again
+        assert torch.equal(quantized(each, config, x)(x), at_4_bits)
+
+
+def test_to_float_keeps_the_weights_that_training_found():
+    model = quantized(network())
+    model(images()).sum().backward()
+    torch.optim.SGD(gq.parameter_groups(model), lr=0.1).step()
+    weights, layer = [parameter.detach().clone() for parameter in model.parameters()], model[0]
+    gq.to_float(model)
+    assert all(torch.equal(parameter, kept) for parameter, kept in zip(model.parameters(), weights, strict=True))
+    assert type(model[0]) is nn.Conv2d and model[0].weight is layer.weight
+
+
+def test_to_float_takes_a_bare_quantized_model():
+    with pytest.raises(UserError, match=r'the model is not quantized: call gdrq_mm\.quantize first'):
+        gq.to_float(network())
+    with pytest.raises(UserError, match='to_float takes the model itself, not a DataParallel around it'):
+        gq.to_float(nn.DataParallel(quantized(network())))
