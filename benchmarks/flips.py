@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gdrq_mm.core.errors import check_least
 from gdrq_mm.core.modules import activation_quantizers, hooked
-from gdrq_mm.openmmlab.analysis import metric_key
+from gdrq_mm.openmmlab.analysis import metric_of
 from gdrq_mm.openmmlab.cli import check_writable, main, read_config
 from gdrq_mm.openmmlab.models import bare_model
 from gdrq_mm.openmmlab.runner import QuantRunner
@@ -61,7 +61,7 @@ def run() -> None:
     cfg.load_from, cfg.work_dir, cfg.log_level = args.checkpoint, 'work_dirs/flips', 'ERROR'
     runner = QuantRunner.from_cfg(cfg)
     values = runner.test()
-    key = metric_key(values, None, task_of(cfg))
+    key, _, _ = metric_of(values, None, task_of(cfg))
     rows: list[dict[str, Any]] = [dict(rate=0.0, seed=None, flipped=0, metrics=values)]
     for rate in args.rates:
         for seed in range(args.seeds):

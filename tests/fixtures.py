@@ -77,10 +77,12 @@ def float_checkpoint(digits_root, tmp_path_factory):
 SERVER = """
 import faulthandler, functools, gc, json, os, runpy, sys
 import mmengine.runner.runner as runner
+from yapf.yapflib import yapf_api
 import mmpretrain.datasets, mmpretrain.engine, mmpretrain.evaluation, mmpretrain.models
 import gdrq_mm.data.cifar10, gdrq_mm.data.digits, gdrq_mm.report.record, gdrq_mm.openmmlab.runner
 runner.collect_env = functools.cache(runner.collect_env)
 runner.collect_env()
+yapf_api.FormatCode = lambda text, style_config: (text, True)
 gc.freeze()
 print('ready', flush=True)
 for line in sys.stdin:

@@ -60,7 +60,6 @@ def tiny_config(data, work_dir, quantization=QUANTIZATION, epochs=3, **changes):
             'default_hooks.checkpoint.max_keep_ckpts': -1,
             'optim_wrapper.optimizer.lr': 0.02,
             'log_level': 'ERROR',
-            'custom_hooks': [dict(type='StatisticsHook', interval=0)],
         }
     )
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
@@ -73,6 +72,9 @@ def tiny_config(data, work_dir, quantization=QUANTIZATION, epochs=3, **changes):
     for key in [key for key in ('train_cfg', 'param_scheduler') if key in changes]:
         cfg[key] = changes.pop(key)
     cfg.merge_from_dict(changes)
+    hooks = cfg.get('custom_hooks') or []
+    if all(hook['type'] != 'StatisticsHook' for hook in hooks):  # half of the time of a small run
+        cfg.custom_hooks = [*hooks, dict(type='StatisticsHook', interval=0)]
     return cfg
 
 

@@ -21,6 +21,8 @@ from ..core.deployable import activated_outputs, float_output
 from ..core.errors import UserError
 from ..core.files import whole_folder, write_whole
 from ..core.modules import detached_copy, quant_layers
+from ..core.quantizers import Quantizer, Stage
+from ..core.quantizers.base import uncalibrated
 from ..core.topology import Plan
 from .flat import Flat
 from .merge import IntegerLayer, merge_model
@@ -125,9 +127,9 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path, targe
         target: 'onnxruntime' or 'openvino' verifies and writes for that one, see :func:`for_openvino`.
 
     Raises:
-        UserError: torch is older than 2.8, the model or the example is not finite or not float32, the model does not
-            take the example, a layer cannot be merged or exported, no runtime is installed, or one disagrees; names the
-            first layer.
+        UserError: torch is older than 2.8, the model is not calibrated, it or the example is not finite or not float32,
+            the model does not take the example, a layer cannot be merged or exported, no runtime is installed, or one
+            disagrees; names the first layer.
     """
     check_export()
     if target not in ('both', *installed_backends()):
@@ -157,7 +159,10 @@ def export(model: nn.Module, plan: Plan, example: Tensor, out: str | Path, targe
 
 
 def _check_values(model: nn.Module, example: Tensor) -> None:
-    """Refuse a model that has diverged, one of another precision, and an example that is not finite."""
+    """Refuse a model without thresholds, of another precision or not finite, and an example that is not finite."""
+    for quantizer in model.modules():
+        if isinstance(quantizer, Quantizer) and not quantizer.calibrated and quantizer.stage != Stage.FLOAT:
+            raise UserError(uncalibrated(quantizer.name))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.is_floating_point():
             continue

@@ -13,6 +13,7 @@ from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.layers import QuantConv2d
 from gdrq_mm.core.modules import activation_quantizers, quant_layers
 from gdrq_mm.core.quantizers import ACTIVATION_METHODS, METHODS, WEIGHT_METHODS, Stage, learned_parameters
+from gdrq_mm.core.quantizers.gdrq import GDRQActivation, GDRQWeight
 from gdrq_mm.core.step import after_step, set_stage
 from gdrq_mm.core.topology import record
 from tests import reference_methods as papers
@@ -209,3 +210,35 @@ def test_a_layer_of_a_handwritten_model_trains_and_freezes(method):
     learned = learned_parameters(layer)
     assert not any(dict(layer.named_parameters())[name].grad.any() for name in learned)
     assert layer.weight.grad.any() and torch.equal(layer(x), copied(x))
+
+
+# ---- a method of one's own ------------------------------------------------------------------------------------------
+
+
+class OwnWeight(GDRQWeight):
+    def current_threshold(self, weight):
+        return self.sizes * 0 + 0.01
+
+
+class OwnActivation(GDRQActivation):
+    def measure(self, x):
+        return x.sum() * 0 + 3, 1
+
+
+def test_a_threshold_of_ones_own_is_used_in_training_too():
+    """The kernels compute k * mean themselves, for all layers at once."""
+    model, x = Block().train(), torch.randn(2, 4, 8, 8)
+    quantize_model(model, Quantization.from_dict(everywhere('gdrq', 'gdrq')), record(model, lambda: model(x)))
+    calibrate(model, [x])
+    layer = model.conv2
+    layer.weight_quant.__class__, layer.own_input_quant.__class__ = OwnWeight, OwnActivation
+    layer.own_input_quant.threshold.zero_()
+    out = []
+    layer.register_forward_hook(lambda module, args, y: out.append(y))
+    model(x).sum().backward()
+    after_step(model)
+    assert torch.equal(out[0], torch.zeros_like(out[0]))  # of an input whose T is 0
+    q = layer.own_input_quant
+    torch.testing.assert_close(q.threshold, q.options.momentum * q.k * 3)
+    model(x)
+    assert 0 < out[1].abs().max() <= 9 * 4 * 0.01 * q.threshold * 1.001

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.core.modules import quant_layers
 from gdrq_mm.deploy.export import export, properties
 from gdrq_mm.deploy.runtime import RUNTIMES, RuntimeFailed, open_runtime
 from gdrq_mm.deploy.verify_onnx import _compare_output
@@ -61,11 +62,16 @@ def spoilt(value):
     return spoil
 
 
+def not_calibrated(model):
+    next(layer for layer in quant_layers(model).values()).own_input_quant.set_state(calibrated=False)
+
+
 @pytest.mark.parametrize(
     ('spoil', 'example', 'message'),
     [
         (spoilt(torch.nan), torch.Tensor.clone, r'.*weight has NaN or infinite values: its training diverged'),
         (spoilt(-torch.inf), torch.Tensor.clone, r'.*weight has NaN or infinite values: its training diverged'),
+        (not_calibrated, torch.Tensor.clone, 'layer .* has no threshold yet: calibrate or train the model first'),
         (nn.Module.double, torch.Tensor.double, r'.* is torch.float64: export takes a float32 model'),
         (nn.Module.eval, lambda x: x / 0, 'the example has NaN or infinite values'),
         (nn.Module.eval, lambda x: x[:, :2], r'the model does not take the example, \(.*\) of torch.float32: '),

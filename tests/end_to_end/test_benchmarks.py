@@ -1,7 +1,10 @@
 """benchmarks/ as a user runs them, at a tiny setting: tables and files, no times."""
 
+import ast
 import json
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def run(run_in):
     return lambda script, *options: run_in(ROOT, [dict(COLUMNS='100')], ROOT / 'benchmarks' / script, *options)[0]
+
+
+@pytest.mark.parametrize('script', sorted((ROOT / 'benchmarks').glob('*.py')), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_is_there(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith('gdrq_mm'):
+            module = import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or find_spec(f'{node.module}.{alias.name}'), alias.name
 
 
 def test_quantized_loss_reproduces_the_orders(run, tmp_path):

@@ -121,7 +121,9 @@ def test_two_processes_give_the_model_of_one(train_on_two, config, tmp_path, cas
 
 
 def test_two_processes_hold_the_same_model_in_mixed_precision(train_on_two, tmp_path):
-    finished(train_on_two('amp', '--amp', sync_bn='torch'))
+    statistics = [dict(type='StatisticsHook')]  # off in the others
+    finished(train_on_two('amp', '--amp', sync_bn='torch', custom_hooks=statistics))
+    assert list((tmp_path / 'amp').glob('*/vis_data/vis_image/distributions_*.png'))
     (state, *_) = same_states(tmp_path / 'amp')
     assert all(value.isfinite().all() for value in state.values())
 

@@ -251,6 +251,6 @@ def layer_called(name: str) -> str:
 def uncalibrated(name: str) -> str:
     """The message of a quantizer that is used before it has a threshold."""
     return (
-        f'{layer_called(name)} has no threshold yet: train it first, or load a checkpoint of the quantized model '
-        '(a float checkpoint holds no thresholds)'
+        f'{layer_called(name)} has no threshold yet: calibrate or train the model first, or load a checkpoint of the '
+        'quantized model (a float checkpoint holds no thresholds)'
     )

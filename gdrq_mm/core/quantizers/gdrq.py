@@ -19,7 +19,7 @@ from .. import functional as F
 from ..errors import UserError
 from ..kernels import Uniform
 from ..typed import Bounds
-from .activation import Statistics
+from .activation import ActivationQuantizer, Statistics
 from .base import OF_BITS, Stage
 from .fixed_point import FixedPoint
 from .following import FollowingQuantizer
@@ -88,6 +88,10 @@ class GDRQWeight(WeightQuantizer):
     options: Options
     k: Tensor
 
+    def __init_subclass__(cls) -> None:
+        if cls.current_threshold is not GDRQWeight.current_threshold:  # kernels compute k * mean(|w|)
+            cls.factor_of_mean = WeightQuantizer.factor_of_mean  # type: ignore[method-assign]
+
     def __init__(self, bits: int, *args: Any, **options: Any) -> None:
         super().__init__(bits, *args, **options)
         k = default_weight_k(bits, self.lo, self.hi) if self.options.k is None else self.options.k
@@ -150,11 +154,15 @@ class GDRQActivation(FollowingQuantizer):
         momentum: Annotated[float, Bounds(0, 1)] = 0.01
         """m of the running average."""
         mean: Literal['all', 'nonzero'] = 'nonzero'
-        """Over the elements that are not zero, or over all: a ReLU leaves between a tenth and nine tenths of them."""
+        """Over the elements that are not zero, for which the default k is made, or over all: 4 bits need k = 12 then."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
         """Of a clipped activation: 0 or 1."""
 
     options: Options
+
+    def __init_subclass__(cls) -> None:
+        if cls.measure is not GDRQActivation.measure:  # kernels measure as GDRQActivation does
+            cls.uniform = ActivationQuantizer.uniform  # type: ignore[method-assign]
 
     def __init__(self, bits: int, range: str = 'auto', **options: Any) -> None:
         super().__init__(bits, range, **options)
@@ -170,7 +178,7 @@ class GDRQActivation(FollowingQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, Any]:
         return F.sum_abs(x), x.numel() if self.options.mean == 'all' else (x != 0).sum()  # count_nonzero is slower
 
-    def uniform(self) -> Uniform:
+    def uniform(self) -> Uniform | None:
         sums, nonzero = self.sums if self.tracks() else None, self.options.mean == 'nonzero'
         return Uniform(self.threshold_in_use(), self.lo, self.hi, self.masked, sums, nonzero, max(-self.lo, self.hi))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from mmengine.dist import master_only
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook, IterTimerHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -81,6 +81,8 @@ class StatisticsHook(Hook):
             return
         self._watched.close()
         samples, self._samples = self._samples, {}
+        if not is_main_process():
+            return
         began = time.time()
         self._write(runner, self._distributions(bare_model(runner.model), samples))
         for hook in runner.hooks:  # else the picture counts as loading data, and the estimate of the end with it
@@ -103,7 +105,6 @@ class StatisticsHook(Hook):
                 found.append(_distribution(name, quant.bits, x, quant.quantize(x, step), *ends))
         return found
 
-    @master_only
     def _write(self, runner: Runner, distributions: list[Distribution]) -> None:
         if not distributions:
             return
