@@ -36,7 +36,7 @@ def read_picture(path, whole, crops=False):
     """
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         sys.exit(f'{path} cannot be read as a picture: {error}')
     if picture.mode.startswith('I;16'):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))

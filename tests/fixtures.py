@@ -13,10 +13,11 @@ from mmengine.runner import runner as mmengine_runner
 from yapf.yapflib import yapf_api
 
 from gdrq_mm.data import digits
+from gdrq_mm.openmmlab.cli import ending
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.exports import LONGER, export_whole
 from tests.helpers import ENV
-from tests.runs import COUNTS, SCENES, checkpoint_of, tiny_config
+from tests.runs import COUNTS, SCENES, checkpoint_of, tiny_config, tool_function
 
 TOLD = 'ONNX export needs torch 2.8 or newer'
 # What mmengine does for every run and no test looks at: a third of the time of a small one. It formats the config, asks
@@ -40,6 +41,21 @@ def scenes_root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, 'COUNTS', SCENES)
         return digits.build(tmp_path_factory.mktemp('scenes') / 'digits', show_progress=False)
+
+
+@pytest.fixture
+def error_of(tmp_path, monkeypatch):
+    """Runs a tool in tmp_path; returns the line that it ends with, of a process with exit code 1."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+
+    def error_of(*args):
+        monkeypatch.setattr(sys, 'argv', [str(arg) for arg in args])
+        message = ending(tool_function(Path(sys.argv[0]).name))
+        assert isinstance(message, str) and message.startswith('error: ') and '\n' not in message
+        return message
+
+    return error_of
 
 
 @pytest.fixture(

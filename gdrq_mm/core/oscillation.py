@@ -61,8 +61,10 @@ class Oscillations:
     """
 
     def __init__(self, model: nn.Module, limits: tuple[float, float] | None = (0.1, 0.01), momentum: float = 0.01):
+        if limits is not None and not (isinstance(limits, (list, tuple)) and len(limits) == 2):
+            raise UserError(f'oscillation: limits={limits!r} is neither two numbers nor None')
         for name, value in [*(('limits', limit) for limit in limits or ()), ('momentum', momentum)]:
-            if not 0 < value <= 1:
+            if not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise UserError(f'oscillation: {name}={value!r} is not in (0, 1]')
         self.limits, self.momentum = limits, momentum
         self.layers = {
@@ -158,7 +160,7 @@ def _begun(codes: Tensor) -> _State:
 def _moved(state: _State, codes: Tensor, momentum: float) -> _State:
     """The state after a step: Algorithm 1 without freezing."""
     codes = torch.where(state.frozen, state.codes, codes)
-    change = (codes - state.codes).sign()
+    change = (codes.short() - state.codes).sign().char()
     oscillated = (change * state.direction) < 0
     return _State(
         codes=codes,

@@ -37,7 +37,8 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
         Number of batches; with 0 nothing changes.
     """
     predict = predict or model
-    frozen = any(isinstance(module, Quantizer) and module.stage == Stage.FREEZE for module in model.modules())
+    frozen = [m for m in model.modules() if isinstance(m, Quantizer) and m.stage == Stage.FREEZE]
+    thresholds = [quantizer.threshold.clone() for quantizer in frozen]
     with uncompiled(), modes_kept(model):
         model.train()
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
@@ -50,7 +51,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
         for quantizer in following:
             quantizer.sums.zero_()
         largest = {quantizer: quantizer.sums.clone() for quantizer in following if quantizer.largest}
-        count = 0
+        count, done = 0, False
         try:
             for batch in batches:
                 if count == 0:
@@ -64,9 +65,13 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
                     quantizer.sums.zero_()
             for quantizer, total in largest.items():
                 quantizer.sums.copy_(total)
-            if count:
+            if _most(count):
+                if not count:  # a process without a batch adds nothing to the others
+                    for norm in norms:
+                        norm.reset_running_stats()
                 _average(norms, before)
                 move_thresholds(following, momentum=1.0)
+                done = True
         finally:
             for norm, momentum in momenta:
                 norm.momentum = momentum
@@ -74,7 +79,16 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
                 quantizer.sums.zero_()
             if frozen:
                 set_stage(model, Stage.FREEZE)
+            for quantizer, threshold in zip(frozen, [] if done else thresholds):
+                quantizer.threshold.copy_(threshold)
     return count
+
+
+def _most(count: int) -> int:
+    """The largest count of a process."""
+    found = torch.tensor(count)
+    all_reduce(found, 'max')
+    return int(found)
 
 
 def _average(norms: list[Any], before: list[list[Tensor]]) -> None:

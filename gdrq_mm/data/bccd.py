@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from .checks import read_picture
-from .layout import building, require, source_folder, tracked
+from .checks import check_annotations, read_picture
+from .layout import building, read_list, require, source_folder, tracked
 
 CLASSES = ('RBC', 'WBC', 'Platelets')
 SPLITS = ('train', 'val', 'trainval', 'test')
@@ -64,7 +64,7 @@ def build(source: str | Path, root: str | Path) -> Path:
     source, root = source_folder(source, 'BCCD'), Path(root)
     splits = {split: source / 'ImageSets' / 'Main' / f'{split}.txt' for split in SPLITS}
     require('BCCD', [*splits.values()])
-    names = {split: path.read_text().split() for split, path in splits.items()}
+    names = {split: read_list(path) for split, path in splits.items()}
     everything = sorted({name for each in names.values() for name in each})
     require('BCCD', [source / 'Annotations' / f'{name}.xml' for name in everything])
     require('BCCD', [source / 'JPEGImages' / f'{name}.jpg' for name in everything])
@@ -72,7 +72,10 @@ def build(source: str | Path, root: str | Path) -> Path:
         for part in ('JPEGImages', 'annotations'):
             (folder / part).mkdir()
         for split in SPLITS:
-            (folder / 'annotations' / f'{split}.json').write_text(json.dumps(_coco(source, names[split])))
+            content = _coco(source, names[split])
+            if warning := check_annotations(content, splits[split]):
+                print(warning)
+            (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content))
         with tracked(_coco(source, everything)['images'], 'BCCD') as images:
             for image in images:
                 picture = source / 'JPEGImages' / image['file_name']

@@ -30,6 +30,12 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 """What stands under a key: Python types, and the same in words."""
 
 
+LARGEST = 2**31
+"""Pixels: no side of a box is as long. Python's integers may be too large for a float."""
+DAMAGED = (OSError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises on a file that it cannot read, and on one that would fill the memory."""
+
+
 def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[str, Any]:
     """The content of a COCO file.
 
@@ -39,8 +45,8 @@ def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[s
     """
     name = name or path
     try:
-        content = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+        content = json.loads(Path(path).read_bytes().decode())  # as evaluation reads it, without a mark in front
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{name} is not JSON: {error}') from None
     if not isinstance(content, dict):
         raise UserError(f'{name} is a {type(content).__name__}, not a COCO dict with {", ".join(KEYS)}')
@@ -60,16 +66,24 @@ def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[s
     return content
 
 
-def check_annotations(content: dict[str, Any], name: str | Path, classes: Iterable[str] | None = None) -> str:
+def check_annotations(
+    content: dict[str, Any], name: str | Path, classes: Iterable[str] | None = None, evaluated: bool = False
+) -> str:
     """Check that images, categories and annotations of a COCO file fit together.
+
+    Args:
+        evaluated: predictions are compared with it, for which pycocotools wants `iscrowd` of each annotation.
 
     Returns:
         A warning with the number of boxes that mmdet ignores; '' if there are none.
 
     Raises:
-        UserError: an annotation has an unknown image or category or a malformed box, or a class is not among the
-            categories.
+        UserError: an id or the name of a category stands twice, an annotation has an unknown image or category or a
+            malformed box, or a class is not among the categories.
     """
+    for part in KEYS:
+        _refuse_twice(name, part, 'id', content[part])
+    _refuse_twice(name, 'categories', 'name', content['categories'])
     images = {image['id']: image for image in content['images']}
     categories = {category['id']: category['name'] for category in content['categories']}
     unknown = [c for c in classes or () if c not in categories.values()]
@@ -85,6 +99,9 @@ def check_annotations(content: dict[str, Any], name: str | Path, classes: Iterab
         if entry['category_id'] not in categories:
             category = entry['category_id']
             raise UserError(f'{name}: annotation {entry["id"]} is of category {category}, which it does not have')
+        if evaluated and entry.get('iscrowd') not in (0, 1):
+            crowd = entry.get('iscrowd')
+            raise UserError(f'{name}: annotation {entry["id"]} has iscrowd={crowd}; evaluation needs 0 or 1')
         box = entry['bbox']
         if not _is_box(box):
             raise UserError(
@@ -101,11 +118,19 @@ def check_annotations(content: dict[str, Any], name: str | Path, classes: Iterab
     return ''
 
 
+def _refuse_twice(name: str | Path, part: str, key: str, entries: Iterable[dict[str, Any]]) -> None:
+    seen: set[Any] = set()
+    for entry in entries:
+        if entry[key] in seen:
+            raise UserError(f'{name}: two entries of {part!r} have {key}={entry[key]!r}')
+        seen.add(entry[key])
+
+
 def _is_box(box: Any) -> bool:
     return (
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+        and all(isinstance(v, (int, float)) and abs(v) < LARGEST for v in box)
         and min(box[2:]) >= 0
     )
 
@@ -122,10 +147,26 @@ def read_picture(path: Path) -> np.ndarray:
     Raises:
         UserError: it cannot be decoded.
     """
-    picture = cv2.imread(str(path))
+    try:
+        picture = cv2.imread(str(path))
+    except cv2.error as error:  # it is too large
+        raise UserError(f'{path} cannot be read: {error}'.splitlines()[0]) from None
     if picture is None:
         raise UserError(f'{path} cannot be read: damaged or not a picture')
     return picture
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Height and width of a picture, which is not decoded.
+
+    Raises:
+        UserError: it is none, or is larger than any that can be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.height, file.width
+    except DAMAGED as error:
+        raise UserError(f'{path} cannot be read: {error}') from None
 
 
 def read_mask(path: Path, shape: tuple[int, ...], classes: int, ignored: Iterable[int]) -> np.ndarray:
@@ -137,7 +178,7 @@ def read_mask(path: Path, shape: tuple[int, ...], classes: int, ignored: Iterabl
     try:
         with Image.open(path) as file:
             mask = np.asarray(file)
-    except (OSError, SyntaxError) as error:
+    except DAMAGED as error:
         raise UserError(f'{path} cannot be read: {error}') from None
     wrong = wrong_mask(mask, shape, classes, ignored)
     if wrong:

@@ -50,8 +50,12 @@ def _pictures(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         data = archive.extractfile(member).read()  # type: ignore[union-attr]
         if path.name.startswith(('data_batch_', 'test_batch')):
             yield from _official(path.name, data, str(archive.name))
-        elif len(path.parts) >= 3 and path.parts[-3] in COUNTS and path.parts[-2] in CLASSES:
+        elif len(path.parts) >= 3 and path.parts[-3] in COUNTS and path.parts[-2] in CLASSES and _is_picture(path):
             yield '/'.join(path.parts[-3:-1]), path.name, data
+
+
+def _is_picture(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in ('.png', '.jpg', '.jpeg') and not path.name.startswith('.')
 
 
 def build(source: str | Path, root: str | Path, show_progress: bool = True) -> Path:
@@ -84,8 +88,8 @@ def _unpack(source: Path, folder: Path, show_progress: bool) -> None:
                 split, kind = place.split('/')
                 if not counts[split][kind]:
                     (folder / place).mkdir(parents=True, exist_ok=True)
+                counts[split][kind] += not (folder / place / name).exists()  # an archive may name a file twice
                 (folder / place / name).write_bytes(data)
-                counts[split][kind] += 1
     except UserError:
         raise
     # What tarfile, zlib and NumPy raise on a damaged archive, and a batch that is none.

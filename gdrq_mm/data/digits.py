@@ -12,20 +12,21 @@ are drawn with a fixed seed, so all machines get the same pixels. Training and t
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 from sklearn.datasets import load_digits
 
-from ..core.files import write_whole
-from .layout import tracked, write_picture
+from ..core.errors import UserError
+from .layout import building, tracked, write_picture
 
 SEED = 1797
 TEST_DIGITS = 500
 COUNTS = {'cls': {'train': 6000, 'test': 1000}, 'scenes': {'train': 600, 'test': 150}}
 SIZES = {'cls': 32, 'scenes': 96}
+DONE = 'complete.json'
 CLASSES = tuple(str(digit) for digit in range(10))
 
 
@@ -64,19 +65,38 @@ def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def build(root: str | Path, show_progress: bool = True) -> Path:
     """Write the whole data set into `root`, unless it is there. Returns `root`.
 
-    The file `complete.json` is written last: a folder without it is not finished.
+    The file `complete.json` says what was built. Another version is replaced; any other content stays.
+
+    Raises:
+        UserError: `root` has something else in it, or cannot be written.
     """
     root = Path(root)
-    wanted = {'seed': SEED, 'counts': COUNTS, 'sizes': SIZES}
-    done = root / 'complete.json'
-    with suppress(OSError, ValueError):  # it is not there, or was cut off
-        if json.loads(done.read_text()) == wanted:
-            return root
-    for split, (images, labels) in split_digits().items():
-        _build_cls(root, split, images, labels, show_progress)
-        _build_scenes(root, split, images, labels, show_progress)
-    write_whole(done, json.dumps(wanted).encode())
+    wanted = json.dumps({'seed': SEED, 'counts': COUNTS, 'sizes': SIZES})
+    found = _version(root)
+    if found == wanted:
+        return root
+    if found.startswith('{"seed": '):  # what an older version of this function built, or did not finish
+        for part in COUNTS:
+            shutil.rmtree(root / part, ignore_errors=True)
+        (root / DONE).unlink()
+    try:
+        with building(root) as folder:
+            for split, (images, labels) in split_digits().items():
+                _build_cls(folder, split, images, labels, show_progress)
+                _build_scenes(folder, split, images, labels, show_progress)
+            (folder / DONE).write_text(wanted)
+    except UserError:
+        if _version(root) != wanted:  # else another process has built it meanwhile
+            raise
     return root
+
+
+def _version(root: Path) -> str:
+    """What was built in a folder; '' if nothing was."""
+    try:
+        return (root / DONE).read_text()
+    except (OSError, UnicodeDecodeError):
+        return ''
 
 
 def _write(path: Path, picture: np.ndarray) -> None:

@@ -46,6 +46,22 @@ def require(name: str, paths: Iterable[Path]) -> None:
     refuse_missing(name, [p for p in paths if not p.exists()])
 
 
+def read_list(path: Path, lines: bool = False) -> list[str]:
+    """The words of a text file, or its lines.
+
+    Raises:
+        UserError: it is empty, or no text.
+    """
+    try:
+        text = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is no text: {error}') from None
+    found = text.splitlines() if lines else text.split()
+    if not found:
+        raise UserError(f'{path} is empty')
+    return found
+
+
 def refuse_missing(name: str, missing: Sequence[str | Path]) -> None:
     """Raise UserError with the number of missing paths and the first of them, if there are any."""
     if missing:

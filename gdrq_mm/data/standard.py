@@ -15,11 +15,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..core.errors import UserError
-from .checks import check_annotations, read_annotations, read_mask
-from .layout import building, link, require, source_folder, tracked, write_picture
+from .checks import check_annotations, read_annotations, read_mask, size_of
+from .layout import building, link, read_list, require, source_folder, tracked, write_picture
 
 VOC_LISTS = {
     'VOC2007': ('Main/trainval', 'Main/test'),
@@ -52,7 +51,7 @@ def voc(source: str | Path, root: str | Path) -> Path:
         files = {
             source / year / pattern.format(number)
             for name, path in lists.items()
-            for number in path.read_text().split()
+            for number in read_list(path)
             for pattern in VOC_FILES[name.split('/')[0]]
         }
         with tracked(sorted(files), year) as each:
@@ -74,7 +73,9 @@ def coco(source: str | Path, root: str | Path) -> Path:
     with tracked(files.items(), 'COCO') as each:
         for split, path in each:
             content = read_annotations(path)
-            warning = check_annotations(content, path)
+            if not content['images']:
+                raise UserError(f'{path} has no images')
+            warning = check_annotations(content, path, evaluated=split == 'val2017')
             if warning:
                 print(warning)
             require(f'COCO, {split}', [source / split / image['file_name'] for image in content['images']])
@@ -106,8 +107,7 @@ def cityscapes(source: str | Path, root: str | Path) -> Path:
             for picture, mask in each:
                 place = out / mask.parent.relative_to(source)
                 place.mkdir(parents=True, exist_ok=True)
-                with Image.open(picture) as opened:  # without decoding it: only its size is needed
-                    labels = read_mask(mask, opened.size[::-1], max(CITYSCAPES_CLASSES) + 1, [255])
+                labels = read_mask(mask, size_of(picture), max(CITYSCAPES_CLASSES) + 1, [255])
                 made = mask.name.replace('labelIds', 'labelTrainIds')
                 for file in mask.parent.glob(mask.name.replace('labelIds.png', '*')):
                     if file.name != made:
@@ -129,7 +129,7 @@ def imagenet(source: str | Path, root: str | Path) -> Path:
     for split in splits:
         listed = source / 'meta' / f'{split}.txt'
         if listed.is_file():
-            names = [line.rsplit(' ', 1)[0] for line in listed.read_text().splitlines()]
+            names = [line.rsplit(' ', 1)[0] for line in read_list(listed, lines=True)]
             with tracked([source / split / name for name in names], f'ImageNet, {split}') as each:
                 require(f'ImageNet, {split}', each)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .accumulation import accumulated, is_between_steps, restore
 from .checkpoints import checkpoint_digest, last_written, read_checkpoint, written_whole
 from .data_only import data_only
 from .hooks import OscillationHook, StopHook, WorkDirHook
-from .loading import go_on
+from .loading import go_on, refuse_other_labels
 from .models import bare_model, quantization_of
 from .recipe import changed_settings, trained_as, training_of
 from .weights import load_weights, meta_of, plan_of, renamed
@@ -42,6 +43,8 @@ class CheckpointRunner(Runner):
         """In what the recipe was changed when the training was resumed; a record states the last recipe."""
         self.run_id = ''
         """The training that the checkpoints in the work directory belong to; a resumed one keeps it."""
+        self.known_classes: dict[str, Sequence[str]] = {}
+        """Data set, or checkpoint that is tested, -> its classes; see `refuse_other_labels`."""
         self.resumed = False
         self.validated_at = -1
         """The iteration after which validation began last."""
@@ -99,6 +102,8 @@ class CheckpointRunner(Runner):
         if left_out:
             self.logger.info(f'Thresholds of {filename} are left out: {left_out}.')
         meta = self._meta = meta_of(checkpoint)
+        if use == 'test':
+            refuse_other_labels(self.known_classes, filename, (meta.get('dataset_meta') or {}).get('classes'))
         started = dict(file=Path(filename).name, sha256=checkpoint_digest(filename), start=meta.get('start'))
         self.training = dict(start=started if self._starts else meta.get('start'), **training_of(meta))
         self._has_loaded = True

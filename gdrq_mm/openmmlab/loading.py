@@ -8,9 +8,11 @@ labels. When loaded: whether picture and mask can be decoded, are of one size, a
 from __future__ import annotations
 
 import logging
+import numbers
 import os
+import traceback
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from ..core.errors import UserError
 from ..core.modules import mute_leaves
-from ..data.checks import check_annotations, read_annotations, wrong_mask
+from ..data.checks import DAMAGED, check_annotations, few, read_annotations, wrong_mask
 from ..data.layout import refuse_missing
 from .models import bare_model
 from .processes import shield_workers
@@ -45,10 +47,19 @@ def loader_of(runner: Any, name: str) -> DataLoader:
         diff = runner._randomness_cfg.get('diff_rank_seed', False)
         try:
             loader = runner.build_dataloader(loader, seed=runner.seed, diff_rank_seed=diff)
-        except OSError as error:
+        except (OSError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+            if not (isinstance(error, OSError) or _of_layout(error)):
+                raise
             raise UserError(f'{name[1:]}: the data set cannot be read: {error}') from None
         setattr(runner, name, loader)
     return loader
+
+
+def _of_layout(error: BaseException) -> bool:
+    """Whether a library raised it while it listed what a data set has: the files are not laid out as it expects."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    library = frames[-1].f_globals.get('__name__', '').partition('.')[0] in ('mmengine', 'mmpretrain', 'mmdet', 'mmseg')
+    return library and any(frame.f_code.co_name == 'load_data_list' for frame in frames)
 
 
 def trials_of(runner: Any, model: nn.Module) -> list[Callable[[], None]]:
@@ -80,10 +91,32 @@ def _lose_sample(runner: Any, model: nn.Module) -> None:
         model(**data, mode='loss')
 
 
-def check_loader(loader: DataLoader, cfg: Config) -> None:
-    """Shield the workers of a data loader from signals, and check its data set."""
+def check_loader(loader: DataLoader, cfg: Config, known: dict[str, Sequence[str]]) -> None:
+    """Shield the workers of a data loader from signals, and check its data set; `known`: classes of others."""
     shield_workers(loader)
     check_dataset(loader.dataset, labels_of(cfg.model))
+    classes = (getattr(loader.dataset, 'metainfo', None) or {}).get('classes')
+    inner: Any = loader.dataset
+    while not isinstance(inner, BaseDataset) and hasattr(inner, 'dataset'):
+        inner = inner.dataset
+    refuse_other_labels(known, _name(inner) if isinstance(inner, BaseDataset) else type(inner).__name__, classes)
+
+
+def refuse_other_labels(known: dict[str, Sequence[str]], name: str, classes: Any) -> None:
+    """Note the classes of a data set or a checkpoint; `known` are those of before.
+
+    mmpretrain numbers the folders of each split on its own: where one is missing, all later labels are others.
+
+    Raises:
+        UserError: a class has another label there than in one of before.
+    """
+    classes = list(classes) if isinstance(classes, (list, tuple)) else []
+    for other, theirs in known.items():
+        labels = {each: label for label, each in enumerate(theirs)}
+        for label, each in enumerate(classes):
+            if labels.get(each, label) != label:
+                raise UserError(f'{name}: the class {each!r} has the label {label}, and {labels[each]} in {other}')
+    known[name] = classes
 
 
 def go_on(loop: Any, seed: int, batches: int | None = None) -> None:
@@ -134,7 +167,8 @@ def _check_mmdet(stack: ExitStack) -> None:
     def read(dataset: CocoDataset, path: str) -> COCO:
         coco = COCO()
         coco.dataset = read_annotations(path, dataset.ann_file)
-        warning = check_annotations(coco.dataset, dataset.ann_file, dataset.metainfo['classes'])
+        classes = dataset.metainfo['classes']
+        warning = check_annotations(coco.dataset, dataset.ann_file, classes, evaluated=dataset.test_mode)
         if warning:
             print_log(warning, logger='current', level=logging.WARNING)
         if not (dataset.test_mode or coco.dataset['annotations']):
@@ -174,7 +208,7 @@ def _name(dataset: BaseDataset) -> str:
     return f'{type(dataset).__name__} of {next(filter(None, places), "")}'
 
 
-UNREADABLE = (OSError, AssertionError, AttributeError, SyntaxError, cv2.error)
+UNREADABLE = (*DAMAGED, AssertionError, AttributeError, cv2.error)
 """What mmcv, OpenCV and Pillow raise on a damaged file; other errors are the config's."""
 
 
@@ -243,38 +277,43 @@ def check_dataset(dataset: Any, labels: Labels) -> None:
     if not isinstance(dataset, BaseDataset):
         return
     _refuse_empty(dataset, len(dataset))
-    transforms = dataset.pipeline.transforms
-    if not any(getattr(t, 'backend_args', None) for t in transforms):  # else the files are elsewhere
-        _require_files(dataset)
-    classes = len(dataset.metainfo.get('classes') or ())
-    if labels.classes and not dataset.test_mode and not 0 < classes <= labels.classes:
-        _refuse_unknown(dataset, labels.classes)
+    names = list(dataset.metainfo.get('classes') or ())
+    _refuse_other_order(dataset, names)
+    classes = len(names)
+    fits = not labels.classes or 0 < classes <= labels.classes
+    listed = not dataset.ann_file and 'seg_map_path' not in dataset.get_data_info(0)  # by the folders of its pictures
+    if not listed or not (fits or dataset.test_mode):
+        elsewhere = any(getattr(t, 'backend_args', None) for t in dataset.pipeline.transforms)
+        _check_samples(dataset, labels.classes, not (listed or elsewhere))
+    if not (fits or dataset.test_mode):
         classes = min(classes, labels.classes)
     _wrap(dataset.pipeline, classes if hasattr(dataset, 'reduce_zero_label') else 0, labels.ignored)  # mmseg's have it
 
 
-def _refuse_unknown(dataset: BaseDataset, classes: int) -> None:
-    """Refuse labels that no head knows; those of masks are seen when they are loaded."""
-    for number in range(len(dataset)):
-        info = dataset.get_data_info(number)
-        label = info.get('gt_label')
-        found = [label] if isinstance(label, int) else label if isinstance(label, (list, tuple)) else []
-        found = [*found, *(box.get('bbox_label', 0) for box in info.get('instances') or ())]
-        if max(found, default=0) >= classes:
-            raise UserError(
-                f'{_name(dataset)}: {info.get("img_path", f"sample {number}")} has the label {max(found)}, '
-                f'and num_classes={classes} in the model allows 0 to {classes - 1}'
-            )
+def _refuse_other_order(dataset: BaseDataset, names: list[str]) -> None:
+    """Refuse `classes` that are those of mmpretrain's folders in another order: labels are those of the folders."""
+    folders = list(getattr(dataset, 'folder_to_idx', ()))
+    if folders != names and sorted(folders) == sorted(names):
+        raise UserError(f'{_name(dataset)}: metainfo.classes is not in the order of its folders, {few(folders)}')
 
 
-def _require_files(dataset: BaseDataset) -> None:
-    if not dataset.ann_file and 'seg_map_path' not in dataset.get_data_info(0):
-        return  # its pictures were found by listing folders
+def _check_samples(dataset: BaseDataset, classes: int, files: bool) -> None:
+    """Refuse labels that no head knows and, with `files`, files that are not there.
+
+    Labels of masks are seen when they are loaded. Of data to test with only those of pictures are looked at.
+    """
     folders: dict[str, set[str]] = {}  # listing a folder is faster than asking for each file
     missing = []
     for number in range(len(dataset)):
         info = dataset.get_data_info(number)
-        for path in (info.get('img_path'), info.get('seg_map_path')):
+        found = _labels(info, dataset.test_mode)
+        wrong = [label for label in found if not 0 <= label < classes]
+        if classes and wrong:
+            raise UserError(
+                f'{_name(dataset)}: {info.get("img_path", f"sample {number}")} has the label {wrong[0]}, '
+                f'and num_classes={classes} in the model allows 0 to {classes - 1}'
+            )
+        for path in (info.get('img_path'), info.get('seg_map_path')) if files else ():
             if not isinstance(path, str) or '://' in path:
                 continue
             folder, file = os.path.split(path)
@@ -283,6 +322,12 @@ def _require_files(dataset: BaseDataset) -> None:
             if file not in folders[folder]:
                 missing.append(path)
     refuse_missing(_name(dataset), missing)
+
+
+def _labels(info: dict[str, Any], test_mode: bool) -> list[int]:
+    label = info.get('gt_label')
+    found = [label] if isinstance(label, numbers.Integral) else label if isinstance(label, (list, tuple)) else []
+    return [*found, *(box.get('bbox_label', 0) for box in (() if test_mode else info.get('instances') or ()))]
 
 
 def _wrap(pipeline: Any, classes: int, ignored: frozenset[int]) -> None:

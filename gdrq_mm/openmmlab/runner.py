@@ -114,7 +114,7 @@ class QuantRunner(CheckpointRunner):
         """A data loader; what is wrong with its data is told with the name of the file."""
         with data_only(self._unsafe), checked_reading(self.cfg.get('default_scope')):
             loader = super().build_dataloader(*args, **kwargs)
-        check_loader(loader, self.cfg)
+        check_loader(loader, self.cfg, self.known_classes)
         return loader
 
     def build_train_loop(self, loop: Any) -> Any:

@@ -12,7 +12,7 @@ from gdrq_mm.core.calibrate import calibrate
 from gdrq_mm.core.config import Quantization
 from gdrq_mm.core.convert import quantize_model
 from gdrq_mm.core.errors import UserError
-from gdrq_mm.core.oscillation import Oscillations
+from gdrq_mm.core.oscillation import Oscillations, _begun, _moved
 from gdrq_mm.core.quantizers import WEIGHT_METHODS
 from tests.core.builders import few_bits, weight_quantizer
 
@@ -85,6 +85,11 @@ def alternate(model, oscillations, count):
             layer.weight[0, 0] = (0.6 if number % 2 else 0.4) * step.flatten()[0]
             layer.weight[0, 1] += 0.1 * step.flatten()[0]
         oscillations.step()
+
+
+def test_a_jump_across_all_codes_of_8_bits_has_its_direction():
+    codes = torch.tensor([-100], dtype=torch.int8)
+    assert _moved(_begun(codes), -codes, 0.01).direction.tolist() == [1]
 
 
 def test_what_oscillates_is_frozen_and_what_drifts_is_not():
@@ -181,6 +186,9 @@ def test_it_goes_on_where_its_state_was_taken():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
+        ((0.1,), 'limits=0.1 is neither two numbers nor None'),
+        (((0.1,),), r'limits=\(0.1,\) is neither'),
+        ((('a', 'b'),), r"limits='a' is not in \(0, 1\]"),
         (((0, 0.1),), r'limits=0 is not in \(0, 1\]'),
         (((0.1, 2),), r'limits=2 is not in \(0, 1\]'),
         (((0.1, 0.01), 0.0), r'momentum=0.0 is not in \(0, 1\]'),

@@ -11,6 +11,7 @@ from gdrq_mm.core.modules import activation_quantizers
 from gdrq_mm.core.quantizers import Stage, learned_parameters
 from gdrq_mm.core.reestimate import reestimate
 from gdrq_mm.core.step import after_step, set_stage
+from tests.core.builders import on_two_ranks
 from tests.core.networks import quantize
 from tests.helpers import Block, Net, same
 
@@ -145,11 +146,28 @@ def test_after_a_batch_that_fails_training_goes_on_as_before(model, stage):
     assert all(q.sums.tolist() == [0, 0] for q in activation_quantizers(model).values())
 
 
-def test_no_batch_changes_nothing(model):
+@pytest.mark.parametrize('stage', [Stage.QUANTIZE, Stage.FREEZE])
+def test_no_batch_changes_nothing(model, stage):
     started(model)
+    set_stage(model, stage)
+    with torch.no_grad():
+        model.blocks[0].conv1.weight.mul_(1.5)  # a threshold that is not frozen follows
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert reestimate(model, []) == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('stage', [Stage.QUANTIZE, Stage.FREEZE])
+def test_a_process_without_a_batch_finds_what_the_others_find(model, stage):
+    started(model)
+    set_stage(model, stage)
+    models = [copy.deepcopy(model) for _ in range(2)]
+    assert on_two_ranks(lambda rank: reestimate(models[rank], [batches(3), []][rank])) == (3, 0)
+    reestimate(model, batches(3))
+    for each in models:
+        for (name, value), found in zip(model.state_dict().items(), each.state_dict().values(), strict=True):
+            if 'num_batches' not in name:
+                torch.testing.assert_close(found, value, msg=name)
 
 
 def test_norms_that_training_leaves_alone_stay(model):

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import shutil
 import tarfile
 
 import cv2
@@ -123,6 +122,21 @@ def test_what_is_in_the_place_of_cifar10_stays(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['given.tar.gz', 'mine', 'new']
 
 
+@pytest.mark.parametrize('other', ['cifar10/train/cat/0.png', 'cifar10/train/cat/1.txt', 'cifar10/train/cat/._1.png'])
+def test_only_pictures_with_names_of_their_own_count(tmp_path, monkeypatch, other):
+    members = list(per_class(2).items())
+    place = [name for name, _ in members].index('cifar10/train/cat/1.png')
+    members[place] = other, members[place][1]
+    with tarfile.open(tmp_path / 'given.tar.gz', 'w:gz') as tar:  # a dict could not have a name twice
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    monkeypatch.setattr(cifar10, 'COUNTS', dict(train=20, test=20))
+    with pytest.raises(UserError, match='has 19 train pictures, CIFAR-10 has 20'):
+        cifar10.build(tmp_path / 'given.tar.gz', tmp_path / 'new', show_progress=False)
+
+
 def test_an_official_batch_is_read():
     content = batch([3, 0])
     planes = content[b'data'].reshape(2, 3, 32, 32)
@@ -155,13 +169,28 @@ def test_digits_are_the_same_to_the_byte(data, tmp_path):
     assert [f for f in files if (first / f).read_bytes() != (second / f).read_bytes()] == []
 
 
-def test_an_unfinished_build_is_finished(tmp_path, data):
-    shutil.copytree(data / 'data/digits', tmp_path / 'digits')
-    (tmp_path / 'digits/complete.json').write_text('{"seed": 17')
-    missing = tmp_path / 'digits/scenes/train/00007.png'
-    missing.unlink()
-    digits.build(tmp_path / 'digits', show_progress=False)
-    assert missing.read_bytes() == (data / 'data/digits/scenes/train/00007.png').read_bytes()
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(digits, 'COUNTS', {'cls': dict(train=30, test=30), 'scenes': dict(train=2, test=2)})
+
+
+@pytest.mark.parametrize('version', ['{"seed": 17', '{"seed": 1, "counts": {}, "sizes": {}}'])
+def test_an_older_version_is_replaced(tmp_path, few, version):
+    root, same = (digits.build(tmp_path / name, show_progress=False) for name in ('digits', 'same'))
+    (root / 'complete.json').write_text(version)
+    missing, more = root / 'scenes/train/00001.png', root / 'cls/train/0/99999.png'
+    missing.rename(more)  # a test digit of another seed would be among those to train with
+    digits.build(root, show_progress=False)
+    files = {p.relative_to(root) for p in root.rglob('*') if p.is_file()}
+    assert files == {p.relative_to(same) for p in same.rglob('*') if p.is_file()}
+    assert all((root / file).read_bytes() == (same / file).read_bytes() for file in files)
+
+
+def test_what_is_in_the_place_of_digits_stays(tmp_path, few):
+    (tmp_path / 'cls/train/cat').mkdir(parents=True)
+    with pytest.raises(UserError, match='is there already'):
+        digits.build(tmp_path, show_progress=False)
+    assert [p.name for p in tmp_path.rglob('*')] == ['cls', 'train', 'cat']
 
 
 @pytest.mark.parametrize('arguments', [['digits', '--sheet', 'a.txt'], ['coco', '--source', '.', '--sheet', 'a.png']])

@@ -10,9 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
-from mmengine.dataset import RepeatDataset
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
@@ -20,27 +18,11 @@ from gdrq_mm.core.errors import UserError
 from gdrq_mm.data import bccd, camvid, standard
 from gdrq_mm.data.checks import check_annotations
 from gdrq_mm.openmmlab import loading
-from gdrq_mm.openmmlab.cli import ending, read_config
 from gdrq_mm.openmmlab.compat import mend_bases
+from tests.damage import cut, put, remove, write
 from tests.helpers import ROOT
 from tests.runs import tool_function
-
-TRAIN, TEST, PREPARE = (str(ROOT / 'tools' / name) for name in ('train.py', 'test.py', 'prepare_data.py'))
-
-
-@pytest.fixture
-def error_of(tmp_path, monkeypatch):
-    """Runs a tool in tmp_path; returns the line that it ends with, of a process with exit code 1."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('LOCAL_RANK', '0')
-
-    def error_of(*args):
-        monkeypatch.setattr(sys, 'argv', [str(arg) for arg in args])
-        message = ending(tool_function(Path(sys.argv[0]).name))
-        assert isinstance(message, str) and message.startswith('error: ') and '\n' not in message
-        return message
-
-    return error_of
+from tests.tools import PREPARE, TRAIN, holds
 
 
 @pytest.fixture
@@ -49,30 +31,10 @@ def prepare(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def prepare(name):
-        monkeypatch.setattr(sys, 'argv', [PREPARE, name, '--source', 'source'])
+        monkeypatch.setattr(sys, 'argv', [str(PREPARE), name, '--source', 'source'])
         tool_function('prepare_data.py')()
 
     return prepare
-
-
-def holds(message, *fragments):
-    assert [f for f in fragments if f not in message] == [], message
-
-
-def write(path, content):
-    """Write text, JSON, or a picture (an array; from a number a grey one of 8x6)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, str):
-        path.write_text(content)
-    elif isinstance(content, dict):
-        path.write_text(json.dumps(content))
-    else:
-        content = np.full((6, 8, 3), content, np.uint8) if isinstance(content, int) else content
-        assert cv2.imwrite(str(path), content)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 # ---- prepare_data: what is made opens -------------------------------------------------------------------------------
@@ -246,25 +208,6 @@ def test_one_year_of_voc_is_enough_and_data_in_place_stays(tmp_path, prepare, mo
 # ---- prepare_data: what is wrong is named ---------------------------------------------------------------------------
 
 
-def edit(change):
-    """Changes a JSON file."""
-
-    def edit(path):
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content))
-
-    return edit
-
-
-def put(content):
-    return lambda path: write(path, content)
-
-
-def remove(path):
-    path.unlink() if path.is_file() else shutil.rmtree(path)
-
-
 WRONG = [
     ('voc', 'VOC2007/Annotations/two.xml', remove, ['1 path is missing']),
     ('voc', 'VOC2012/SegmentationClass/one.png', remove, ['1 path is missing']),
@@ -331,124 +274,6 @@ def test_the_command_that_prepares_missing_data_is_told(tmp_path, error_of):
     holds(error_of(TRAIN, 'leaf.py'), 'data/VOCdevkit', 'python tools/prepare_data.py voc --source PATH')
 
 
-# ---- training and testing on bad data -------------------------------------------------------------------------------
-
-CONFIGS = dict(
-    cls='cls/resnet18_width16_digits.py', det='det/faster_rcnn_r18_digits.py', seg='seg/fcn_r18_digits.py'
-)  # float: the data is the same
-
-
-@pytest.fixture
-def digits_copy(tmp_path, digits_root):
-    """A copy of the small digits that may be damaged."""
-    return Path(shutil.copytree(digits_root, tmp_path / 'data/digits'))
-
-
-def boxes(change):
-    return edit(lambda content: content['annotations'][0].update(change))
-
-
-def only(key, change):
-    return edit(lambda content: content.update({key: change(content[key])}))
-
-
-COCO = 'scenes/annotations/train.json'
-BAD = [
-    ('det', COCO, put('{"images": ['), ['is not JSON']),
-    ('det', COCO, lambda path: path.write_text('[1]'), ['is a list, not a COCO dict']),
-    ('det', COCO, lambda path: (path.unlink(), path.mkdir()), ['the data set cannot be read', 'Is a directory']),
-    ('det', COCO, edit(lambda content: content.pop('images')), ["no list 'images'"]),
-    ('det', COCO, edit(lambda content: content.pop('annotations')), ['no annotations']),
-    ('det', COCO, edit(lambda content: content['annotations'][1].pop('bbox')), ["entry 1 of 'annotations' lacks bbox"]),
-    ('det', COCO, boxes(dict(image_id=99)), ['annotation 1 is of image 99']),
-    ('det', COCO, boxes(dict(category_id=99)), ['annotation 1 is of category 99']),
-    ('det', COCO, boxes(dict(bbox=[5, 5, -3, 4])), ['annotation 1 has bbox=[5, 5, -3, 4]']),
-    ('det', COCO, boxes(dict(bbox=[5, float('nan'), 3, 4])), ['annotation 1 has bbox=[5, nan, 3, 4]']),
-    ('det', COCO, boxes(dict(area=None)), ['train.json: annotation 1 has area=None, which is not a number']),
-    ('det', COCO, boxes(dict(category_id=None)), ['train.json: annotation 1 has category_id=None']),
-    (
-        'det',
-        COCO,
-        only('images', lambda old: [{**old[0], 'width': None}, *old[1:]]),
-        ['train.json: image', 'width=None'],
-    ),
-    ('det', COCO, only('images', lambda old: [{**old[0], 'file_name': 3}, *old[1:]]), ['file_name=3, which is not']),
-    ('det', COCO, boxes(dict(bbox=[5, 5, 3])), ['annotation 1 has bbox=[5, 5, 3]']),
-    ('det', COCO, only('categories', lambda old: [*old[:9], dict(id=9, name='x')]), ['1 classes', ': 9;']),
-    ('det', 'scenes/annotations/test.json', boxes(dict(image_id=99)), ['annotation 1 is of image 99']),
-    ('det', 'scenes/train/00000.png', remove, ['missing']),
-    ('det', 'scenes/train/00000.png', cut, ['damaged']),
-    ('det', 'scenes/test/00000.png', put('junk'), ['damaged']),
-    ('seg', 'scenes/masks/train/00000.png', remove, ['missing']),
-    ('seg', 'scenes/masks/train/00000.png', cut, ['damaged']),
-    ('seg', 'scenes/masks/test/00000.png', cut, ['damaged']),
-    ('seg', 'scenes/masks/train/00000.png', put(np.full((96, 96), 11, np.uint8)), ['labels 11', '0 to 10 and 255']),
-    ('seg', 'scenes/masks/test/00000.png', put(np.full((96, 96), 254, np.uint8)), ['labels 254', '0 to 10 and 255']),
-    ('seg', 'scenes/masks/train/00000.png', put(np.zeros((96, 48), np.uint8)), ['(96, 48)', '(96, 96)']),
-    ('seg', 'scenes/masks/train/00000.png', put(np.zeros((96, 96, 3), np.uint8)), ['(96, 96, 3)']),
-    ('seg', 'scenes/train/00000.png', cut, ['damaged']),
-    ('seg', 'scenes/test/00000.png', remove, ['data/digits/scenes/test has no pictures']),
-    ('cls', 'cls/test/0/00034.png', cut, ['damaged']),
-    ('cls', 'cls/test/0/00034.png', lambda path: path.write_text(''), ['damaged']),
-]
-
-
-@pytest.mark.parametrize(('task', 'path', 'damage', 'fragments'), BAD)
-def test_bad_data(error_of, digits_copy, task, path, damage, fragments):
-    path = next(digits_copy.glob('cls/test/0/*')).relative_to(digits_copy) if task == 'cls' else path
-    damage(digits_copy / path)
-    named = [] if 'no pictures' in fragments[0] else [f'data/digits/{path}']
-    message = error_of(TRAIN, ROOT / 'configs' / CONFIGS[task], '--cfg-options', 'log_level=ERROR')
-    holds(message, *named, *fragments)
-    if '/test/' in str(path) or 'test.json' in str(path):
-        torch.save({}, 'x.pth')
-        assert error_of(TEST, ROOT / 'configs' / CONFIGS[task], 'x.pth') == message
-
-
-@pytest.mark.parametrize(
-    ('task', 'heads', 'given'),
-    [
-        ('cls', ['head', 'data_preprocessor'], 9),
-        ('det', ['roi_head.bbox_head'], 9),
-        ('seg', ['decode_head', 'auxiliary_head'], 4),
-    ],
-)
-def test_a_model_with_too_few_classes(error_of, digits_copy, task, heads, given):
-    options = [f'model.{name}.num_classes={given}' for name in heads]
-    message = error_of(TRAIN, ROOT / 'configs' / CONFIGS[task], '--cfg-options', 'log_level=ERROR', *options)
-    holds(message, 'data/digits/', 'label', f'0 to {given - 1}')
-
-
-def test_labels_that_heads_know():
-    heads = dict(decode_head=[dict(num_classes=2), dict(num_classes=2, ignore_index=11)], backbone=dict(depth=18))
-    assert loading.labels_of(dict(module=heads)) == loading.Labels(2, frozenset({11, 255}))
-    assert loading.labels_of(dict(decode_head=dict(num_classes=1, ignore_index=None))) == loading.Labels()
-
-
-def test_a_worker_process_names_the_file_too(tmp_path, digits_copy, run):
-    """One line, exit code 1; in the middle of training."""
-    path = next(digits_copy.glob('cls/train/7/*'))
-    path.write_text('junk')
-    command = (TRAIN, ROOT / 'configs' / CONFIGS['cls'], '--no-validate', '--cfg-options')
-    done = run(*command, 'train_dataloader.num_workers=1', 'train_dataloader.batch_size=8')
-    assert done.returncode == 1
-    named = f'error: {path.relative_to(tmp_path)} cannot be read: damaged or not a picture'
-    assert done.stderr.startswith(named) and len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_boxes_without_an_area_are_counted(digits_copy, monkeypatch):
-    """In the log, when the data set is built."""
-    said = []
-    monkeypatch.setattr(loading, 'print_log', lambda message, **kwargs: said.append(message))
-    boxes(dict(bbox=[5, 5, 0, 4]))(digits_copy / COCO)
-    init_default_scope('mmdet')
-    dataset = Config.fromfile(ROOT / 'configs' / CONFIGS['det']).train_dataloader.dataset
-    with loading.checked_reading('mmdet'):
-        DATASETS.build(dataset | dict(data_root=str(digits_copy / 'scenes')))
-    assert len(said) == 1
-    holds(said[0], 'annotations/train.json: 1 of ', 'boxes are left out', 'annotation 1')
-
-
 def test_boxes_that_are_left_out():
     content = coco_file('x.jpg')
     assert check_annotations(content, 'x.json') == ''
@@ -467,34 +292,3 @@ def test_a_bad_annotation_of_voc(tmp_path):
     with loading.checked_reading('mmdet'), pytest.raises(UserError, match=f'{xml} is not an annotation'):
         VOCDataset(data_root=str(tmp_path), test_mode=True, **given)
     assert (CocoDataset.COCOAPI, VOCDataset.parse_data_info) == before  # checked_reading leaves mmdet as it was
-
-
-def scenes(root, **changes):
-    """Config of the test scenes for segmentation."""
-    init_default_scope('mmseg')
-    given = read_config(ROOT / 'configs' / CONFIGS['seg']).val_dataloader.dataset
-    return given | dict(data_root=str(root / 'scenes'), **changes)
-
-
-def test_a_sample_is_the_same_when_it_is_checked(digits_root):
-    plain, checked = (DATASETS.build(scenes(digits_root)) for _ in range(2))
-    loading.check_dataset(checked, loading.Labels(ignored=frozenset({255})))
-    loading.check_dataset(checked, loading.Labels(ignored=frozenset({255})))
-    assert torch.equal(plain[0]['inputs'], checked[0]['inputs'])
-    assert torch.equal(plain[0]['data_samples'].gt_sem_seg.data, checked[0]['data_samples'].gt_sem_seg.data)
-
-
-def test_data_sets_within_data_sets_and_transforms_within_transforms(digits_copy):
-    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-    tta = dict(type='TestTimeAug', transforms=[flips, [dict(type='LoadAnnotations')], [dict(type='PackSegInputs')]])
-    inner = scenes(digits_copy, pipeline=[dict(type='LoadImageFromFile'), tta])
-    dataset = RepeatDataset(dict(type='ConcatDataset', datasets=[inner]), times=2)
-    loading.check_dataset(dataset, loading.Labels(ignored=frozenset({255})))
-    assert len(dataset[0]['inputs']) == 2
-    mask = digits_copy / 'scenes/masks/test/00000.png'
-    cut(mask)
-    with pytest.raises(UserError, match=f'{mask} cannot be read: damaged'):
-        dataset[0]
-    mask.unlink()
-    with pytest.raises(UserError, match=f'1 path is missing: {mask}'):
-        loading.check_dataset(dataset, loading.Labels(ignored=frozenset({255})))

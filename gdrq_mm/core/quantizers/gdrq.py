@@ -154,7 +154,7 @@ class GDRQActivation(FollowingQuantizer):
         momentum: Annotated[float, Bounds(0, 1)] = 0.01
         """m of the running average."""
         mean: Literal['all', 'nonzero'] = 'nonzero'
-        """Over the elements that are not zero, for which the default k is made, or over all: 4 bits need k = 12 then."""
+        """Over the elements that are not zero, as the default k wants, or over all: 4 bits need k = 12 then."""
         gradient: Literal['masked', 'straight_through'] = 'masked'
         """Of a clipped activation: 0 or 1."""
 
