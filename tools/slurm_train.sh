@@ -9,12 +9,14 @@
 set -eu
 [ $# -ge 4 ] || { echo "error: usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [options of tools/train.py]" >&2; exit 2; }
 partition=$1 name=$2 config=$3 work_dir=$4
-gpus=${GPUS:-8} per_node=${GPUS_PER_NODE:-8} cpus=${CPUS_PER_TASK:-5}
+gpus=${GPUS:-8} per_node=${GPUS_PER_NODE:-8} cpus=${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-5}}
 if [ -z "${SLURM_JOB_ID:-}" ] && ! command -v sbatch > /dev/null; then
     echo 'error: there is no sbatch: run this on a machine of the cluster' >&2
     exit 2
 fi
 mkdir -p "$work_dir"
+
+quoted() { printf " '%s'" "${@//\'/\'\\\'\'}"; }  # for any shell: sbatch runs what it wraps by /bin/sh
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     tools=$(cd "$(dirname "$0")" && pwd)
@@ -27,7 +29,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     # shellcheck disable=SC2086
     exec sbatch --partition="$partition" --job-name="$name" "${resources[@]}" --cpus-per-task="$cpus" \
         --requeue --signal=USR1@120 --open-mode=append --output="$work_dir/slurm-%j.out" ${SRUN_ARGS:-} \
-        --wrap="exec$(printf ' %q' "$tools/slurm_train.sh" "$@")"
+        --wrap="exec$(quoted "$tools/slurm_train.sh" "$@")"
 fi
 
 trap : USR1 TERM  # slurm may send them to this shell too; it has to outlive the training

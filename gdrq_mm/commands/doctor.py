@@ -25,8 +25,14 @@ OPENMMLAB = dict(
     zip(('mmengine.runner', 'mmcv.ops', 'mmdet.models', 'mmseg.models', 'mmpretrain.models'), zip(ONEDL, UPSTREAM))
 )
 """Module that is imported -> its package in the maintained line and in the upstream one."""
+TASKS = {'mmdet.models': 'detection', 'mmseg.models': 'segmentation', 'mmpretrain.models': 'classification'}
 TOOLS = 'uv pip install "setuptools<82" wheel packaging ninja psutil'
-BUILD = 'MMCV_WITH_OPS=1 uv pip install --no-build-isolation --no-binary {0} {0}'
+BUILD = (
+    'MMCV_WITH_OPS=1 uv pip install --no-build-isolation --reinstall-package {0} --refresh-package {0} '
+    '--no-binary {0} "{1}"'
+)
+MMCV = {'onedl-mmcv': 'onedl-mmcv', 'mmcv': 'mmcv>=2.1.0,<2.2.0'}
+"""Package -> what is asked for: mmdet 3.3.0 refuses a newer mmcv."""
 USES = {
     'quantize, calibrate and train in plain torch': (),
     'packed files': ('safetensors',),
@@ -127,9 +133,15 @@ def _problems(found: Diagnosis) -> list[tuple[str, str]]:
         text = f'both lines of OpenMMLab are installed, which write the same files: {", ".join(ours + upstream)}'
         anew = f'uv pip install --reinstall --no-deps {" ".join(ours)}'
         problems.append((text, f'uv pip uninstall {" ".join(upstream)} && {anew}'))
+    elif installed('mmcv-lite'):
+        name = OPENMMLAB['mmcv.ops'][found.stack != 'onedl']
+        problems.append(('mmcv-lite has no operators', f'uv pip uninstall mmcv-lite && {_build(name)}'))
     elif found.stack != 'none':
         line = found.stack == 'upstream'
-        missing = [pair[line] for pair in OPENMMLAB.values() if pair[line] not in found.packages]
+        common, libraries = _names(found)
+        missing = [name for name in common if name not in found.packages]
+        if not found.packages.keys() & set(libraries):
+            missing += libraries
         if missing:
             text = f'OpenMMLab ({found.stack}) is not whole: {", ".join(missing)} not installed'
             problems.append((text, f"uv pip install 'gdrq-mm[{found.stack}]'"))
@@ -139,8 +151,12 @@ def _problems(found: Diagnosis) -> list[tuple[str, str]]:
     for module, text in found.failures.items():
         name = owners.get(module, module)
         mend = f'uv pip install --reinstall {name}'
-        if module == 'mmcv.ops' and '_ext' in text:
-            text, mend = f'its operators were not built ({text})', f'{TOOLS} && {BUILD.format(name)}'
+        if 'mmcv._ext' in text:
+            if module != 'mmcv.ops':
+                continue  # it is told once
+            text, mend = f'its operators were not built ({text})', _build(name)
+        if 'MMCV==' in text and 'incompatible' in text:
+            mend = _build(OPENMMLAB['mmcv.ops'][line])
         problems.append((f'{name} cannot be imported: {" ".join(text.split())[:300]}', mend))
     if _number(found.packages.get('torch', '0')) < (2, 1):
         problems.append(
@@ -149,6 +165,11 @@ def _problems(found: Diagnosis) -> list[tuple[str, str]]:
     if _number(installed('transformers') or '0') >= (5,) and 'mmpretrain.models' in found.failures:
         problems.append(('mmpretrain does not work with transformers 5', 'uv pip install "transformers<5"'))
     return problems
+
+
+def _build(name: str) -> str:
+    """The command that brings mmcv with its operators."""
+    return f'{TOOLS} && {BUILD.format(name, MMCV[name])}'
 
 
 def _number(text: str) -> tuple[int, ...]:
@@ -168,17 +189,26 @@ def abilities(found: Diagnosis) -> list[tuple[str, str, str]]:
             rows.append((use, 'needs torch 2.8; the same checkpoint exports in an environment that has it', ''))
             continue
         rows.append((use, f'needs {", ".join(lacks)}' if lacks else '', f'uv pip install {mend}' if lacks else ''))
-    use = 'train, test, infer, ...: configs of OpenMMLab'
+    use = 'train, test, infer, ...: '
     if found.stack == 'none':
-        mend = f"{TOOLS} && {BUILD.format('onedl-mmcv')} && uv pip install 'gdrq-mm[onedl]'"
-        return [*rows, (use, 'needs OpenMMLab', mend)]
+        mend = f"{_build('onedl-mmcv')} && uv pip install 'gdrq-mm[onedl]'"
+        return [*rows, (f'{use}configs of OpenMMLab', 'needs OpenMMLab', mend)]
+    common, libraries = _names(found)
+    engine, operators, *modules_of = OPENMMLAB
+    whole = {*common} <= found.packages.keys() and not {engine, operators} & found.failures.keys()
+    for library, module in zip(libraries, modules_of):
+        if library not in found.packages and found.stack != 'mixture':
+            rows.append((f'{use}{TASKS[module]}', f'needs {library}', f'uv pip install {library}'))
+        else:
+            works = whole and module not in found.failures and found.stack != 'mixture'
+            rows.append((f'{use}{TASKS[module]}', '' if works else 'see below', ''))
+    return rows
+
+
+def _names(found: Diagnosis) -> tuple[list[str], list[str]]:
+    """Packages of the line that is installed: what each task needs, and the library of each task."""
     names = [pair[found.stack == 'upstream'] for pair in OPENMMLAB.values()]
-    works = (
-        set(names) <= found.packages.keys()
-        and not OPENMMLAB.keys() & found.failures.keys()
-        and found.stack != 'mixture'
-    )
-    return [*rows, (use, '' if works else 'see below', '')]
+    return names[:2], names[2:]
 
 
 def main() -> None:

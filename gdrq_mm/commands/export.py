@@ -25,7 +25,7 @@ from ..openmmlab.cli import ConfigOptions, add_unsafe_load, check_data
 from ..openmmlab.data_only import data_only
 from ..openmmlab.deployed import EndToEnd
 from ..openmmlab.parts import parts_of
-from ..openmmlab.tasks import task_of
+from ..openmmlab.tasks import TASKS, task_of
 from ..report.text import print_whole
 
 CONSOLE = Console(markup=False)  # paths and names of layers are no markup, nor is an extra of the package
@@ -153,6 +153,22 @@ def fit_openvino(model: Any, image: Any) -> Any:
     return fitted
 
 
+def join_parts(model: Any, report: ExportReport, image: Any) -> EndToEnd | str:
+    """The graph from pictures to predictions; or why there is none."""
+    try:
+        from ..openmmlab.decode.boxes import NotCovered  # torch before 2.4 has not what they are made of
+        from ..openmmlab.end2end import export_end2end
+    except ModuleNotFoundError as error:
+        library = (error.name or '').partition('.')[0]
+        if library not in TASKS:
+            raise
+        return f'it needs {", ".join(TASKS)}, and {library} is not installed'
+    try:
+        return export_end2end(model, report, lambda: infer(model, image))
+    except NotCovered as reason:
+        return str(reason)
+
+
 def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str, target: str) -> None:
     """Export, verify and write the graphs."""
     report = export_graphs(model, merged, lambda: infer(model, image), show_part, target)
@@ -160,14 +176,7 @@ def export_onnx(model: Any, merged: Any, image: Any, out: Path, checkpoint: str,
     for name in RUNTIMES:
         if target == 'both' and name not in installed:
             CONSOLE.print(f"{name} is not installed and was not compared: uv pip install 'gdrq-mm[deploy]'")
-    from ..openmmlab.decode.boxes import NotCovered  # torch before 2.4 has not what they are made of
-    from ..openmmlab.end2end import export_end2end
-
-    end2end: EndToEnd | str
-    try:
-        end2end = export_end2end(model, report, lambda: infer(model, image))
-    except NotCovered as reason:
-        end2end = str(reason)
+    end2end = join_parts(model, report, image)
     write_bundle(out, model, checkpoint, report, end2end)
     if report.unread:
         CONSOLE.print(f'Not exported, as nothing reads what they make: {", ".join(report.unread)}', soft_wrap=True)

@@ -79,8 +79,8 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
                 quantizer.sums.zero_()
             if frozen:
                 set_stage(model, Stage.FREEZE)
-            for quantizer, threshold in zip(frozen, [] if done else thresholds):
-                quantizer.threshold.copy_(threshold)
+            for each, threshold in zip(frozen, [] if done else thresholds):
+                each.threshold.copy_(threshold)
     return count
 
 

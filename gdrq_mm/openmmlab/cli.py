@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from mmengine.config import Config, DictAction
@@ -19,18 +20,18 @@ from mmengine.runner import Runner
 from ..core.errors import Stopped, UserError, command, extras_named, of_machine
 from ..core.files import check_writable
 from .checkpoint_runner import CheckpointRunner
-from .compat import check_environment, mend_bases, mute_warnings
+from .compat import check_environment, mend_bases, mute_warnings, needed_variables
 from .mistakes import config_mistake
 from .processes import keep_freed_memory, leave
 from .runner import QuantRunner
-from .tasks import scope_of
+from .tasks import TASKS, scope_of
 
 LAUNCHERS = {
-    'pytorch': ('RANK', 'torchrun ({0}/dist_train.sh, {0}/dist_test.sh)'),
-    'slurm': ('SLURM_PROCID', 'srun ({0}/slurm_train.sh, {0}/slurm_test.sh)'),
-    'mpi': ('OMPI_COMM_WORLD_RANK', 'mpirun'),
+    'pytorch': 'torchrun ({0}/dist_train.sh, {0}/dist_test.sh)',
+    'slurm': 'srun ({0}/slurm_train.sh, {0}/slurm_test.sh)',
+    'mpi': 'mpirun',
 }
-"""Launcher -> a variable that its processes find, and what starts them, with our scripts in the folder {0}."""
+"""Launcher -> what starts its processes, with our scripts in the folder {0}."""
 TOOLS = Path(__file__).resolve().parents[1] / '.mim' / 'tools'
 """The scripts of the commands and of launchers, as a wheel has them; in a checkout a link to tools/."""
 
@@ -71,6 +72,8 @@ class ConfigOptions(DictAction):
                 raise UserError(f'--cfg-options {value}: write key=value')
         try:
             super().__call__(parser, namespace, values, option_string)
+        except RecursionError:  # mmengine takes dict(...) apart without an end
+            raise UserError(f'--cfg-options {" ".join(values)}: a dict goes into --cfg-values') from None
         except (AssertionError, ValueError) as error:
             raise UserError(f'--cfg-options {" ".join(values)}: {error}'.splitlines()[0]) from None
 
@@ -106,10 +109,11 @@ def load_config(args: argparse.Namespace, loaders: Iterable[str] = LOADERS) -> C
         UserError: the file does not exist or cannot be parsed, its data are not there, or the work directory cannot be
             written.
     """
-    variable, starter = LAUNCHERS.get(args.launcher, ('', ''))
-    if variable and variable not in os.environ:
+    if missing := [name for name in needed_variables(args.launcher) if name not in os.environ]:
         scripts = 'tools' if command('train').startswith('python') else TOOLS
-        raise UserError(f'--launcher {args.launcher} is for processes that {starter.format(scripts)} starts')
+        starter = LAUNCHERS[args.launcher].format(scripts)
+        lacking = f'{", ".join(missing)} is not set' if len(missing) == 1 else f'{", ".join(missing)} are not set'
+        raise UserError(f'--launcher {args.launcher} is for processes that {starter} starts: {lacking}')
     cfg = read_config(args.config, given_settings(args))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
@@ -277,6 +281,17 @@ def _near_files(path: Path) -> str:
     return f'; nearest: {", ".join(close)}' if close else ''
 
 
+def _of_library(error: Exception) -> bool:
+    """Whether a library of OpenMMLab raised it while it was imported, as for mmcv without operators."""
+    modules = [f.f_globals.get('__name__', '') for f, _ in traceback.walk_tb(error.__traceback__) if _is_module(f)]
+    found = any(name.partition('.')[0] in ('mmengine', 'mmcv', *TASKS) for name in modules)
+    return found and isinstance(error, (ImportError, AssertionError))
+
+
+def _is_module(frame: FrameType) -> bool:
+    return frame.f_code.co_name == '<module>'
+
+
 def main(function: Callable[[], None]) -> NoReturn:
     """Run a command and end the process as `ending` says."""
     keep_freed_memory()
@@ -305,6 +320,9 @@ def ending(function: Callable[[], None]) -> str | int:
     except Exception as error:
         if isinstance(error, OSError) and of_machine(error):
             return f'error: {of_machine(error)}'
+        if _of_library(error):
+            reason = ' '.join(str(error).split())
+            return f'error: OpenMMLab cannot be imported: {reason}; {command("doctor")} tells more'
         mistake = config_mistake(error)
         if mistake:
             return f'error: the config cannot be used: {mistake}'

@@ -123,6 +123,15 @@ TOLD_BY = {
 """Launcher -> variable of torch.distributed -> the variable in which the launcher tells it."""
 
 
+def needed_variables(launcher: str) -> list[str]:
+    """Variables that the processes of a launcher find; [] for 'none'. MASTER_ADDR is that of the first process."""
+    if launcher == 'pytorch':
+        return ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT']
+    own = list(TOLD_BY.get(launcher, {}).values())
+    more = dict(slurm=['SLURM_JOB_ID', 'SLURM_NODELIST'], mpi=['MASTER_ADDR'])
+    return own + more.get(launcher, [])
+
+
 def init_without_gpu(launcher: str, options: dict[str, Any]) -> None:
     """Start the process group by gloo where there is no GPU; mmengine's setup_env then leaves it as it is.
 
@@ -138,6 +147,7 @@ def init_without_gpu(launcher: str, options: dict[str, Any]) -> None:
     os.environ.update({ours: os.environ[theirs] for ours, theirs in TOLD_BY[launcher].items()})
     if 'port' in options:
         os.environ['MASTER_PORT'] = str(options.pop('port'))
+    os.environ.setdefault('MASTER_PORT', '29500')  # as mmengine does
     if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
         hosts = ('scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST'])
         os.environ['MASTER_ADDR'] = subprocess.check_output(hosts, text=True).split()[0]

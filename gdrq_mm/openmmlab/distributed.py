@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import UserError
+from ..core.modules import replace_modules
 
 
 class CPUSyncBatchNorm(_BatchNorm):
@@ -69,18 +70,30 @@ SYNC_BN = ('torch', 'mmcv')
 def synchronized(model: nn.Module, sync_bn: str | None) -> nn.Module:
     """A model for several processes: with `sync_bn` all BN is synchronized; without a GPU by CPUSyncBatchNorm.
 
+    That of mmcv (`sync_bn='mmcv'`, MMSyncBN) becomes torch's: it is no BN to torch, and nothing that looks for BN, such
+    as the fold into a layer, would find it. Both weigh the processes by their numbers of values, mmcv's with
+    `stats_mode='N'` alone; where these are equal there is no difference.
+
     Raises:
         UserError: `sync_bn` is not known.
     """
     if sync_bn is not None:
         if sync_bn not in SYNC_BN:
             raise UserError(f'sync_bn={sync_bn!r} is not one of {", ".join(SYNC_BN)}')
-        model = convert_sync_batchnorm(model, sync_bn)
+        model = convert_sync_batchnorm(model)
+    replace_modules(model, {m: _of_torch(m) for m in model.modules() if type(m).__module__ == 'mmcv.ops.sync_bn'})
     if not torch.cuda.is_available():
         for module in model.modules():
             if isinstance(module, nn.SyncBatchNorm):
                 module.__class__ = CPUSyncBatchNorm  # type: ignore[assignment]
     return model
+
+
+def _of_torch(norm: Any) -> nn.SyncBatchNorm:
+    """torch's normalization with the Parameters and buffers of mmcv's."""
+    new = nn.SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    new._parameters, new._buffers, new.training = norm._parameters, norm._buffers, norm.training
+    return new
 
 
 def wrapper_config(cfg: Config, wrapper: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -36,7 +36,8 @@ def seed_all(*numbers: int, devices: bool = True) -> None:
 def kept_random_state() -> Iterator[None]:
     """Leave the random state of Python, NumPy and torch as it was."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # of all torch would warn
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:

@@ -73,6 +73,22 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     assert (code, out) == (0, f'torch {ANSWER}') and 'faster kernels' in messages
 
 
+def test_a_library_in_a_cache_that_cannot_be_written_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setenv('CXX', writes(tmp_path / 'c++'))
+    found = native.library()
+    lock = found.with_suffix('.lock')
+    lock.unlink()
+    lock.mkdir()  # root may write everywhere, but not into a folder
+    assert native.library() == found
+
+
+def test_a_compiler_may_be_a_command_with_options(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setenv('CXX', f'{writes(tmp_path / "c++")} -m64 "-D X"')
+    assert native.library().exists()
+
+
 def test_another_torch_cpu_or_compiler_gets_another_library(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('CXX', writes(tmp_path / 'c++'))

@@ -178,15 +178,29 @@ TORCH = dict(torch='2.13.0')
             'onedl',
             TORCH | dict([*ONEDL_PACKAGES.items()][:-1]),
             {},
-            ['onedl-mmpretrain not installed'],
+            [],
+            [],
+        ),
+        (
+            'onedl',
+            TORCH | dict([*ONEDL_PACKAGES.items()][:2]),
+            {},
+            ['onedl-mmdetection, onedl-mmsegmentation, onedl-mmpretrain not installed'],
             ["'gdrq-mm[onedl]'"],
         ),
         (
             'upstream',
             TORCH | UPSTREAM_PACKAGES,
-            {'mmcv.ops': "ModuleNotFoundError: No module named 'mmcv._ext'"},
+            {'mmdet.models': 'AssertionError: MMCV==2.2.0 is used but incompatible. Please install mmcv>=2.0.0rc4'},
+            ['mmdet cannot be imported: AssertionError: MMCV==2.2.0'],
+            ['--no-binary mmcv "mmcv>=2.1.0,<2.2.0"'],
+        ),
+        (
+            'upstream',
+            TORCH | UPSTREAM_PACKAGES,
+            dict.fromkeys(['mmcv.ops', 'mmdet.models'], "ModuleNotFoundError: No module named 'mmcv._ext'"),
             ['mmcv cannot be imported: its operators were not built'],
-            ['MMCV_WITH_OPS=1 uv pip install --no-build-isolation --no-binary mmcv mmcv'],
+            ['--no-build-isolation --reinstall-package mmcv --refresh-package mmcv --no-binary mmcv "mmcv>=2'],
         ),
         ('none', TORCH | dict(openvino='1'), {'openvino': 'OSError: x'}, ['openvino cannot'], ['--reinstall openvino']),
         ('none', dict(torch='1.13.1'), {}, ['torch 1.13.1: 2.1 is the oldest'], ['uv pip install -U torch']),
@@ -198,10 +212,16 @@ def test_a_problem_has_its_command(stack, packages, failures, broken, mends):
     assert len(found.problems) == len(broken)
     for (text, mend), one, other in zip(found.problems, broken, mends):
         assert one in text and other in mend
-    (row,) = [row for row in doctor.abilities(found) if row[0].startswith('train,')]
-    whole = not broken and stack != 'none'
-    assert row[1] == ('' if whole else 'needs OpenMMLab' if stack == 'none' else 'see below')
-    assert bool(row[2]) == (stack == 'none')
+    rows = {row[0].partition(': ')[2]: row[1:] for row in doctor.abilities(found) if row[0].startswith('train,')}
+    if stack == 'none':
+        assert [row[0] for row in rows.values()] == ['needs OpenMMLab'] and all(row[1] for row in rows.values())
+        return
+    installed = {name for pair in doctor.OPENMMLAB.values() for name in pair if name in packages}
+    for module, task in doctor.TASKS.items():
+        library = doctor.OPENMMLAB[module][stack == 'upstream']
+        wrong = 'mmcv.ops' in failures or module in failures or stack == 'mixture'
+        expected = f'needs {library}' if library not in installed else 'see below' if wrong else ''
+        assert rows[task] == (expected, f'uv pip install {library}' if expected.startswith('needs') else '')
 
 
 def test_what_is_not_installed_has_its_extra():

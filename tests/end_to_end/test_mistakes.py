@@ -87,6 +87,7 @@ def test_a_config_that_does_not_exist(tmp_path, error_of):
         ('model.backbone.norm_cfg.type=BNN', ["'BNN' is not in the registry"]),
         ('model=[]', ['has no model']),
         ('x=[1,2', ['--cfg-options', 'x=[1,2', 'brackets']),
+        ('custom_hooks=[dict(type=EMAHook,momentum=0.1)]', ['--cfg-options', 'a dict goes into --cfg-values']),
         ('a b=1', ['a b=1', 'key=value']),
         ('a..b=1', ['a..b=1', 'key=value']),
         ('train_dataloader=5', ['train_dataloader=5 is not a dict']),

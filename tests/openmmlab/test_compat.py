@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
-from mmcv.ops import DeformConv2d, RoIAlign
+from mmcv.ops import DeformConv2d, RoIAlign, SyncBatchNorm
 from mmengine.config import Config, utils
 from mmengine.dist import init_dist
 from mmengine.fileio import load
@@ -19,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.openmmlab import compat
 from gdrq_mm.openmmlab.apis import init_model
-from gdrq_mm.openmmlab.cli import read_config
+from gdrq_mm.openmmlab.cli import ending, load_config, read_config
 from gdrq_mm.openmmlab.compat import ONEDL, PRIVATE, TOLD_BY, check_environment, mend_bases, mend_losses
 from gdrq_mm.openmmlab.data_only import data_only
+from gdrq_mm.openmmlab.distributed import SYNCED, synchronized
 from gdrq_mm.openmmlab.models import use_memory_format
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.helpers import ENV, ROOT, UPSTREAM
@@ -279,3 +281,58 @@ def test_operators_of_mmcv_get_contiguous_tensors():
     assert not torch.allclose(model.pool(model.x.to(memory_format=torch.channels_last), model.regions), expected[0])
     use_memory_format(model, Config(dict(memory_format='channels_last')))
     torch.testing.assert_close(model(torch.channels_last), expected)
+
+
+@pytest.mark.parametrize('sync_bn', [None, 'mmcv'])
+def test_the_synchronized_bn_of_mmcv_becomes_that_of_torch(monkeypatch, sync_bn):
+    """It is no BN to torch: nothing would fold it into a layer or freeze its statistics."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        norm = nn.BatchNorm2d(4, eps=1e-3, momentum=0.2) if sync_bn else SyncBatchNorm(4, eps=1e-3, momentum=0.2)
+    finally:
+        torch.distributed.destroy_process_group()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm)
+    before = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
+    model = synchronized(model, sync_bn)
+    assert isinstance(model[1], SYNCED) and (model[1].eps, model[1].momentum) == (1e-3, 0.2)
+    assert {name: id(value) for name, value in model.named_parameters()} == {n: i for n, (i, _) in before.items()}
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'variables', 'lacking'),
+    [
+        ('pytorch', dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_PORT='1'), 'MASTER_ADDR is not set'),
+        ('slurm', dict(SLURM_PROCID='0', SLURM_NTASKS='1', SLURM_LOCALID='0'), 'SLURM_JOB_ID, SLURM_NODELIST are not'),
+        (
+            'mpi',
+            dict.fromkeys(('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'), '0'),
+            'MASTER_ADDR is not set',
+        ),
+    ],
+)
+def test_a_launcher_without_its_variables(monkeypatch, launcher, variables, lacking):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'SLURM_JOB_ID'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f'--launcher {launcher} is for processes that .* starts: {lacking}'):
+        load_config(SimpleNamespace(launcher=launcher))
+
+
+def test_a_library_that_cannot_be_imported_is_told_in_one_line(tmp_path, monkeypatch):
+    """As mmcv without its operators, which mmdet finds while it is imported."""
+    package = tmp_path / 'mmcv'
+    package.mkdir()
+    (package / '__init__.py').write_text('assert False, "MMCV==9 is used but incompatible"')
+
+    def run():
+        import_module('mmcv')
+
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition('.')[0] == 'mmcv']:
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(tmp_path)
+        message = ending(run)
+    assert message.startswith('error: OpenMMLab cannot be imported: MMCV==9 is used but incompatible; ')
+    assert message.endswith('doctor tells more')

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,23 +66,25 @@ def library() -> Path:
     """
     if sys.platform != 'linux':
         raise RuntimeError('only Linux is tested')
-    command = shutil.which(os.environ.get('CXX', 'g++'))
-    if command is None:
-        raise RuntimeError(f'there is no C++ compiler {os.environ.get("CXX", "g++")}')
-    compiler = subprocess.run([command, '--version'], capture_output=True, text=True).stdout.partition('\n')[0]
+    command = shlex.split(os.environ.get('CXX', 'g++')) or ['g++']  # "ccache g++" is a command too
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f'there is no C++ compiler {command[0]}')
+    compiler = subprocess.run([*command, '--version'], capture_output=True, text=True).stdout.partition('\n')[0]
     flags = [*FLAGS.split(), *compiler_flags(), *os.environ.get('CXXFLAGS', '').split()]
     parts = SOURCE.read_text(), flags, torch.__version__, compiler, _cpu(), str(Path(torch.__file__).parent)
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gdrq_mm' / 'kernels'
     path = folder / f'{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so'
+    if path.exists():  # the folder may be one that this user cannot write
+        return path
     folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a training wait for the first
         if not path.exists():
-            _compile([command, *flags], path)
+            _compile(command, flags, path)
     return path
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compile(command: list[str], flags: list[str], path: Path) -> None:
     """Compile to `path`; what failed before is not tried again."""
     log, root = path.with_suffix('.log'), Path(torch.__file__).parent
     if not log.exists():
@@ -90,9 +93,9 @@ def _compile(command: list[str], path: Path) -> None:
         libraries = [f'-L{root / "lib"}', f'-Wl,-rpath,{root / "lib"}', '-lc10', '-ltorch_cpu']
         code, temporary = path.with_suffix('.o'), path.with_suffix('.tmp')
         steps = (
-            [*command, *places, '-c', str(SOURCE), '-o', str(code)],
+            [*command, *flags, *places, '-c', str(SOURCE), '-o', str(code)],
             # Without -fopenmp: the threads are those of torch, which brings its own library for them.
-            [command[0], '-shared', str(code), *libraries, '-o', str(temporary)],
+            [*command, '-shared', str(code), *libraries, '-o', str(temporary)],
         )
         for arguments in steps:
             done = subprocess.run(arguments, capture_output=True, text=True)
