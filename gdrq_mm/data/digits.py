@@ -109,6 +109,8 @@ def _write(path: Path, picture: np.ndarray) -> None:
 def _build_cls(root: Path, split: str, images: np.ndarray, labels: np.ndarray, show: bool) -> None:
     rng = np.random.default_rng([SEED, split == 'test', 0])
     size = SIZES['cls']
+    for name in CLASSES:  # labels are the order of the folders
+        (root / 'cls' / split / name).mkdir(parents=True)
     with tracked(range(COUNTS['cls'][split]), f'digits, {split} pictures', disable=not show) as numbers:
         for number in numbers:
             index = number % len(images)

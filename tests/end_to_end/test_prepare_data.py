@@ -182,6 +182,7 @@ def test_an_older_version_is_replaced(tmp_path, few, version):
     missing.rename(more)  # a test digit of another seed would be among those to train with
     digits.build(root, show_progress=False)
     files = {p.relative_to(root) for p in root.rglob('*') if p.is_file()}
+    assert sorted(p.name for p in (root / 'cls/test').iterdir()) == list(digits.CLASSES)  # in so few some are empty
     assert files == {p.relative_to(same) for p in same.rglob('*') if p.is_file()}
     assert all((root / file).read_bytes() == (same / file).read_bytes() for file in files)
 
