@@ -223,7 +223,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def to_float(model: nn.Module) -> None:
-    """The inverse of :func:`quantize`, in place: the layers of before, with the float weights that training rounds.
+    """The inverse of :func:`quantize`, in place: layers of torch, with the float weights that training rounds.
 
     Parameters stay the same objects; what quantizers learned is gone. Hooks that others registered stay.
 

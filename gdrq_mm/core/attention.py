@@ -235,13 +235,14 @@ class WrittenOut(nn.Module):
     def to_torch(self) -> nn.MultiheadAttention:
         """The inverse of :meth:`of`: nn.MultiheadAttention with the same Parameters."""
         new = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
-        new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in self.__dict__.items()})
+        new.__dict__.update({k: copy.copy(v) if k in COPIED else v for k, v in self.__dict__.items()})
         for name in ('weights_drop', *PROJECTIONS):
             del new._modules[name]
         new._qkv_same_embed_dim = self.in_proj_weight is not None
         new.out_proj = NonDynamicallyQuantizableLinear(1, 1, device='meta')
         new.out_proj.in_features = new.out_proj.out_features = self.embed_dim
         new.out_proj._parameters = dict(self.out_proj._parameters)
+        new.out_proj.train(self.training)
         return new
 
 
@@ -265,8 +266,18 @@ def write_out(model: nn.Module, names: Any = None) -> dict[nn.Module, nn.Module]
     replace_modules(model, found)
     for module in model.modules():
         if found and isinstance(module, nn.TransformerEncoder):
+            module.nested_in_float = module.use_nested_tensor  # type: ignore[assignment]
             module.use_nested_tensor = False  # that is for torch's fast path alone
     return found  # type: ignore[return-value]
+
+
+def write_back(model: nn.Module) -> None:
+    """The inverse of :func:`write_out`."""
+    replace_modules(model, {m: m.to_torch() for m in model.modules() if isinstance(m, WrittenOut)})
+    for module in model.modules():
+        if 'nested_in_float' in vars(module):
+            module.use_nested_tensor = module.nested_in_float
+            del module.nested_in_float
 
 
 @contextmanager
@@ -280,6 +291,7 @@ def written_out(model: nn.Module) -> Iterator[None]:
         replace_modules(model, {new: old for old, new in found.items()})
         for encoder, value in nested.items():
             encoder.use_nested_tensor = value
+            vars(encoder).pop('nested_in_float', None)
 
 
 def names_written_out(model: nn.Module) -> set[str]:

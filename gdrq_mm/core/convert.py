@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from .attention import Projection, WrittenOut, attention_to_quantize, write_out
+from .attention import Projection, attention_to_quantize, write_back, write_out
 from .config import Quantization
 from .deployable import QuantizedOutput, float_output, simulate_integers
 from .errors import UserError
@@ -65,11 +65,11 @@ def to_float(model: nn.Module) -> None:
         detach(module)
         if 'output_quant' in module._modules:
             float_output(module)
-        if hasattr(module, 'pyramid_layers'):
+        if 'pyramid_layers' in vars(module):
             del module.pyramid_layers
             remove_hooks(module, start_pyramid, check_pyramid)
     leave_weights(model)
-    replace_modules(model, {m: m.to_torch() for m in model.modules() if isinstance(m, WrittenOut)})
+    write_back(model)
 
 
 def float_report(model: nn.Module, plan: Plan) -> Report:

@@ -51,6 +51,7 @@ def remove_hooks(module: nn.Module, *hooks: Any) -> None:
     for registered in (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks):
         for key in [key for key, hook in registered.items() if hook in hooks]:
             del registered[key]
+            module._forward_hooks_always_called.pop(key, None)
 
 
 class QuantLayer(ModeOfModel):

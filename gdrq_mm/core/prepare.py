@@ -31,7 +31,7 @@ def prepare_weights(model: nn.Module) -> None:
 
 def leave_weights(model: Any) -> None:
     """The inverse of :func:`prepare_weights`."""
-    if hasattr(model, 'in_forward'):
+    if 'in_forward' in vars(model):
         del model.in_forward
         remove_hooks(model, _prepare, _end)
 

@@ -36,8 +36,8 @@ DAMAGED = (OSError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises on a file that it cannot read, and on one that would fill the memory."""
 
 
-def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[str, Any]:
-    """The content of a COCO file.
+def read_annotations(path: str | Path, name: str | Path | None = None, evaluated: bool = False) -> dict[str, Any]:
+    """The content of a COCO file; with `evaluated` one that pycocotools will read, as text without a mark in front.
 
     Raises:
         UserError: it is not JSON, lacks what mmdet reads, or has null or text where a number belongs. `annotations` may
@@ -45,7 +45,8 @@ def read_annotations(path: str | Path, name: str | Path | None = None) -> dict[s
     """
     name = name or path
     try:
-        content = json.loads(Path(path).read_bytes().decode())  # as evaluation reads it, without a mark in front
+        data = Path(path).read_bytes()
+        content = json.loads(data.decode() if evaluated else data)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{name} is not JSON: {error}') from None
     if not isinstance(content, dict):

@@ -75,10 +75,11 @@ def build(root: str | Path, show_progress: bool = True) -> Path:
     found = _version(root)
     if found == wanted:
         return root
-    if found.startswith('{"seed": '):  # what an older version of this function built, or did not finish
+    ours = found.startswith('{"seed": ')  # what an older version of this function built, or did not finish
+    if ours and {path.name for path in root.iterdir()} <= {*COUNTS, DONE}:
         for part in COUNTS:
             shutil.rmtree(root / part, ignore_errors=True)
-        (root / DONE).unlink()
+        (root / DONE).unlink(missing_ok=True)
     try:
         with building(root) as folder:
             for split, (images, labels) in split_digits().items():

@@ -72,7 +72,7 @@ def coco(source: str | Path, root: str | Path) -> Path:
     require('COCO', [*files.values(), *(source / split for split in files)])
     with tracked(files.items(), 'COCO') as each:
         for split, path in each:
-            content = read_annotations(path)
+            content = read_annotations(path, evaluated=split == 'val2017')
             if not content['images']:
                 raise UserError(f'{path} has no images')
             warning = check_annotations(content, path, evaluated=split == 'val2017')

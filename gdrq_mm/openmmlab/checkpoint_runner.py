@@ -21,7 +21,7 @@ from .hooks import OscillationHook, StopHook, WorkDirHook
 from .loading import go_on, refuse_other_labels
 from .models import bare_model, quantization_of
 from .recipe import changed_settings, trained_as, training_of
-from .weights import load_weights, meta_of, plan_of, renamed
+from .weights import dataset_meta_of, load_weights, meta_of, plan_of, renamed
 
 
 class CheckpointRunner(Runner):
@@ -102,8 +102,8 @@ class CheckpointRunner(Runner):
         if left_out:
             self.logger.info(f'Thresholds of {filename} are left out: {left_out}.')
         meta = self._meta = meta_of(checkpoint)
-        if use == 'test':
-            refuse_other_labels(self.known_classes, filename, (meta.get('dataset_meta') or {}).get('classes'))
+        if use == 'test' and self.cfg.get('default_scope') == 'mmpretrain':
+            refuse_other_labels(self.known_classes, filename, dataset_meta_of(checkpoint, filename).get('classes'))
         started = dict(file=Path(filename).name, sha256=checkpoint_digest(filename), start=meta.get('start'))
         self.training = dict(start=started if self._starts else meta.get('start'), **training_of(meta))
         self._has_loaded = True

@@ -95,6 +95,8 @@ def check_loader(loader: DataLoader, cfg: Config, known: dict[str, Sequence[str]
     """Shield the workers of a data loader from signals, and check its data set; `known`: classes of others."""
     shield_workers(loader)
     check_dataset(loader.dataset, labels_of(cfg.model))
+    if cfg.get('default_scope') != 'mmpretrain':
+        return  # the others look labels up by name, and a detector may be asked for any names
     classes = (getattr(loader.dataset, 'metainfo', None) or {}).get('classes')
     inner: Any = loader.dataset
     while not isinstance(inner, BaseDataset) and hasattr(inner, 'dataset'):
@@ -113,8 +115,8 @@ def refuse_other_labels(known: dict[str, Sequence[str]], name: str, classes: Any
     classes = list(classes) if isinstance(classes, (list, tuple)) else []
     for other, theirs in known.items():
         labels = {each: label for label, each in enumerate(theirs)}
-        for label, each in enumerate(classes):
-            if labels.get(each, label) != label:
+        for label, each in enumerate(classes if list(theirs) != classes else ()):
+            if labels.get(each, label) != label and theirs.count(each) == classes.count(each) == 1:  # ImageNet: 'crane'
                 raise UserError(f'{name}: the class {each!r} has the label {label}, and {labels[each]} in {other}')
     known[name] = classes
 
@@ -145,7 +147,7 @@ class DataError(UserError):
 
 
 @contextmanager
-def checked_reading(scope: str | None) -> Iterator[None]:
+def checked_reading(cfg: Config) -> Iterator[None]:
     """Check annotations while data sets are built: reading them once more would take long on big data."""
 
     def serialize(dataset: BaseDataset) -> Any:
@@ -155,20 +157,32 @@ def checked_reading(scope: str | None) -> Iterator[None]:
     original = BaseDataset._serialize_data
     with ExitStack() as stack:
         stack.enter_context(_replaced(BaseDataset, '_serialize_data', serialize))
-        if scope == 'mmdet':
-            _check_mmdet(stack)
+        if cfg.get('default_scope') == 'mmdet':
+            _check_mmdet(stack, _evaluated_files(cfg))
         yield
 
 
-def _check_mmdet(stack: ExitStack) -> None:
+def _evaluated_files(cfg: Config) -> set[str]:
+    """Annotation files that evaluators read by themselves."""
+    found: set[str] = set()
+    for name in ('val_evaluator', 'test_evaluator'):
+        given = cfg.get(name) or []
+        for each in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(each, dict) and isinstance(each.get('ann_file'), str):
+                found.add(os.path.abspath(each['ann_file']))
+    return found
+
+
+def _check_mmdet(stack: ExitStack, evaluated: set[str]) -> None:
     from mmdet.datasets import CocoDataset, XMLDataset
     from mmdet.datasets.api_wrappers import COCO
 
     def read(dataset: CocoDataset, path: str) -> COCO:
         coco = COCO()
-        coco.dataset = read_annotations(path, dataset.ann_file)
+        again = os.path.abspath(path) in evaluated
+        coco.dataset = read_annotations(path, dataset.ann_file, again)
         classes = dataset.metainfo['classes']
-        warning = check_annotations(coco.dataset, dataset.ann_file, classes, evaluated=dataset.test_mode)
+        warning = check_annotations(coco.dataset, dataset.ann_file, classes, again)
         if warning:
             print_log(warning, logger='current', level=logging.WARNING)
         if not (dataset.test_mode or coco.dataset['annotations']):
@@ -327,7 +341,8 @@ def _check_samples(dataset: BaseDataset, classes: int, files: bool) -> None:
 def _labels(info: dict[str, Any], test_mode: bool) -> list[int]:
     label = info.get('gt_label')
     found = [label] if isinstance(label, numbers.Integral) else label if isinstance(label, (list, tuple)) else []
-    return [*found, *(box.get('bbox_label', 0) for box in (() if test_mode else info.get('instances') or ()))]
+    boxes = [] if test_mode else [box for box in info.get('instances') or () if not box.get('ignore_flag')]
+    return [*found, *(box.get('bbox_label', 0) for box in boxes)]
 
 
 def _wrap(pipeline: Any, classes: int, ignored: frozenset[int]) -> None:

@@ -112,7 +112,7 @@ class QuantRunner(CheckpointRunner):
 
     def build_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """A data loader; what is wrong with its data is told with the name of the file."""
-        with data_only(self._unsafe), checked_reading(self.cfg.get('default_scope')):
+        with data_only(self._unsafe), checked_reading(self.cfg):
             loader = super().build_dataloader(*args, **kwargs)
         check_loader(loader, self.cfg, self.known_classes)
         return loader

@@ -217,6 +217,15 @@ def transformer():
     return Function(lambda m, x: m.last(m.layer(m.first(x))), **parts), torch.randn(4, 5, 6)
 
 
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    mask = torch.arange(5) > torch.tensor([[4], [3], [4], [2]])
+    parts = dict(first=nn.Linear(6, 8), encoder=nn.TransformerEncoder(layer, 2), last=nn.Linear(8, 3))
+    return Function(lambda m, x: m.last(m.encoder(m.first(x), src_key_padding_mask=mask)), **parts), torch.randn(
+        4, 5, 6
+    )
+
+
 def products():
     multiply = Function(lambda m, x: (x @ x.mT).softmax(-1) @ x)
     parts = dict(first=nn.Linear(6, 8), multiply=multiply, last=nn.Linear(8, 3))
@@ -230,15 +239,15 @@ def pyramid():
 
 
 def described(model):
-    """Of each module its class, attributes and numbers of hooks; Parameters as objects."""
+    """Of each module its class, attributes, their values and numbers of hooks; Parameters as objects."""
     modules = {
-        name: (type(m), sorted(vars(m)), [len(v) for k, v in sorted(vars(m).items()) if k.endswith('_hooks')])
+        name: (type(m), {k: len(v) if '_hooks' in k else v if isinstance(v, int) else '' for k, v in vars(m).items()})
         for name, m in model.named_modules()
     }
     return modules, {name: id(parameter) for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize('make', [convolutions, transformer, products, pyramid])
+@pytest.mark.parametrize('make', [convolutions, transformer, encoder, products, pyramid])
 @pytest.mark.parametrize('config', ['w4a4', dict(method='lsq_plus'), dict(activation=dict(per_level=True))])
 def test_to_float_undoes_all_that_quantize_did(make, config):
     model, x = make()
@@ -260,6 +269,40 @@ def test_to_float_keeps_the_weights_that_training_found():
     gq.to_float(model)
     assert all(torch.equal(parameter, kept) for parameter, kept in zip(model.parameters(), weights, strict=True))
     assert type(model[0]) is nn.Conv2d and model[0].weight is layer.weight
+
+
+def test_a_hook_of_attention_is_removed_behind_to_float():
+    (model, x), calls = transformer(), []
+    handle = model.layer.self_attn.register_forward_hook(lambda *args: calls.append(args))
+    quantized(model.train(), 'w4a4', x)
+    gq.to_float(model)
+    calls.clear()
+    model(x)
+    assert calls
+    handle.remove()
+    calls.clear()
+    model(x)
+    assert not calls
+
+
+def test_a_module_that_hands_attributes_on_stays_as_it_is():
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == 'inner' else getattr(self.inner, name)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, x = pyramid()
+    model.head = Around(model.head)
+    before = described(model)
+    quantized(model, dict(activation=dict(per_level=True)), x)
+    gq.to_float(model)
+    assert described(model) == before
 
 
 def test_to_float_takes_a_bare_quantized_model():

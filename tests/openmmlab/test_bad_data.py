@@ -11,6 +11,7 @@ from mmengine.dataset import RepeatDataset
 from mmengine.registry import DATASETS, init_default_scope
 
 from gdrq_mm.core.errors import UserError
+from gdrq_mm.data import digits
 from gdrq_mm.openmmlab import loading
 from gdrq_mm.openmmlab.cli import read_config
 from gdrq_mm.openmmlab.runner import QuantRunner
@@ -73,7 +74,12 @@ BAD = [
     ('seg', 'scenes/masks/train/00000.png', put(np.zeros((96, 96, 3), np.uint8)), ['(96, 96, 3)']),
     ('seg', 'scenes/train/00000.png', cut, ['damaged']),
     ('seg', 'scenes/test/00000.png', remove, ['data/digits/scenes/test has no pictures']),
-    ('det', COCO, lambda path: path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes()), ['is not JSON']),
+    (
+        'det',
+        'scenes/annotations/test.json',
+        lambda path: path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes()),
+        ['is not JSON'],
+    ),
     ('det', COCO, boxes(dict(bbox=[5, 5, 10**400, 4])), ['annotation 1 has bbox=[5, 5, 1000']),
     ('det', COCO, boxes(dict(id=2)), ["two entries of 'annotations' have id=2"]),
     ('det', COCO, only('images', lambda old: [*old, old[0]]), ["two entries of 'images' have id=0"]),
@@ -99,6 +105,34 @@ def test_bad_data(error_of, digits_copy, task, path, damage, fragments):
     if '/test/' in str(path) or 'test.json' in str(path):
         torch.save({}, 'x.pth')
         assert error_of(TEST, ROOT / 'configs' / CONFIGS[task], 'x.pth') == message
+
+
+def test_what_evaluation_alone_wants_may_be_missing_elsewhere(digits_copy):
+    from mmdet.datasets import CocoDataset
+
+    path = digits_copy / COCO
+    edit(lambda content: [box.pop('iscrowd') for box in content['annotations']])(path)
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+    with loading.checked_reading(read_config(ROOT / 'configs' / CONFIGS['det'])):
+        prefix = dict(img=str(digits_copy / 'scenes/train'))
+        assert len(CocoDataset(ann_file=str(path), data_prefix=prefix, metainfo=dict(classes=digits.CLASSES)))
+
+
+def test_labels_are_compared_by_names_that_stand_once():
+    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
+
+    known = {}
+    for name in ('train', 'val'):
+        loading.refuse_other_labels(known, name, IMAGENET_CATEGORIES)  # 'crane' is the 134th and the 517th class
+    loading.refuse_other_labels(known, 'other', [*IMAGENET_CATEGORIES, 'more'])
+    with pytest.raises(UserError, match=r"one less: the class 'goldfish.*' has the label 0, and 1 in train"):
+        loading.refuse_other_labels(known, 'one less', IMAGENET_CATEGORIES[1:])
+
+
+def test_a_box_that_is_ignored_has_any_label():
+    boxes = [dict(bbox_label=-1, ignore_flag=1), dict(bbox_label=1, ignore_flag=0)]
+    assert loading._labels(dict(instances=boxes), False) == [1]
+    assert loading._labels(dict(instances=boxes, gt_label=np.int64(3)), True) == [3]
 
 
 def only_class(digits_copy, split, removed):
@@ -190,7 +224,7 @@ def test_boxes_without_an_area_are_counted(digits_copy, monkeypatch):
     boxes(dict(bbox=[5, 5, 0, 4]))(digits_copy / COCO)
     init_default_scope('mmdet')
     dataset = Config.fromfile(ROOT / 'configs' / CONFIGS['det']).train_dataloader.dataset
-    with loading.checked_reading('mmdet'):
+    with loading.checked_reading(Config(dict(default_scope='mmdet'))):
         DATASETS.build(dataset | dict(data_root=str(digits_copy / 'scenes')))
     assert len(said) == 1
     holds(said[0], 'annotations/train.json: 1 of ', 'boxes are left out', 'annotation 1')

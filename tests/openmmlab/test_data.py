@@ -289,6 +289,9 @@ def test_a_bad_annotation_of_voc(tmp_path):
     make_voc(tmp_path)
     (xml := tmp_path / 'VOC2007/Annotations/two.xml').write_text('<annotation>')
     given = dict(ann_file='VOC2007/ImageSets/Main/test.txt', data_prefix=dict(sub_data_root='VOC2007/'))
-    with loading.checked_reading('mmdet'), pytest.raises(UserError, match=f'{xml} is not an annotation'):
+    with (
+        loading.checked_reading(Config(dict(default_scope='mmdet'))),
+        pytest.raises(UserError, match=f'{xml} is not an annotation'),
+    ):
         VOCDataset(data_root=str(tmp_path), test_mode=True, **given)
     assert (CocoDataset.COCOAPI, VOCDataset.parse_data_info) == before  # checked_reading leaves mmdet as it was
