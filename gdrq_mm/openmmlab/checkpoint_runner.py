@@ -16,9 +16,10 @@ from ..core.errors import UserError
 from ..core.topology import Plan
 from .accumulation import accumulated, is_between_steps, restore
 from .checkpoints import checkpoint_digest, last_written, read_checkpoint, written_whole
+from .data_checks import refuse_other_labels
 from .data_only import data_only
 from .hooks import OscillationHook, StopHook, WorkDirHook
-from .loading import go_on, refuse_other_labels
+from .loading import go_on
 from .models import bare_model, quantization_of
 from .recipe import changed_settings, trained_as, training_of
 from .weights import dataset_meta_of, load_weights, meta_of, plan_of, renamed

@@ -16,7 +16,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import FUNCTIONS, DefaultScope
 
 from ..core.errors import UserError
-from .loading import UNREADABLE
+from .data_checks import UNREADABLE
 from .tasks import pipeline_of, type_name
 
 PIXELS = 'uint8 BGR pixels of shape (H, W, 3)'

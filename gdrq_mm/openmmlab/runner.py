@@ -23,13 +23,14 @@ from .amp import check_amp
 from .checkpoint_runner import CheckpointRunner
 from .checkpoints import read_checkpoint
 from .compat import init_without_gpu
+from .data_checks import check_loader, checked_reading
 from .data_only import data_only
 from .describe import describe_model
 from .distill import name_teacher
 from .distributed import synchronized, wrapper_config
 from .hooks import CalibrationHook, NormHook, OscillationHook, ThresholdHook, hooks_of, with_whole_checkpoints
 from .hooks.calibration import batch_size_of
-from .loading import check_loader, checked_reading, loader_of, trials_of
+from .loading import loader_of, trials_of
 from .mistakes import not_found, registered
 from .models import bare_model, drop_pretrained, prepare_model, read_quantization
 from .rates import set_rates

@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.data import digits
-from gdrq_mm.openmmlab import loading
+from gdrq_mm.openmmlab import data_checks
 from gdrq_mm.openmmlab.cli import read_config
 from gdrq_mm.openmmlab.runner import QuantRunner
 from tests.damage import cut, edit, put, remove
@@ -113,7 +113,7 @@ def test_what_evaluation_alone_wants_may_be_missing_elsewhere(digits_copy):
     path = digits_copy / COCO
     edit(lambda content: [box.pop('iscrowd') for box in content['annotations']])(path)
     path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
-    with loading.checked_reading(read_config(ROOT / 'configs' / CONFIGS['det'])):
+    with data_checks.checked_reading(read_config(ROOT / 'configs' / CONFIGS['det'])):
         prefix = dict(img=str(digits_copy / 'scenes/train'))
         assert len(CocoDataset(ann_file=str(path), data_prefix=prefix, metainfo=dict(classes=digits.CLASSES)))
 
@@ -123,16 +123,16 @@ def test_labels_are_compared_by_names_that_stand_once():
 
     known = {}
     for name in ('train', 'val'):
-        loading.refuse_other_labels(known, name, IMAGENET_CATEGORIES)  # 'crane' is the 134th and the 517th class
-    loading.refuse_other_labels(known, 'other', [*IMAGENET_CATEGORIES, 'more'])
+        data_checks.refuse_other_labels(known, name, IMAGENET_CATEGORIES)  # 'crane' is the 134th and the 517th class
+    data_checks.refuse_other_labels(known, 'other', [*IMAGENET_CATEGORIES, 'more'])
     with pytest.raises(UserError, match=r"one less: the class 'goldfish.*' has the label 0, and 1 in train"):
-        loading.refuse_other_labels(known, 'one less', IMAGENET_CATEGORIES[1:])
+        data_checks.refuse_other_labels(known, 'one less', IMAGENET_CATEGORIES[1:])
 
 
 def test_a_box_that_is_ignored_has_any_label():
     boxes = [dict(bbox_label=-1, ignore_flag=1), dict(bbox_label=1, ignore_flag=0)]
-    assert loading._labels(dict(instances=boxes), False) == [1]
-    assert loading._labels(dict(instances=boxes, gt_label=np.int64(3)), True) == [3]
+    assert data_checks._labels(dict(instances=boxes), False) == [1]
+    assert data_checks._labels(dict(instances=boxes, gt_label=np.int64(3)), True) == [3]
 
 
 def only_class(digits_copy, split, removed):
@@ -202,8 +202,8 @@ def test_a_model_with_too_few_classes(error_of, digits_copy, task, heads, given)
 
 def test_labels_that_heads_know():
     heads = dict(decode_head=[dict(num_classes=2), dict(num_classes=2, ignore_index=11)], backbone=dict(depth=18))
-    assert loading.labels_of(dict(module=heads)) == loading.Labels(2, frozenset({11, 255}))
-    assert loading.labels_of(dict(decode_head=dict(num_classes=1, ignore_index=None))) == loading.Labels()
+    assert data_checks.labels_of(dict(module=heads)) == data_checks.Labels(2, frozenset({11, 255}))
+    assert data_checks.labels_of(dict(decode_head=dict(num_classes=1, ignore_index=None))) == data_checks.Labels()
 
 
 def test_a_worker_process_names_the_file_too(tmp_path, digits_copy, run):
@@ -220,11 +220,11 @@ def test_a_worker_process_names_the_file_too(tmp_path, digits_copy, run):
 def test_boxes_without_an_area_are_counted(digits_copy, monkeypatch):
     """In the log, when the data set is built."""
     said = []
-    monkeypatch.setattr(loading, 'print_log', lambda message, **kwargs: said.append(message))
+    monkeypatch.setattr(data_checks, 'print_log', lambda message, **kwargs: said.append(message))
     boxes(dict(bbox=[5, 5, 0, 4]))(digits_copy / COCO)
     init_default_scope('mmdet')
     dataset = Config.fromfile(ROOT / 'configs' / CONFIGS['det']).train_dataloader.dataset
-    with loading.checked_reading(Config(dict(default_scope='mmdet'))):
+    with data_checks.checked_reading(Config(dict(default_scope='mmdet'))):
         DATASETS.build(dataset | dict(data_root=str(digits_copy / 'scenes')))
     assert len(said) == 1
     holds(said[0], 'annotations/train.json: 1 of ', 'boxes are left out', 'annotation 1')
@@ -239,8 +239,8 @@ def scenes(root, **changes):
 
 def test_a_sample_is_the_same_when_it_is_checked(digits_root):
     plain, checked = (DATASETS.build(scenes(digits_root)) for _ in range(2))
-    loading.check_dataset(checked, loading.Labels(ignored=frozenset({255})))
-    loading.check_dataset(checked, loading.Labels(ignored=frozenset({255})))
+    data_checks.check_dataset(checked, data_checks.Labels(ignored=frozenset({255})))
+    data_checks.check_dataset(checked, data_checks.Labels(ignored=frozenset({255})))
     assert torch.equal(plain[0]['inputs'], checked[0]['inputs'])
     assert torch.equal(plain[0]['data_samples'].gt_sem_seg.data, checked[0]['data_samples'].gt_sem_seg.data)
 
@@ -250,7 +250,7 @@ def test_data_sets_within_data_sets_and_transforms_within_transforms(digits_copy
     tta = dict(type='TestTimeAug', transforms=[flips, [dict(type='LoadAnnotations')], [dict(type='PackSegInputs')]])
     inner = scenes(digits_copy, pipeline=[dict(type='LoadImageFromFile'), tta])
     dataset = RepeatDataset(dict(type='ConcatDataset', datasets=[inner]), times=2)
-    loading.check_dataset(dataset, loading.Labels(ignored=frozenset({255})))
+    data_checks.check_dataset(dataset, data_checks.Labels(ignored=frozenset({255})))
     assert len(dataset[0]['inputs']) == 2
     mask = digits_copy / 'scenes/masks/test/00000.png'
     cut(mask)
@@ -258,4 +258,4 @@ def test_data_sets_within_data_sets_and_transforms_within_transforms(digits_copy
         dataset[0]
     mask.unlink()
     with pytest.raises(UserError, match=f'1 path is missing: {mask}'):
-        loading.check_dataset(dataset, loading.Labels(ignored=frozenset({255})))
+        data_checks.check_dataset(dataset, data_checks.Labels(ignored=frozenset({255})))

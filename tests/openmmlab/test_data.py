@@ -17,7 +17,7 @@ from PIL import Image
 from gdrq_mm.core.errors import UserError
 from gdrq_mm.data import bccd, camvid, standard
 from gdrq_mm.data.checks import check_annotations
-from gdrq_mm.openmmlab import loading
+from gdrq_mm.openmmlab import data_checks
 from gdrq_mm.openmmlab.compat import mend_bases
 from tests.damage import cut, put, remove, write
 from tests.helpers import ROOT
@@ -150,7 +150,7 @@ def test_prepared_data_opens_with_the_configs_of_openmmlab(tmp_path, prepare, na
             assert [i['bbox'] for i in info['instances']][:1] == [box]
     if scope == 'mmseg':
         labels = {'voc': [20], 'cityscapes': [0, 1, 2, 16, 17, 18, 255], 'camvid': [11]}[name]
-        loading.check_dataset(dataset, loading.Labels(ignored=frozenset({11, 255})))
+        data_checks.check_dataset(dataset, data_checks.Labels(ignored=frozenset({11, 255})))
         assert np.unique(dataset[0]['data_samples'].gt_sem_seg.data).tolist() == labels
 
 
@@ -290,7 +290,7 @@ def test_a_bad_annotation_of_voc(tmp_path):
     (xml := tmp_path / 'VOC2007/Annotations/two.xml').write_text('<annotation>')
     given = dict(ann_file='VOC2007/ImageSets/Main/test.txt', data_prefix=dict(sub_data_root='VOC2007/'))
     with (
-        loading.checked_reading(Config(dict(default_scope='mmdet'))),
+        data_checks.checked_reading(Config(dict(default_scope='mmdet'))),
         pytest.raises(UserError, match=f'{xml} is not an annotation'),
     ):
         VOCDataset(data_root=str(tmp_path), test_mode=True, **given)
