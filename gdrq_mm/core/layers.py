@@ -44,6 +44,7 @@ COPIED = ('_parameters', '_buffers', '_modules', '_state_dict_hooks', '_state_di
 """Attributes of a layer that the one in its place changes. Its hooks stay where they are: handles remove them there."""
 _OWN = ('root', 'seen', 'pyramid_level', 'deployable', 'activation_settings', '_shared', '_norm')
 _QUANTIZERS = ('weight_quant', 'own_input_quant')
+"""What a quantized layer has and the float one has not: attributes, and modules or None."""
 
 
 def remove_hooks(module: nn.Module, *hooks: Any) -> None:

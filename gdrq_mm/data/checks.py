@@ -79,12 +79,14 @@ def check_annotations(
         A warning with the number of boxes that mmdet ignores; '' if there are none.
 
     Raises:
-        UserError: an id or the name of a category stands twice, an annotation has an unknown image or category or a
-            malformed box, or a class is not among the categories.
+        UserError: an id, or the name of a category that is used, stands twice, an annotation has an unknown image or
+            category or a malformed box, or a class is not among the categories.
     """
     for part in KEYS:
         _refuse_twice(name, part, 'id', content[part])
-    _refuse_twice(name, 'categories', 'name', content['categories'])
+    classes = None if classes is None else [*classes]
+    used = [each for each in content['categories'] if classes is None or each['name'] in classes]
+    _refuse_twice(name, 'categories', 'name', used)
     images = {image['id']: image for image in content['images']}
     categories = {category['id']: category['name'] for category in content['categories']}
     unknown = [c for c in classes or () if c not in categories.values()]

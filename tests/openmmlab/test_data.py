@@ -274,6 +274,16 @@ def test_the_command_that_prepares_missing_data_is_told(tmp_path, error_of):
     holds(error_of(TRAIN, 'leaf.py'), 'data/VOCdevkit', 'python tools/prepare_data.py voc --source PATH')
 
 
+def test_a_category_that_is_not_used_may_have_any_name():
+    """Exports of Roboflow have the name of the data set as a category of its own."""
+    content = coco_file('x.jpg')
+    (name, *_) = (each['name'] for each in content['categories'])
+    content['categories'] += [dict(id=98, name='cells'), dict(id=99, name='cells')]
+    assert check_annotations(content, 'x.json', [name]) == ''
+    with pytest.raises(UserError, match="two entries of 'categories' have name='cells'"):
+        check_annotations(content, 'x.json', [name, 'cells'])
+
+
 def test_boxes_that_are_left_out():
     content = coco_file('x.jpg')
     assert check_annotations(content, 'x.json') == ''
