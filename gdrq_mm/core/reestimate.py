@@ -79,8 +79,9 @@ def reestimate(model: nn.Module, batches: Iterable[Any], predict: Callable[[Any]
                 quantizer.sums.zero_()
             if frozen:
                 set_stage(model, Stage.FREEZE)
-            for each, threshold in zip(frozen, [] if done else thresholds):
-                each.threshold.copy_(threshold)
+            if not done:
+                for each, threshold in zip(frozen, thresholds):
+                    each.threshold.copy_(threshold)
     return count
 
 

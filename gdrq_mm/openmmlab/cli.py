@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from mmengine.config import Config, DictAction
@@ -283,13 +282,11 @@ def _near_files(path: Path) -> str:
 
 def _of_library(error: Exception) -> bool:
     """Whether a library of OpenMMLab raised it while it was imported, as for mmcv without operators."""
-    modules = [f.f_globals.get('__name__', '') for f, _ in traceback.walk_tb(error.__traceback__) if _is_module(f)]
-    found = any(name.partition('.')[0] in ('mmengine', 'mmcv', *TASKS) for name in modules)
-    return found and isinstance(error, (ImportError, AssertionError))
-
-
-def _is_module(frame: FrameType) -> bool:
-    return frame.f_code.co_name == '<module>'
+    if not isinstance(error, (ImportError, AssertionError)):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    imported = [frame.f_globals.get('__name__', '') for frame in frames if frame.f_code.co_name == '<module>']
+    return any(name.partition('.')[0] in ('mmengine', 'mmcv', *TASKS) for name in imported)
 
 
 def main(function: Callable[[], None]) -> NoReturn:

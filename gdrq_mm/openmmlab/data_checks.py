@@ -213,12 +213,12 @@ def check_dataset(dataset: Any, labels: Labels) -> None:
     names = list(dataset.metainfo.get('classes') or ())
     _refuse_other_order(dataset, names)
     classes = len(names)
-    fits = not labels.classes or 0 < classes <= labels.classes
+    fits = dataset.test_mode or not labels.classes or 0 < classes <= labels.classes
     listed = not dataset.ann_file and 'seg_map_path' not in dataset.get_data_info(0)  # by the folders of its pictures
-    if not listed or not (fits or dataset.test_mode):
+    if not (listed and fits):
         elsewhere = any(getattr(t, 'backend_args', None) for t in dataset.pipeline.transforms)
         _check_samples(dataset, labels.classes, not (listed or elsewhere))
-    if not (fits or dataset.test_mode):
+    if not fits:
         classes = min(classes, labels.classes)
     _wrap(dataset.pipeline, classes if hasattr(dataset, 'reduce_zero_label') else 0, labels.ignored)  # mmseg's have it
 

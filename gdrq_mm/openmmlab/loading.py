@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.modules import mute_leaves
 from .models import bare_model
 from .seeding import kept_random_state, reseed_dataloader, skip_batches
+from .tasks import TASKS
 
 
 def loader_of(runner: Any, name: str) -> DataLoader:
@@ -40,7 +41,7 @@ def loader_of(runner: Any, name: str) -> DataLoader:
 def _of_layout(error: BaseException) -> bool:
     """Whether a library raised it while it listed what a data set has: the files are not laid out as it expects."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    library = frames[-1].f_globals.get('__name__', '').partition('.')[0] in ('mmengine', 'mmpretrain', 'mmdet', 'mmseg')
+    library = frames[-1].f_globals.get('__name__', '').partition('.')[0] in ('mmengine', *TASKS)
     return library and any(frame.f_code.co_name == 'load_data_list' for frame in frames)
 
 

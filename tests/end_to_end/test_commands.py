@@ -224,6 +224,10 @@ def test_a_problem_has_its_command(stack, packages, failures, broken, mends):
         assert rows[task] == (expected, f'uv pip install {library}' if expected.startswith('needs') else '')
 
 
+def test_the_mmcv_that_is_asked_for_is_that_of_the_extra():
+    assert f'"{doctor.MMCV["mmcv"]}",' in (ROOT / 'pyproject.toml').read_text()
+
+
 def test_what_is_not_installed_has_its_extra():
     found = doctor.Diagnosis('none', TORCH | dict(onnx='1'), {}, [], '')
     rows = {row[0]: row[1:] for row in doctor.abilities(found)}

@@ -23,8 +23,9 @@ def batch(labels=(3, 0), seed=0, **more):
 
 
 def archive(path, members):
+    """`members`: a dict, or pairs, of which several may have one name."""
     with tarfile.open(path, 'w:gz') as tar:
-        for name, content in members.items():
+        for name, content in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -127,11 +128,7 @@ def test_only_pictures_with_names_of_their_own_count(tmp_path, monkeypatch, othe
     members = list(per_class(2).items())
     place = [name for name, _ in members].index('cifar10/train/cat/1.png')
     members[place] = other, members[place][1]
-    with tarfile.open(tmp_path / 'given.tar.gz', 'w:gz') as tar:  # a dict could not have a name twice
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    archive(tmp_path / 'given.tar.gz', members)
     monkeypatch.setattr(cifar10, 'COUNTS', dict(train=20, test=20))
     with pytest.raises(UserError, match='has 19 train pictures, CIFAR-10 has 20'):
         cifar10.build(tmp_path / 'given.tar.gz', tmp_path / 'new', show_progress=False)
